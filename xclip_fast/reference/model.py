@@ -1,0 +1,142 @@
+"""X-CLIP as a whole (paper, section 3.1): videos and class texts to logits."""
+
+from __future__ import annotations
+
+from math import log
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from xclip_fast.config import XCLIPConfig
+from xclip_fast.reference.mit import MultiframeIntegration
+from xclip_fast.reference.prompts import VideoPrompts
+from xclip_fast.reference.transformer import TextTransformer
+from xclip_fast.reference.vision import VisionTower
+
+
+class VideoFeatures(NamedTuple):
+    """What ``encode_video`` returns.
+
+    video: (B, E), one feature per video, not normalised.
+    patches: (B, N, E), the projected patch tokens, averaged over the frames.
+    """
+
+    video: Tensor
+    patches: Tensor
+
+
+class XCLIP(nn.Module):
+    """X-CLIP with random weights; ``xclip_fast.load_model`` fills them from a checkpoint.
+
+    Args:
+        config: sizes; the state dict has the names and shapes of the official checkpoints of those sizes.
+    """
+
+    def __init__(self, config: XCLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(
+            config.vision_width,
+            config.patch_size,
+            config.image_size,
+            config.vision_layers,
+            config.vision_heads,
+            config.vision_mlp_width,
+            config.embed_dim,
+            config.activation,
+        )
+        self.transformer = TextTransformer(config.text_width, config.text_layers, config.text_heads, config.activation)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.text_width))
+        self.ln_final = nn.LayerNorm(config.text_width)
+        self.text_projection = nn.Parameter(torch.empty(config.text_width, config.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(log(1 / 0.07)))
+        self.mit = MultiframeIntegration(config.embed_dim, config.embed_heads, config.mit_layers, config.frames)
+        self.prompts_visual_ln = nn.LayerNorm(config.vision_width)
+        self.prompts_visual_proj = nn.Parameter(torch.randn(config.vision_width, config.embed_dim))
+        self.prompts_generator = VideoPrompts(
+            config.embed_dim, config.embed_heads, config.prompt_layers, config.prompt_alpha
+        )
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=config.text_width**-0.5)
+
+    def encode_video(self, video: Tensor) -> VideoFeatures:
+        """Features of videos.
+
+        Args:
+            video: uint8 (B, T, H, W, 3), or floating point (B, T, 3, H, W) already normalised. H and W are multiples
+                of the patch size; T and the resolution may differ from the configuration (positions interpolated).
+
+        Raises:
+            ValueError: the video has another shape or dtype.
+        """
+        frame_features, patches = self.visual(self.normalise(video))
+        patches = self.prompts_visual_ln(patches) @ self.prompts_visual_proj
+        return VideoFeatures(self.mit(frame_features), patches.mean(dim=1))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Text features (K, E), not normalised, of token ids (K, L) with L up to the context length.
+
+        The feature is the row at the largest token id, which is the end of text.
+
+        Raises:
+            ValueError: the tokens have another shape or dtype, or an id is not in the vocabulary.
+        """
+        self._check_tokens(tokens)
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.ln_final(self.transformer(x))
+        ends = tokens.argmax(dim=-1)
+        return x[torch.arange(len(tokens), device=tokens.device), ends] @ self.text_projection
+
+    def logits(self, features: VideoFeatures, text: Tensor) -> Tensor:
+        """Scaled cosine similarities (B, K) of encoded videos and encoded texts (K, E)."""
+        texts = self.prompts_generator(text.expand(len(features.video), -1, -1), features.patches)
+        cosine = torch.einsum("be,bke->bk", normalize(features.video, dim=-1), normalize(texts, dim=-1))
+        return self.logit_scale.exp() * cosine
+
+    def forward(self, video: Tensor, tokens: Tensor) -> Tensor:
+        """Logits (B, K) of videos (see ``encode_video``) and class texts (K, L) (see ``encode_text``)."""
+        return self.logits(self.encode_video(video), self.encode_text(tokens))
+
+    def normalise(self, video: Tensor) -> Tensor:
+        """Any accepted video as normalised (B, T, 3, H, W) in the dtype of the weights.
+
+        Raises:
+            ValueError: the video has another shape or dtype.
+        """
+        if video.ndim != 5 or 0 in video.shape:
+            raise ValueError(
+                "video must be a non-empty uint8 (B, T, H, W, 3) or floating point (B, T, 3, H, W) tensor, "
+                f"found shape {tuple(video.shape)}: group the frames of each video, one row per video"
+            )
+        dtype = self.visual.conv1.weight.dtype
+        channels = video.shape[-1] if video.dtype == torch.uint8 else video.shape[2]
+        if channels != 3 or not (video.dtype == torch.uint8 or video.is_floating_point()):
+            raise ValueError(
+                "video must be uint8 (B, T, H, W, 3) or floating point (B, T, 3, H, W), "
+                f"found {video.dtype} {tuple(video.shape)}"
+            )
+        if video.is_floating_point():
+            return video.to(dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        mean = torch.tensor(self.config.pixel_mean, dtype=exact, device=video.device)
+        std = torch.tensor(self.config.pixel_std, dtype=exact, device=video.device)
+        return ((video.to(exact) / 255 - mean) / std).movedim(-1, 2).to(dtype)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        longest = self.config.context_length
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32) or not 1 <= tokens.shape[1] <= longest:
+            raise ValueError(
+                f"tokens must be integers of shape (K, L) with 1 <= L <= {longest}, "
+                f"found {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        if tokens.device.type == "cpu" and tokens.numel():
+            low, high = tokens.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token ids must lie in 0..{self.config.vocab_size - 1}, found {int(low)}..{int(high)}: "
+                    "use the tokenizer this model was trained with"
+                )
