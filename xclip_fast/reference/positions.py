@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 _log = logging.getLogger("xclip_fast")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(kind: str, trained: str, wanted: str) -> None:
     _log.warning("%s positions interpolated from %s to %s", kind, trained, wanted)
 

@@ -95,11 +95,17 @@ class TextTransformer(nn.Module):
 
     def _initialise(self, width: int, layers: int) -> None:
         # as CLIP: the residual branches shrink with depth
-        for block in self.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        residual = width**-0.5 * (2 * layers) ** -0.5
+        deviations = {
+            "in_proj_weight": width**-0.5,
+            "out_proj.weight": residual,
+            "c_fc.weight": (2 * width) ** -0.5,
+            "c_proj.weight": residual,
+        }
+        for name, parameter in self.named_parameters():
+            for ending, deviation in deviations.items():
+                if name.endswith(ending):
+                    nn.init.normal_(parameter, std=deviation)
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[-2]

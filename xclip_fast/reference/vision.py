@@ -140,8 +140,8 @@ class VisionTower(PatchEmbed):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
-    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised video (B, T, 3, H, W) to frame features (B, T, E) and patch tokens (B, T, N, D), not normalised."""
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Normalised video (B, T, 3, H, W) to frame features (B, T, E) and patch tokens (B, T, N, D)."""
         batch, frames = video.shape[:2]
         tokens = super().forward(video.flatten(0, 1)).unflatten(0, (batch, frames))
         tokens = self.transformer(tokens)
