@@ -1,9 +1,33 @@
-"""X-CLIP for video recognition: a reference, fused kernels, and the tools around them."""
+"""X-CLIP for video recognition: a reference, fused kernels, and the tools around them.
+
+Names that need torch are imported on first use: ``xclip-fast --help`` answers at once, and ``xclip-fast info`` can
+explain a broken torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from xclip_fast.config import VARIANTS, XCLIPConfig
 from xclip_fast.errors import InputError
-from xclip_fast.model import create_model
+
+if TYPE_CHECKING:
+    from xclip_fast.model import create_model
 
 __version__ = "0.1.0"
 
 __all__ = ["VARIANTS", "InputError", "XCLIPConfig", "create_model"]
+
+_HOME = {"create_model": "model"}  # lazy public name -> the module it lives in
+_ROOMS = ("demo", "flops", "pipeline", "reference", "text", "video")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"xclip_fast.{_HOME[name]}"), name)
+    if name in _ROOMS:
+        return import_module(f"xclip_fast.{name}")
+    raise AttributeError(f"module 'xclip_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})
