@@ -1,0 +1,74 @@
+"""What every test shares: the environment, seeds, golden files, and the parity table at the end."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch reads it
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton reads it
+
+import random
+from collections.abc import Iterator
+from dataclasses import astuple
+
+import numpy
+import pytest
+from golden import DATA, Golden, read_golden
+from numerics import ROWS, ParityRow, parity_table, poisoned_memory
+
+PARITY = "parity"
+
+# float32 means float32 on a GPU too
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """The same random numbers in every run of a test, whichever tests ran before."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Uninitialised memory is NaN during the test."""
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture(scope="session", params=sorted(DATA.glob("tiny_*.safetensors")), ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Each golden file in turn."""
+    return read_golden(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _parity_rows(request: pytest.FixtureRequest) -> Iterator[None]:
+    # rows travel in the test's report, so that they also arrive from the workers of pytest-xdist
+    ROWS.clear()
+    yield
+    request.node.user_properties.extend((PARITY, astuple(row)) for row in ROWS)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the parity table when output is asked for (``-s`` or ``-v``)."""
+    if config.option.capture != "no" and config.option.verbose < 0:
+        return
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    rows = [
+        ParityRow(*values)
+        for report in reports
+        if getattr(report, "when", None) == "teardown"
+        for name, values in report.user_properties
+        if name == PARITY
+    ]
+    if rows:
+        terminalreporter.section("parity")
+        for line in parity_table(rows):
+            terminalreporter.write_line(line)
