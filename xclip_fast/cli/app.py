@@ -1,0 +1,76 @@
+"""The typer application, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import xclip_fast
+from xclip_fast.cli.console import BAD_INPUT, EXIT_CODES, INTERRUPTED, OK, READER_GONE, StderrHandler, problem, stderr
+from xclip_fast.cli.info import info
+from xclip_fast.errors import InputError
+
+app = typer.Typer(
+    name="xclip-fast",
+    help="X-CLIP video recognition: classify and embed videos, convert checkpoints, count operations.",
+    epilog=EXIT_CODES,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (info,):
+    app.command(epilog=EXIT_CODES)(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"xclip-fast {xclip_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    logging.getLogger("xclip_fast").handlers = [StderrHandler(logging.WARNING)]
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(BAD_INPUT)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; every expected failure is one line on stderr and a documented exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # labels may not fit the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(args=arguments, prog_name="xclip-fast", standalone_mode=False) or OK
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # python flushes stdout once more when it ends: that must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except (InputError, OSError) as error:
+        problem(error)
+        return BAD_INPUT
+    except Exception as error:
+        # typer's usage errors: their class moved between typer's versions
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        problem(f"{error.format_message()} See {context.command_path if context else 'xclip-fast'} --help")
+        return BAD_INPUT
+    if code == INTERRUPTED:
+        stderr.print("interrupted: nothing was left half-written")
+    return code

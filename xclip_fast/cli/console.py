@@ -1,0 +1,70 @@
+"""What every subcommand shares to speak: safe text, tables, problems, JSON and the exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a check failed; 2 bad input or usage, also when one file of a batch failed; "
+    "130 interrupted; 141 the reader of the output went away."
+)
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def printable(text: object) -> str:
+    """The text on one line, with every control, bidirectional or undecodable character spelled out.
+
+    File names, labels and messages come from outside: shown raw they could drive the terminal.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in str(text)
+    )
+
+
+def safe(text: object, style: str = "") -> Text:
+    """Text from outside for a table or a line: no terminal escapes, no rich markup."""
+    return Text(printable(text), style=style, overflow="fold")
+
+
+def problem(message: object) -> None:
+    """One ``error:`` line on stderr."""
+    stderr.print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
+
+
+def note(message: object) -> None:
+    """One ``note:`` line on stderr."""
+    stderr.print(Text.assemble(("note: ", "bold cyan"), printable(message)), soft_wrap=True)
+
+
+def emit_json(payload: dict[str, Any]) -> None:
+    """The one JSON object of a run, on stdout; it escapes everything that is not ASCII."""
+    sys.stdout.write(json.dumps(payload, indent=2, allow_nan=False) + "\n")
+
+
+def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """An empty table in the house style; the columns named in ``numbers`` are aligned to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold cyan", border_style="dim")
+    for column in columns:
+        right = column in numbers
+        made.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return made
+
+
+class StderrHandler(logging.Handler):
+    """The library's log as ``warning:`` lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record on one line."""
+        word = Text(f"{record.levelname.lower()}: ", style="bold yellow")
+        stderr.print(word + Text(printable(record.getMessage())), soft_wrap=True)

@@ -1,0 +1,54 @@
+"""The options that several subcommands share, spelled once."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from xclip_fast.errors import InputError
+
+Videos = Annotated[list[str], typer.Argument(metavar="VIDEO...", help="Video files.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="SOURCE",
+        help="Checkpoint (.pth, .safetensors), folder, Hugging Face id, open_clip model name, or 'demo': "
+        "the small model shipped with xclip_fast.",
+    ),
+]
+Frames = Annotated[
+    int | None, typer.Option(min=1, help="Frames of a clip; by default what the weights were trained with.")
+]
+Views = Annotated[
+    str,
+    typer.Option(
+        metavar="CLIPSxCROPS", help="Views of a video, such as 4x3 (4 clips of 3 crops) or 4 (one crop each)."
+    ),
+]
+Preset = Annotated[
+    str | None, typer.Option(help="Resize, crop and pixel statistics: official, hf or clip.", show_default="official")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Backend = Annotated[str, typer.Option(help="Video decoder: auto, or one that `xclip-fast info` lists.")]
+Vocabulary = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="CLIP's BPE vocabulary file, for a machine without open_clip.", show_default=False
+    ),
+]
+
+
+def parse_views(text: str) -> tuple[int, int]:
+    """(clips, crops) of "4x3" or "4".
+
+    Raises:
+        InputError: the text is neither, or a number is zero.
+    """
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text.strip().lower(), re.ASCII)
+    if found is None:
+        raise InputError(f"--views must be CLIPSxCROPS such as 4x3, or a number, found {text!r}")
+    return int(found[1]), int(found[2] or 1)
