@@ -1,0 +1,129 @@
+"""Which implementation of an op runs: the argument first, then the ``backend`` context, then the automatic choice."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "torch", "triton")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+_asked: str | None = None
+_refusals: dict[str, Callable[..., str | None]] = {}
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the context on one backend; like the flags of ``torch.backends`` it holds process-wide.
+
+    Args:
+        name: "reference" (a few plain lines), "torch" (the fused formulation, any device) or "triton" (the kernels).
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    global _asked
+    _check_name(name)
+    before, _asked = _asked, name
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def choose(op: str, asked: str | None, *tensors: Tensor | None, refusal: str | None = None) -> str:
+    """The backend that serves a call.
+
+    Args:
+        op: name of the op, for the message.
+        asked: the caller's ``backend`` argument.
+        tensors: all tensors of the call.
+        refusal: why the kernels cannot serve this call's sizes, or nothing.
+
+    Raises:
+        ValueError: there is no such backend, or "triton" was asked for and cannot serve this call.
+    """
+    name = asked or _asked
+    if name in ("reference", "torch"):
+        return name
+    reason = refusal or kernel_refusal(*tensors)
+    if name is None:
+        on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
+        return "triton" if on_gpu and reason is None else "torch"
+    _check_name(name)
+    if reason is not None:
+        raise ValueError(f"{op}: the triton backend was asked for, but {reason}; use backend='torch'")
+    return name
+
+
+def kernel_refusal(*tensors: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or nothing; meta tensors are taken, to count launches."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    for tensor in present:
+        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
+            return f"it takes float16, bfloat16 and float32, found {tensor.dtype}"
+    places = {tensor.device for tensor in present}
+    if len(places) > 1:
+        return f"the tensors are on several devices: {', '.join(sorted(map(str, places)))}"
+    kind = present[0].device.type
+    if kind == "meta":
+        return None
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if kind == "cpu" and interpreting():
+        if any(tensor.dtype == torch.bfloat16 for tensor in present):
+            return "Triton's interpreter computes bfloat16 wrongly"
+        return None
+    if kind != "cuda":
+        return f"the tensors are on {kind}, and Triton needs a CUDA GPU (TRITON_INTERPRET=1 emulates one, slowly)"
+    return None if torch.cuda.get_device_capability(present[0].device) >= (8, 0) else "it needs compute capability 8.0 or newer"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def runs_kernels(tensor: Tensor) -> bool:
+    """Whether a registered op called directly on this tensor executes Triton (else the torch formulation)."""
+    return kernel_refusal(tensor) is None and tensor.device.type != "meta"
+
+
+def explains(op: str) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
+    """Register the function that tells why the kernels of an op cannot serve a call; it takes the op's arguments."""
+
+    def register(function: Callable[..., str | None]) -> Callable[..., str | None]:
+        _refusals[op] = function
+        return function
+
+    return register
+
+
+def explain(op: str, *args: object, **kwargs: object) -> dict[str, str | None]:
+    """Why each backend can or cannot serve a call of an op.
+
+    Args:
+        op: name of the op, as in ``xclip_fast.ops``.
+        args, kwargs: the arguments the op would be called with.
+
+    Returns:
+        Backend name to the reason it cannot serve the call, or None where it can.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    if op not in _refusals:
+        raise ValueError(f"unknown op {op!r}: choose one of {', '.join(sorted(_refusals))}")
+    return {"reference": None, "torch": None, "triton": _refusals[op](*args, **kwargs)}
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
