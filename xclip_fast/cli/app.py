@@ -11,7 +11,10 @@ from typing import Annotated
 import typer
 
 import xclip_fast
+from xclip_fast.cli.classify import classify
 from xclip_fast.cli.console import BAD_INPUT, EXIT_CODES, INTERRUPTED, OK, READER_GONE, StderrHandler, problem, stderr
+from xclip_fast.cli.convert import convert
+from xclip_fast.cli.embed import embed
 from xclip_fast.cli.info import info
 from xclip_fast.errors import InputError
 
@@ -23,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (info,):
+for command in (classify, embed, convert, info):
     app.command(epilog=EXIT_CODES)(command)
 
 
@@ -54,22 +57,28 @@ def run(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=arguments, prog_name="xclip-fast", standalone_mode=False) or OK
-        sys.stdout.flush()
-    except BrokenPipeError:
+        print(end="", flush=True)
+    except (BrokenPipeError, SystemExit) as end:
+        # typer and rich turn a broken pipe into an exit of their own
+        if not isinstance(end if isinstance(end, OSError) else end.__context__, BrokenPipeError):
+            raise
         # python flushes stdout once more when it ends: that must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return READER_GONE
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except (InputError, OSError) as error:
+    except InputError as error:
         problem(error)
+        return BAD_INPUT
+    except OSError as error:
+        problem(f"{error.filename or 'output'}: {error.strerror or error}")
         return BAD_INPUT
     except Exception as error:
         # typer's usage errors: their class moved between typer's versions
         if not hasattr(error, "format_message"):
             raise
-        context = getattr(error, "ctx", None)
-        problem(f"{error.format_message()} See {context.command_path if context else 'xclip-fast'} --help")
+        command = getattr(getattr(error, "ctx", None), "command_path", "xclip-fast")
+        problem(f"{error.format_message().rstrip('.')}: see {command} --help")
         return BAD_INPUT
     if code == INTERRUPTED:
         stderr.print("interrupted: nothing was left half-written")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from typing import Any
 
 from rich.console import Console
@@ -49,7 +48,7 @@ def note(message: object) -> None:
 
 def emit_json(payload: dict[str, Any]) -> None:
     """The one JSON object of a run, on stdout; it escapes everything that is not ASCII."""
-    sys.stdout.write(json.dumps(payload, indent=2, allow_nan=False) + "\n")
+    print(json.dumps(payload, indent=2, allow_nan=False))
 
 
 def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:

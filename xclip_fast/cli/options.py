@@ -28,9 +28,7 @@ Views = Annotated[
         metavar="CLIPSxCROPS", help="Views of a video, such as 4x3 (4 clips of 3 crops) or 4 (one crop each)."
     ),
 ]
-Preset = Annotated[
-    str | None, typer.Option(help="Resize, crop and pixel statistics: official, hf or clip.", show_default="official")
-]
+Preset = Annotated[str, typer.Option(help="Resize, crop and pixel statistics: official, hf or clip.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Backend = Annotated[str, typer.Option(help="Video decoder: auto, or one that `xclip-fast info` lists.")]

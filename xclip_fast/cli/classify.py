@@ -1,0 +1,86 @@
+"""``xclip-fast classify``: the likeliest labels of videos."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress_bar import ProgressBar
+
+from xclip_fast.cli.batch import open_model, through_files
+from xclip_fast.cli.console import BAD_INPUT, emit_json, safe, stdout, table
+from xclip_fast.cli.options import (
+    AsJson,
+    Backend,
+    Device,
+    Frames,
+    Precision,
+    Preset,
+    Videos,
+    Views,
+    Vocabulary,
+    Weights,
+    parse_views,
+)
+from xclip_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from xclip_fast.pipeline import Prediction
+
+
+def classify(
+    videos: Videos,
+    labels: Annotated[str | None, typer.Option(metavar="A,B,C", help="Class names, between commas.")] = None,
+    labels_file: Annotated[str | None, typer.Option(metavar="FILE", help="Class names, one a line, in UTF-8.")] = None,
+    template: Annotated[str, typer.Option(help="Sentence each label is put into, at its {}.")] = "{}",
+    top_k: Annotated[int, typer.Option(min=1, help="Labels to show for each video.")] = 5,
+    weights: Weights = "demo",
+    preset: Preset = "official",
+    frames: Frames = None,
+    views: Views = "1x1",
+    device: Device = "auto",
+    dtype: Precision = "float32",
+    backend: Backend = "auto",
+    vocabulary: Vocabulary = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank class names for each video.
+
+    The probabilities are the softmax over the labels, averaged over the views of the video. A file that cannot be used
+    is reported and the others are done; the exit code is then 2.
+    """
+    clips, crops = parse_views(views)
+    if (labels is None) == (labels_file is None):
+        raise InputError("give the class names with either --labels a,b,c or --labels-file FILE")
+
+    from xclip_fast.pipeline import Classifier, Sampling, read_labels
+    from xclip_fast.text import clean_labels, get_tokenizer
+
+    names = clean_labels(read_labels(labels_file) if labels_file is not None else (labels or "").split(","))
+    model = open_model(weights, frames, device, dtype)
+    classifier = Classifier(model, names, get_tokenizer(model.config, vocabulary), template)
+    sampling = Sampling(frames or model.config.frames, model.config.image_size, preset, clips, crops, backend)
+
+    results: list[dict[str, Any]] = []
+    for path, best, error in through_files(videos, lambda path: classifier.top(sampling.load(path), top_k), "classify"):
+        if best is None:
+            results.append({"file": path, "error": error})
+            continue
+        results.append({"file": path, "predictions": [asdict(prediction) for prediction in best]})
+        if not as_json:
+            _show(path, best)
+    if as_json:
+        used = {"weights": weights, "preset": preset, "frames": sampling.frames, "views": [clips, crops]}
+        emit_json({**used, "classes": len(names), "results": results})
+    if any("error" in result for result in results):
+        raise typer.Exit(BAD_INPUT)
+
+
+def _show(path: str, best: list[Prediction]) -> None:
+    ranking = table("", "#", "label", "probability", "", numbers=("#", "probability"))
+    ranking.title = safe(path, "bold")
+    for rank, prediction in enumerate(best, start=1):
+        bar = ProgressBar(total=1, completed=prediction.probability, width=20)
+        ranking.add_row(str(rank), safe(prediction.label), f"{prediction.probability:.1%}", bar)
+    stdout.print(ranking)

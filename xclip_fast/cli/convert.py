@@ -1,0 +1,27 @@
+"""``xclip-fast convert``: a checkpoint in another format."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from xclip_fast.cli.console import note
+from xclip_fast.errors import InputError
+
+FORMATS = ("xclip_fast", "official", "hf")
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="What --weights takes.", show_default=False)],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="File or folder to write.", show_default=False)],
+    form: Annotated[str, typer.Option("--format", help="xclip_fast, official or hf.")] = "xclip_fast",
+) -> None:
+    """Write a checkpoint in another format; the weights stay the same bit for bit."""
+    if form not in FORMATS:
+        raise InputError(f"unknown format {form!r}: choose one of {', '.join(FORMATS)}")
+
+    from xclip_fast.checkpoints import load_model, save_model
+
+    save_model(load_model(source), target, format=form)
+    note(f"wrote {target} in the {form} format")

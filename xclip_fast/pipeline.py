@@ -1,0 +1,192 @@
+"""From video files to labels and features: what ``xclip-fast classify`` and ``xclip-fast embed`` do, as a library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from xclip_fast.errors import InputError
+from xclip_fast.reference.model import VideoFeatures
+from xclip_fast.text import TextCache, Tokenizer, apply_template, clean_labels
+
+VIEWS_AT_ONCE = 4  # bounds the memory of many-view, many-label runs
+MAX_LABEL_BYTES = 16 << 20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of a video: its label, its place in the label list, and the probability the model gives it."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which pixels of a video a model sees; the fields are those of ``xclip_fast.video.load_video``."""
+
+    frames: int
+    size: int
+    preset: str = "official"
+    clips: int = 1
+    crops: int = 1
+    backend: str = "auto"
+
+    def load(self, path: str | Path) -> Tensor:
+        """uint8 (views, frames, size, size, 3), clips outermost.
+
+        Raises:
+            InputError: the file cannot be used.
+        """
+        from xclip_fast.video import load_video
+
+        return load_video(
+            path,
+            frames=self.frames,
+            size=self.size,
+            preset=self.preset,
+            clips=self.clips,
+            crops=self.crops,
+            backend=self.backend,
+        )
+
+
+class Classifier:
+    """Class probabilities of videos; the label texts are encoded once.
+
+    Args:
+        model: what ``create_model`` or ``load_model`` returns.
+        labels: class names; blank and repeated ones are refused.
+        tokenizer: the one the model was trained with, from ``get_tokenizer``.
+        template: a sentence with ``{}`` in the label's place.
+
+    Raises:
+        InputError: the labels or the template cannot be used.
+    """
+
+    def __init__(self, model: Any, labels: Sequence[str], tokenizer: Tokenizer, template: str = "{}") -> None:
+        self.model = model
+        self.labels = clean_labels(labels)
+        tokens = tokenizer(apply_template(self.labels, template), model.config.context_length)
+        self.text = TextCache().encode(model, tokens)
+
+    @torch.inference_mode()
+    def probabilities(self, views: Tensor) -> Tensor:
+        """float32 (K,): the softmax over the labels of each view, averaged over the views as the official code does.
+
+        Args:
+            views: uint8 (views, T, H, W, 3) of one video.
+
+        Raises:
+            InputError: the model gave something that is not a number.
+        """
+        total = torch.zeros(len(self.labels))
+        for some in views.to(self.text.device).split(VIEWS_AT_ONCE):
+            logits = self.model.logits(self.model.encode_video(some), self.text)
+            total += logits.float().softmax(dim=-1).sum(dim=0).cpu()
+        return _finite(total / len(views))
+
+    def top(self, views: Tensor, count: int = 5) -> list[Prediction]:
+        """The likeliest ``count`` labels of one video, best first; ties keep the order of the labels."""
+        probabilities, order = self.probabilities(views).sort(descending=True, stable=True)
+        best = zip(order[:count].tolist(), probabilities[:count].tolist(), strict=True)
+        return [Prediction(self.labels[index], index, probability) for index, probability in best]
+
+
+@torch.inference_mode()
+def embed(model: Any, views: Tensor) -> VideoFeatures:
+    """Features of one video, float32 and not normalised: ``video`` (E,) and ``patches`` (N, E), the mean of its views.
+
+    Args:
+        model: what ``create_model`` or ``load_model`` returns.
+        views: uint8 (views, T, H, W, 3) of one video.
+
+    Raises:
+        InputError: the model gave something that is not a number.
+    """
+    device = next(model.parameters()).device
+    parts = [model.encode_video(some) for some in views.to(device).split(VIEWS_AT_ONCE)]
+    video = torch.cat([part.video for part in parts]).float().mean(dim=0).cpu()
+    patches = torch.cat([part.patches for part in parts]).float().mean(dim=0).cpu()
+    return VideoFeatures(_finite(video), _finite(patches))
+
+
+def each_file(
+    paths: Iterable[str], work: Callable[[str], Result]
+) -> Iterator[tuple[str, Result | None, InputError | None]]:
+    """Do the work on each file: (path, result, None), or (path, None, error) for a file that cannot be used."""
+    for path in paths:
+        try:
+            yield path, work(path), None
+        except InputError as error:
+            yield path, None, error
+        except (MemoryError, torch.OutOfMemoryError):
+            yield (
+                path,
+                None,
+                InputError(f"{path}: not enough memory: use fewer --views or --frames, or another --device"),
+            )
+
+
+def read_labels(path: str) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank.
+
+    Raises:
+        InputError: the file cannot be read, is not text, or is larger than 16 MiB.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_LABEL_BYTES + 1)
+        if len(data) > MAX_LABEL_BYTES:
+            raise InputError(f"label file {path} is larger than {MAX_LABEL_BYTES >> 20} MiB: give one label a line")
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read label file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"label file {path} is not UTF-8 text: give one label a line") from None
+    labels = [line.strip() for line in text.splitlines() if line.strip()]
+    if not labels:
+        raise InputError(f"label file {path} holds no label: give one label a line")
+    return labels
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a name stands for; "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"device {name!r} cannot be used here: run 'xclip-fast info', or take auto or cpu") from None
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The dtype of a name such as "bfloat16".
+
+    Raises:
+        InputError: it is none that models run in.
+    """
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not values.isfinite().all():
+        raise InputError("the model gave values that are not numbers: check the weights, or use --dtype float32")
+    return values
