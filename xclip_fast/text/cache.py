@@ -1,0 +1,146 @@
+"""Text features of class sets, kept between calls."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+import weakref
+from collections import OrderedDict
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK_TOKENS = 8192
+_ROW_WORDS = 1024
+
+
+class TextCache:
+    """Text features of class sets, the least recently used out first. It is safe to use from several threads.
+
+    A kept feature is returned only for the same model object, tokens, device, dtype, autocast state and *contents* of
+    the text weights. The version counters of tensors would not do: a write through ``parameter.data`` leaves them be.
+    So each call reads the weights once (not those of token embeddings out of use) and waits for the device: about what
+    encoding a handful of labels costs. To pay nothing, call once and hold on to the features. A single changed number
+    is always seen, and any other change escapes with a probability below 2 ** -31.
+
+    Args:
+        max_bytes: the most memory the kept features take, on whatever device they are.
+    """
+
+    def __init__(self, max_bytes: int = 256 << 20) -> None:
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._models: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._serial = itertools.count()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copied or pickled model takes an empty cache along
+        return TextCache, (self.max_bytes,)
+
+    def encode(self, model: Any, tokens: Tensor) -> Tensor:
+        """The text features of ``model.encode_text(tokens)``, from the cache where they are already known.
+
+        Args:
+            model: anything with ``encode_text`` and the text tower under its official names (token_embedding,
+                positional_embedding, transformer, ln_final, text_projection). Its mode is left as it is.
+            tokens: integers (K, L) on any device; columns behind the longest end of text cost nothing.
+
+        Returns:
+            (K, E) on the device of the model, without gradients; writing into it does not reach the cache.
+
+        Raises:
+            ValueError: the tokens have another shape or dtype, or an id is not in the vocabulary.
+        """
+        device = model.text_projection.device
+        tokens = tokens.detach().cpu()
+        with torch.inference_mode(False), torch.no_grad():
+            if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape:
+                return model.encode_text(tokens.to(device))
+            _check_ids(tokens, len(model.token_embedding.weight))
+            ends = tokens.argmax(dim=-1)
+            tokens = tokens[:, : int(ends.max()) + 1].contiguous()
+            key = (
+                self._number(model),
+                device,
+                torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+                tokens.shape,
+                tokens.numpy().tobytes(),
+                _fingerprint(_text_weights(model, tokens)),
+            )
+            with self._lock:
+                features = self._entries.pop(key, None)
+            if features is None:
+                features = _encode_in_chunks(model, tokens, ends, device)
+            self._keep(key, features)
+        return features.clone()
+
+    def _number(self, model: Any) -> int:
+        with self._lock:
+            return self._models.setdefault(model, next(self._serial))
+
+    def _keep(self, key: tuple[Any, ...], features: Tensor) -> None:
+        with self._lock:
+            self._entries[key] = features
+            kept = sum(entry.nbytes for entry in self._entries.values())
+            while kept > self.max_bytes:
+                kept -= self._entries.popitem(last=False)[1].nbytes
+
+
+def _check_ids(tokens: Tensor, vocab_size: int) -> None:
+    low, high = map(int, tokens.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"token ids must lie in 0..{vocab_size - 1}, found {low}..{high}: "
+            "use the tokenizer this model was trained with"
+        )
+
+
+def _encode_in_chunks(model: Any, tokens: Tensor, ends: Tensor, device: torch.device) -> Tensor:
+    # texts of like length together: ten thousand of them need little memory, and no padding is computed
+    order = ends.argsort(stable=True)
+    features = [
+        model.encode_text(tokens[chunk, : int(ends[chunk[-1]]) + 1].to(device))
+        for chunk in order.split(max(1, _CHUNK_TOKENS // tokens.shape[1]))
+    ]
+    return torch.cat(features)[order.argsort().to(device)]
+
+
+def _text_weights(model: Any, tokens: Tensor) -> list[Tensor]:
+    """All that the text features of the tokens depend on."""
+    embedding = model.token_embedding.weight
+    weights = [embedding[tokens.unique().to(embedding.device)], model.positional_embedding[: tokens.shape[1]]]
+    for module in (model.transformer, model.ln_final):
+        weights += [*module.parameters(), *module.buffers()]
+    return [*weights, model.text_projection]
+
+
+def _fingerprint(weights: list[Tensor]) -> bytes:
+    """A hash of shapes, dtypes and contents. The device reads the weights; 0.2 % of their size comes to the host."""
+    vectors = torch.cat([_bytes(weight) for weight in weights if weight.ndim < 2])
+    matrices = [_bytes(weight) for weight in weights if weight.ndim >= 2]
+    sums = torch.cat([_row_sums(data) for data in (vectors, *matrices)])
+    kinds = repr([(weight.dtype, weight.shape) for weight in weights])
+    return hashlib.sha256(kinds.encode() + sums.cpu().numpy().tobytes()).digest()
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    return weight.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _row_sums(data: Tensor) -> Tensor:
+    """Sums, modulo 2 ** 64, of 1024 words each with random odd multipliers: a universal hash of the bytes."""
+    gap = -len(data) % (4 * _ROW_WORDS)
+    if gap or data.storage_offset() % 4:
+        data = torch.cat([data, data.new_zeros(gap)])
+    return (data.view(torch.int32).view(-1, _ROW_WORDS) * _multipliers(data.device)).sum(dim=1)
+
+
+@lru_cache(maxsize=16)
+def _multipliers(device: torch.device) -> Tensor:
+    generator = torch.Generator()
+    generator.seed()
+    return torch.randint(-(2**63), 2**63 - 1, (_ROW_WORDS,), generator=generator).bitwise_or(1).to(device)
