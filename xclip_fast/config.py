@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite
 from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -50,6 +51,7 @@ class XCLIPConfig:
     pixel_std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
+        self._check_integers(least=0)
         defaults = {
             "vision_heads": self.vision_width // HEAD_DIM,
             "text_heads": self.text_width // HEAD_DIM,
@@ -60,14 +62,20 @@ class XCLIPConfig:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
         for name in ("pixel_mean", "pixel_std"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+            try:
+                object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} must hold three numbers, found {getattr(self, name)!r}") from None
+        self._check_integers(least=1)
         self._check()
 
-    def _check(self) -> None:
+    def _check_integers(self, least: int) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{field.name} must be a positive integer, found {value!r}")
+
+    def _check(self) -> None:
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size, found {self.image_size} and {self.patch_size}"
@@ -83,7 +91,10 @@ class XCLIPConfig:
                 )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {self.activation!r}")
-        if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
+        if not isinstance(self.prompt_alpha, (int, float)) or not isfinite(self.prompt_alpha):
+            raise ValueError(f"prompt_alpha must be a finite number, found {self.prompt_alpha!r}")
+        finite = all(map(isfinite, self.pixel_mean + self.pixel_std))
+        if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0 or not finite:
             raise ValueError("pixel_mean and pixel_std must hold three numbers each, the latter positive")
 
     @property

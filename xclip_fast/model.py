@@ -23,5 +23,6 @@ def create_model(variant_or_config: str | XCLIPConfig, *, frames: int | None = N
     if seed is None:
         return XCLIP(config).eval()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would reseed every accelerator too
+        torch.default_generator.manual_seed(seed)
         return XCLIP(config).eval()
