@@ -2,5 +2,6 @@
 
 from xclip_fast.ops._backends import BACKENDS, backend, explain
 from xclip_fast.ops.layer_norm import layer_norm
+from xclip_fast.ops.linear_quick_gelu import feed_forward, linear_quick_gelu
 
-__all__ = ["BACKENDS", "backend", "explain", "layer_norm"]
+__all__ = ["BACKENDS", "backend", "explain", "feed_forward", "layer_norm", "linear_quick_gelu"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def cast_for_product(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_for_product(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast the tensors of a product or an attention as autocast would; unchanged when autocast is off."""
     device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
     dtype = autocast_dtype(device_type)

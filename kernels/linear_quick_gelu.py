@@ -1,0 +1,171 @@
+"""The first product of the perceptron with bias and QuickGELU in its epilogue, and the activation's backward pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xclip_fast.kernels._launch import as_rows, on_device_of
+
+# x * sigmoid(1.702 x) = x / (1 + 2^(-1.702 log2(e) x)): one exp2 and one division, where tl.sigmoid takes 13 operations
+EXPONENT = tl.constexpr(-2.4554669595930155)
+BACKWARD_BLOCK = 1024
+
+
+class Tiling(NamedTuple):
+    """Block sizes of a product and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def tiling(rows: int, width: int, dtype: torch.dtype) -> Tiling:
+    """The default tiles for a product of this many rows: two programs a multiprocessor where the rows fill it."""
+    block_k = min(64, max(16, triton.next_power_of_2(width)))
+    if dtype == torch.float32:
+        return Tiling(64, 64, min(32, block_k), 4, 2)
+    if rows <= 2048:
+        return Tiling(64, 128, block_k, 4, 4)
+    return Tiling(128, 128, block_k, 4, 3)
+
+
+@triton.jit
+def _tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of a program's tile; groups of rows share columns of the weight in the L2 cache."""
+    group = program // (GROUP * tiles_n)
+    first = group * GROUP
+    height = min(tiles_m - first, GROUP)
+    within = program % (GROUP * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def _linear_quick_gelu_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    hidden_ptr,
+    pre_ptr,
+    rows,
+    x_stride,
+    weight_stride,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SAVE_PRE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tile_m, tile_n = _tile_of(tl.program_id(0), tiles_m, tl.cdiv(HIDDEN, BLOCK_N), GROUP)
+    row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # rows and columns past the end repeat the last one: no mask in the loop, and they are not stored
+    x = x_ptr + tl.minimum(row, rows - 1)[:, None] * x_stride + k[None, :]
+    weight = weight_ptr + tl.minimum(column, HIDDEN - 1).to(tl.int64)[None, :] * weight_stride + k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        if WIDTH % BLOCK_K == 0:
+            # [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N]
+            x_tile = tl.load(x)
+            weight_tile = tl.load(weight)
+        else:
+            x_tile = tl.load(x, mask=k[None, :] < WIDTH - start, other=0.0)
+            weight_tile = tl.load(weight, mask=k[:, None] < WIDTH - start, other=0.0)
+        acc = tl.dot(x_tile, weight_tile, acc, input_precision=PRECISION)
+        x += BLOCK_K
+        weight += BLOCK_K
+    pre = acc + tl.load(bias_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
+    inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
+    out = row[:, None] * HIDDEN + column[None, :]
+    if SAVE_PRE:
+        tl.store(pre_ptr + out, pre.to(pre_ptr.dtype.element_ty), mask=inside)
+    hidden = pre / (1.0 + tl.exp2(pre * EXPONENT))
+    tl.store(hidden_ptr + out, hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quick_gelu_bwd_kernel(
+    grad_ptr,
+    pre_ptr,
+    grad_pre_ptr,
+    hidden_ptr,
+    count,
+    BLOCK: tl.constexpr,
+    WRITE_HIDDEN: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    # [BLOCK]
+    pre = tl.load(pre_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp2(pre * EXPONENT))
+    slope = sigmoid + 1.702 * pre * sigmoid * (1.0 - sigmoid)
+    tl.store(grad_pre_ptr + index, (grad * slope).to(grad_pre_ptr.dtype.element_ty), mask=inside)
+    if WRITE_HIDDEN:
+        # computed again here, so that the forward pass need not keep it
+        tl.store(hidden_ptr + index, (pre * sigmoid).to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
+    """Launch the product: activated (..., N), and the pre-activation of the same shape or nothing."""
+    flat = as_rows(x)
+    weight = as_rows(weight)
+    rows, width = flat.shape
+    hidden_width = weight.shape[0]
+    hidden = torch.empty(*x.shape[:-1], hidden_width, dtype=x.dtype, device=x.device)
+    pre = torch.empty_like(hidden) if save_pre else torch.empty(0, dtype=x.dtype, device=x.device)
+    tile = tiling(rows, width, x.dtype)
+    if hidden.numel():
+        with on_device_of(x):
+            _linear_quick_gelu_fwd_kernel[(triton.cdiv(rows, tile.block_m) * triton.cdiv(hidden_width, tile.block_n),)](
+                x_ptr=flat,
+                weight_ptr=weight,
+                bias_ptr=bias.contiguous(),
+                hidden_ptr=hidden,
+                pre_ptr=pre,
+                rows=rows,
+                x_stride=flat.stride(0),
+                weight_stride=weight.stride(0),
+                WIDTH=width,
+                HIDDEN=hidden_width,
+                BLOCK_M=tile.block_m,
+                BLOCK_N=tile.block_n,
+                BLOCK_K=tile.block_k,
+                GROUP=8,
+                SAVE_PRE=save_pre,
+                PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
+    return hidden, pre
+
+
+def quick_gelu_bwd(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
+    """Launch the activation's backward pass: gradient of the pre-activation, and the activation again or nothing."""
+    grad = grad.contiguous()
+    grad_pre = torch.empty_like(pre)
+    hidden = torch.empty_like(pre) if write_hidden else torch.empty(0, dtype=pre.dtype, device=pre.device)
+    if pre.numel():
+        with on_device_of(pre):
+            _quick_gelu_bwd_kernel[(triton.cdiv(pre.numel(), BACKWARD_BLOCK),)](
+                grad_ptr=grad,
+                pre_ptr=pre,
+                grad_pre_ptr=grad_pre,
+                hidden_ptr=hidden,
+                count=pre.numel(),
+                BLOCK=BACKWARD_BLOCK,
+                WRITE_HIDDEN=write_hidden,
+                num_warps=4,
+            )
+    return grad_pre, hidden

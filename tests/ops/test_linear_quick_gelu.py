@@ -1,0 +1,166 @@
+"""Linear with QuickGELU, and the whole perceptron: parity, layouts, bad numbers, memory, registration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import check_op, kernel_dtypes, layouts, random
+
+from xclip_fast.ops import explain, feed_forward, linear_quick_gelu
+
+SIZES = [
+    (1, 1, 1),
+    (1, 16, 16),
+    (2, 3, 5),
+    (3, 64, 1),
+    (5, 17, 33),
+    (7, 31, 129),
+    (16, 64, 64),
+    (33, 48, 100),
+    (63, 65, 63),
+    (64, 64, 128),
+    (65, 127, 127),
+    (66, 128, 129),
+    (100, 96, 40),
+    (127, 20, 66),
+    (129, 768, 32),
+    (50, 100, 256),
+]
+
+
+def arguments(rows: int, width: int, hidden: int, dtype: torch.dtype, *, mean: float = 0.0) -> dict[str, object]:
+    return {
+        "x": random(rows, width, dtype=dtype, mean=mean),
+        "weight": random(hidden, width, dtype=dtype, scale=width**-0.5),
+        "bias": random(hidden, dtype=dtype),
+    }
+
+
+def perceptron(rows: int, width: int, hidden: int, dtype: torch.dtype) -> dict[str, object]:
+    found = arguments(rows, width, hidden, dtype)
+    return {
+        "x": found["x"],
+        "fc_weight": found["weight"],
+        "fc_bias": found["bias"],
+        "proj_weight": random(width, hidden, dtype=dtype, scale=hidden**-0.5),
+        "proj_bias": random(width, dtype=dtype),
+    }
+
+
+@kernel_dtypes
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_parity(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check_op(linear_quick_gelu, arguments(*size, dtype), what="linear_quick_gelu", ceiling=1e-2)
+
+
+@kernel_dtypes
+@pytest.mark.parametrize("size", SIZES[1::2], ids=str)
+def test_perceptron_parity(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check_op(feed_forward, perceptron(*size, dtype), what="feed_forward", ceiling=1e-2)
+
+
+@kernel_dtypes
+@pytest.mark.parametrize("mean", [3.0, 30.0])
+def test_mean_far_from_zero(mean: float, dtype: torch.dtype) -> None:
+    check_op(linear_quick_gelu, arguments(9, 64, 70, dtype, mean=mean), what="linear_quick_gelu far mean", ceiling=1e-2)
+
+
+@kernel_dtypes
+@pytest.mark.parametrize("layout", ["offset", "padded", "strided", "transposed"])
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_layouts(name: str, layout: str, dtype: torch.dtype) -> None:
+    inputs = arguments(10, 24, 40, dtype)
+    inputs["x"] = inputs["x"].view(5, 2, 24)
+    inputs[name] = layouts(inputs[name])[layout]
+    check_op(linear_quick_gelu, inputs, what="linear_quick_gelu layouts", ceiling=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_empty(shape: tuple[int, ...], backend: str) -> None:
+    inputs = perceptron(1, 8, 12, torch.float32)
+    inputs["x"] = torch.empty(shape, device=inputs["x"].device)
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    out = feed_forward(**inputs, backend=backend)
+    assert out.shape == shape
+    assert all(not grad.any() for grad in torch.autograd.grad(out.sum(), list(inputs.values())))
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, float("nan"), float("inf"), float("-inf")])
+def test_extreme_activations_as_torch(value: float) -> None:
+    x = torch.tensor([[1.0], [value]], device=random(1, dtype=torch.float32).device, requires_grad=True)
+    weight = torch.ones(20, 1, device=x.device)
+    found = linear_quick_gelu(x, weight, weight[:, 0] * 0, backend="triton")
+    expected = linear_quick_gelu(x, weight, weight[:, 0] * 0, backend="reference")
+    assert torch.allclose(found, expected, equal_nan=True)
+    grads = [torch.autograd.grad(y.sum(), x)[0] for y in (found, expected)]
+    assert torch.allclose(*grads, equal_nan=True)
+
+
+def test_backward_keeps_input_and_one_hidden_tensor() -> None:
+    inputs = {name: x.requires_grad_() for name, x in perceptron(40, 32, 128, torch.float32).items()}
+    weights = {x.data_ptr() for name, x in inputs.items() if name != "x"}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        feed_forward(**inputs, backend="triton")
+    activations = sum(x.numel() for x in kept if x.data_ptr() not in weights)
+    assert activations == 40 * (32 + 128)
+
+
+def test_repeats_are_bit_equal() -> None:
+    inputs = {name: x.requires_grad_() for name, x in perceptron(70, 48, 96, torch.float32).items()}
+    runs = [torch.autograd.grad(feed_forward(**inputs, backend="triton").sum(), list(inputs.values())) for _ in "abc"]
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_torch_formulation(dtype: torch.dtype, gradients: bool) -> None:
+    check_op(
+        feed_forward, perceptron(9, 40, 70, dtype), what="feed_forward torch", backend="torch", gradients=gradients
+    )
+
+
+@pytest.mark.parametrize("save_pre", [True, False])
+def test_registered_ops(save_pre: bool) -> None:
+    inputs = [x.requires_grad_() for x in perceptron(6, 20, 24, torch.float32).values()]
+    torch.library.opcheck(torch.ops.xclip_fast.linear_quick_gelu, (*inputs[:3], save_pre))
+    torch.library.opcheck(torch.ops.xclip_fast.feed_forward, (*inputs, save_pre))
+
+
+def test_registered_ops_without_kernels_have_exact_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    inputs = [x.cpu().requires_grad_() for x in perceptron(3, 5, 7, torch.float64).values()]
+    assert torch.autograd.gradcheck(lambda *args: torch.ops.xclip_fast.feed_forward(*args, True)[0], inputs)
+    assert torch.autograd.gradcheck(
+        lambda *args: torch.ops.xclip_fast.linear_quick_gelu(*args, True)[0], tuple(inputs[:3])
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_whole(backend: str) -> None:
+    compiled = torch.compile(lambda *args: feed_forward(*args, backend=backend), fullgraph=True, backend="aot_eager")
+    inputs = [x.requires_grad_() for x in perceptron(4, 16, 32, torch.float32).values()]
+    assert torch.allclose(compiled(*inputs), feed_forward(*inputs, backend=backend), atol=1e-6)
+    with torch.inference_mode():
+        assert torch.allclose(compiled(*inputs), feed_forward(*inputs, backend=backend), atol=1e-6)
+
+
+def test_autocast_as_linear() -> None:
+    x, weight, bias = (x.cpu() for x in arguments(4, 16, 24, torch.float32).values())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_quick_gelu(x, weight, bias, backend="torch")
+        assert found.dtype == torch.nn.functional.linear(x, weight, bias).dtype == torch.bfloat16
+
+
+def test_wrong_arguments_are_named() -> None:
+    x, weight, bias = arguments(2, 8, 6, torch.float32).values()
+    with pytest.raises(
+        ValueError, match=r"weight must be torch.float32 \(N, 8\) to fit x, found torch.float32 \(6, 7\)"
+    ):
+        linear_quick_gelu(x, weight[:, :7], bias)
+    with pytest.raises(ValueError, match=r"bias must have shape \(6,\) to fit weight, found \(5,\)"):
+        linear_quick_gelu(x, weight, bias[:5])
+    with pytest.raises(ValueError, match=r"weight must be torch.float32 \(N, 6\)"):
+        feed_forward(x, weight, bias, weight, bias)
+    assert "float64" in explain("linear_quick_gelu", x.double(), weight.double(), bias.double())["triton"]

@@ -1,0 +1,235 @@
+"""The perceptron of a block: linear and QuickGELU in one product, and the whole of it with half the saved memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd, register_fake
+from torch.nn.functional import linear, silu
+from torch.utils.flop_counter import register_flop_formula
+
+from xclip_fast.ops._autocast import cast_for_product
+from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+
+SLOPE = 1.702  # QuickGELU is x * sigmoid(SLOPE * x)
+
+
+def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
+    """``quick_gelu(x @ weight.T + bias)``, the pre-activation never leaving the chip unless a gradient needs it.
+
+    Args:
+        x: (..., K), any strides.
+        weight: (N, K) in the dtype of ``x``.
+        bias: (N,).
+        backend: "reference", "torch", "triton", or the automatic choice.
+
+    Returns:
+        (..., N) in the dtype of ``x``, or of autocast. Accumulation and activation are in float32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
+
+    Source: ``mlp.c_fc`` and ``mlp.gelu`` of a block.
+    """
+    x, weight, bias = cast_for_product(x, weight, bias)
+    _check(x, weight, bias)
+    chosen = choose("linear_quick_gelu", backend, x, weight, bias)
+    if chosen == "reference":
+        return linear_quick_gelu_ref(x, weight, bias)
+    if chosen == "torch":
+        return _linear_quick_gelu_torch(x, weight, bias)
+    return torch.ops.xclip_fast.linear_quick_gelu(x, weight, bias, _needs_gradient(x, weight, bias))[0]
+
+
+def feed_forward(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``linear(linear_quick_gelu(x))``; for the backward pass the kernels keep ``x`` and one hidden tensor, not three.
+
+    Args:
+        x: (..., K), any strides.
+        fc_weight, fc_bias: (N, K) and (N,).
+        proj_weight, proj_bias: (K', N) and (K',).
+        backend: "reference", "torch", "triton", or the automatic choice.
+
+    Returns:
+        (..., K') in the dtype of ``x``, or of autocast.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
+    """
+    x, fc_weight, fc_bias, proj_weight, proj_bias = cast_for_product(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    _check(x, fc_weight, fc_bias)
+    _check(x.new_empty(0, fc_weight.shape[0]), proj_weight, proj_bias)
+    tensors = (x, fc_weight, fc_bias, proj_weight, proj_bias)
+    chosen = choose("feed_forward", backend, *tensors)
+    if chosen == "reference":
+        return linear(linear_quick_gelu_ref(x, fc_weight, fc_bias), proj_weight, proj_bias)
+    if chosen == "torch" and _needs_gradient(*tensors):
+        return linear(_linear_quick_gelu_torch(x, fc_weight, fc_bias), proj_weight, proj_bias)
+    if chosen == "torch":
+        return _feed_forward_torch(*tensors)
+    return torch.ops.xclip_fast.feed_forward(*tensors, _needs_gradient(*tensors))[0]
+
+
+def linear_quick_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The definition."""
+    pre = x @ weight.T + bias
+    return pre * torch.sigmoid(SLOPE * pre)
+
+
+def _linear_quick_gelu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    pre = linear(x, weight, bias)
+    return pre * torch.sigmoid(SLOPE * pre)
+
+
+def _feed_forward_torch(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor
+) -> Tensor:
+    # the slope rides on the scale factors of the products, which leaves one pass over the hidden rows instead of three
+    rows = x.reshape(-1, x.shape[-1])
+    hidden = torch.addmm(fc_bias, rows, fc_weight.T, beta=SLOPE, alpha=SLOPE)
+    hidden = silu(hidden, inplace=True)
+    out = torch.addmm(proj_bias, hidden, proj_weight.T, alpha=1 / SLOPE)
+    return out.view(*x.shape[:-1], -1)
+
+
+@custom_op("xclip_fast::linear_quick_gelu", mutates_args=())
+def _linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
+    """The activated rows, and the pre-activation if it is to be saved."""
+    if runs_kernels(x):
+        from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd
+
+        return linear_quick_gelu_fwd(x, weight, bias, save_pre)
+    pre = linear(x, weight, bias).contiguous()
+    return pre * torch.sigmoid(SLOPE * pre), pre if save_pre else x.new_empty(0)
+
+
+@register_fake("xclip_fast::linear_quick_gelu")
+def _linear_quick_gelu_fake(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save_pre else 0)
+
+
+@custom_op("xclip_fast::quick_gelu_backward", mutates_args=())
+def _quick_gelu_backward(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of the pre-activation, and the activation computed again if it is wanted."""
+    if runs_kernels(pre):
+        from xclip_fast.kernels.linear_quick_gelu import quick_gelu_bwd
+
+        return quick_gelu_bwd(grad, pre, write_hidden)
+    sigmoid = torch.sigmoid(SLOPE * pre)
+    grad_pre = grad.contiguous() * (sigmoid + SLOPE * pre * sigmoid * (1 - sigmoid))
+    return grad_pre, pre * sigmoid if write_hidden else pre.new_empty(0)
+
+
+@register_fake("xclip_fast::quick_gelu_backward")
+def _quick_gelu_backward_fake(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(pre), pre.new_empty(pre.shape if write_hidden else 0)
+
+
+@custom_op("xclip_fast::feed_forward", mutates_args=())
+def _feed_forward(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, save_pre: bool
+) -> tuple[Tensor, Tensor]:
+    """The result, and the pre-activation if it is to be saved."""
+    hidden, pre = torch.ops.xclip_fast.linear_quick_gelu(x, fc_weight, fc_bias, save_pre)
+    return linear(hidden, proj_weight, proj_bias).contiguous(), pre
+
+
+@register_fake("xclip_fast::feed_forward")
+def _feed_forward_fake(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, save_pre: bool
+) -> tuple[Tensor, Tensor]:
+    pre_shape = (*x.shape[:-1], fc_weight.shape[0]) if save_pre else (0,)
+    return x.new_empty(*x.shape[:-1], proj_weight.shape[0]), x.new_empty(pre_shape)
+
+
+def _setup_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias, save_pre = inputs
+    ctx.save_for_backward(x, weight, bias, output[1] if save_pre else None)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_linear(ctx, grad, _):  # type: ignore[no-untyped-def]
+    x, weight, bias, pre = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None
+    pre = linear(x, weight, bias) if pre is None else pre
+    grad_pre, _ = torch.ops.xclip_fast.quick_gelu_backward(grad, pre, False)
+    return *_product_gradients(grad_pre, x, weight, bias), None
+
+
+def _setup_feed_forward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, save_pre = inputs
+    ctx.save_for_backward(*tensors, output[1] if save_pre else None)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_feed_forward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    x, fc_weight, fc_bias, proj_weight, proj_bias, pre = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None, None, None
+    pre = linear(x, fc_weight, fc_bias) if pre is None else pre
+    grad_pre, hidden = torch.ops.xclip_fast.quick_gelu_backward(grad @ proj_weight, pre, True)
+    rows = grad.reshape(-1, grad.shape[-1])
+    grad_proj_weight = rows.T @ hidden.reshape(-1, hidden.shape[-1])
+    grad_proj_bias = rows.sum(0).to(proj_bias.dtype)
+    return *_product_gradients(grad_pre, x, fc_weight, fc_bias), grad_proj_weight, grad_proj_bias, None
+
+
+def _product_gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, ``weight`` and ``bias`` of a linear layer."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0).to(bias.dtype)
+
+
+register_autograd("xclip_fast::linear_quick_gelu", _backward_linear, setup_context=_setup_linear)
+register_autograd("xclip_fast::feed_forward", _backward_feed_forward, setup_context=_setup_feed_forward)
+
+
+@register_flop_formula(torch.ops.xclip_fast.linear_quick_gelu)
+def _linear_flops(x_shape, weight_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
+    """One product; the activation is not counted, like PyTorch's own."""
+    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.xclip_fast.feed_forward)
+def _feed_forward_flops(x_shape, fc_shape, fc_bias, proj_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
+    """Two products."""
+    rows = torch.Size(x_shape[:-1]).numel()
+    return 2 * rows * (fc_shape[0] * fc_shape[1] + proj_shape[0] * proj_shape[1])
+
+
+@register_flop_formula(torch.ops.xclip_fast.quick_gelu_backward)
+def _activation_flops(*args: object, **kwargs: object) -> int:
+    """No product."""
+    return 0
+
+
+@explains("linear_quick_gelu")
+def _refusal(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    return kernel_refusal(x, weight, bias)
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.ndim < 1 or not x.is_floating_point() or x.shape[-1] == 0:
+        raise ValueError(f"x must be a floating point (..., K) tensor with K >= 1, found {x.dtype} {tuple(x.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+        raise ValueError(
+            f"weight must be {x.dtype} (N, {x.shape[-1]}) to fit x, found {weight.dtype} {tuple(weight.shape)}"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},) to fit weight, found {tuple(bias.shape)}")
