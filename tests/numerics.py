@@ -12,6 +12,7 @@ Both add a row to the table that ``pytest -k parity -s`` prints at the end.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -120,7 +121,7 @@ def parity_table(rows: list[ParityRow]) -> list[str]:
     width = max(len(what) for what, _ in groups)
     lines = [f"{'what':{width}}  {'dtype':8}  cases     error     torch  allowance"]
     for (what, dtype), cases in sorted(groups.items()):
-        worst = max(cases, key=lambda row: row.error / row.allowance)
+        worst = max(cases, key=lambda row: row.error / max(row.allowance, sys.float_info.min))
         figures = (f"{x:9.1e}" if not math.isnan(x) else f"{'-':>9}" for x in astuple(worst)[2:])
         lines.append(f"{what:{width}}  {dtype:8}  {len(cases):5} " + " ".join(figures))
     return lines
