@@ -3,5 +3,14 @@
 from xclip_fast.ops._backends import BACKENDS, backend, explain
 from xclip_fast.ops.layer_norm import layer_norm
 from xclip_fast.ops.linear_quick_gelu import feed_forward, linear_quick_gelu
+from xclip_fast.ops.mean_norm_over_frames import mean_norm_over_frames
 
-__all__ = ["BACKENDS", "backend", "explain", "feed_forward", "layer_norm", "linear_quick_gelu"]
+__all__ = [
+    "BACKENDS",
+    "backend",
+    "explain",
+    "feed_forward",
+    "layer_norm",
+    "linear_quick_gelu",
+    "mean_norm_over_frames",
+]

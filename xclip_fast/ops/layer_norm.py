@@ -42,7 +42,7 @@ def layer_norm(
     Source: the norms of the pre-norm blocks, paper, equations 4 to 6.
     """
     _check(x, weight, bias, residual, constant)
-    refusal = _size_refusal(x)
+    refusal = size_refusal(x)
     chosen = choose("layer_norm", backend, x, weight, bias, residual, constant, refusal=refusal)
     if chosen == "reference":
         return layer_norm_ref(x, weight, bias, residual, constant, eps)
@@ -184,10 +184,11 @@ def _refusal(
     constant: Tensor | None = None,
     eps: float = 1e-5,
 ) -> str | None:
-    return _size_refusal(x) or kernel_refusal(x, weight, bias, residual, constant)
+    return size_refusal(x) or kernel_refusal(x, weight, bias, residual, constant)
 
 
-def _size_refusal(x: Tensor) -> str | None:
+def size_refusal(x: Tensor) -> str | None:
+    """Why the rows of ``x`` are too wide for a kernel that holds a row in registers, or nothing."""
     return f"its rows hold up to {MAX_WIDTH} numbers, found {x.shape[-1]}" if x.shape[-1] > MAX_WIDTH else None
 
 

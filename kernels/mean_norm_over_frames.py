@@ -1,0 +1,171 @@
+"""Mean over the frames of the layer norm of the patches: T rows in, one row out."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xclip_fast.kernels._launch import on_device_of
+from xclip_fast.kernels.layer_norm import BACKWARD_PROGRAMS, block_shape
+
+
+@triton.jit
+def _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride):
+    """Pointers to frame 0 of flat patches (b, n): [BLOCK_ROWS]."""
+    return tokens_ptr + patch // patches * batch_stride + patch % patches * patch_stride
+
+
+@triton.jit
+def _normalise(x, in_width, eps, WIDTH: tl.constexpr):
+    """Rows [BLOCK_ROWS, BLOCK_WIDTH] without mean, at unit variance, and their 1 / deviation; padding stays zero."""
+    centred = tl.where(in_width[None, :], x - (tl.sum(x, axis=1) / WIDTH)[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / WIDTH + eps)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def _mean_norm_over_frames_fwd_kernel(
+    tokens_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    frames,
+    patches,
+    batch_stride,
+    frame_stride,
+    patch_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    patch = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_WIDTH)
+    in_width = column < WIDTH
+    inside = (patch < rows)[:, None] & in_width[None, :]
+    row = _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+    for frame in range(frames):
+        # [BLOCK_ROWS, BLOCK_WIDTH]
+        start = row + tl.cast(frame, tl.int64) * frame_stride
+        x = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        normalised, _ = _normalise(x, in_width, eps, WIDTH)
+        total += normalised
+    weight = tl.load(weight_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+    # the affine part commutes with the mean
+    out = total / frames * weight[None, :] + bias[None, :]
+    tl.store(out_ptr + patch[:, None] * WIDTH + column[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _mean_norm_over_frames_bwd_kernel(
+    grad_ptr,
+    tokens_ptr,
+    weight_ptr,
+    grad_tokens_ptr,
+    partial_ptr,
+    rows,
+    frames,
+    patches,
+    batch_stride,
+    frame_stride,
+    patch_stride,
+    eps,
+    programs,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_WIDTH)
+    in_width = column < WIDTH
+    weight = tl.load(weight_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK_WIDTH,), tl.float32)
+    grad_bias = tl.zeros((BLOCK_WIDTH,), tl.float32)
+    for block in range(program, tl.cdiv(rows, BLOCK_ROWS), programs):
+        patch = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        inside = (patch < rows)[:, None] & in_width[None, :]
+        row = _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride)
+        # [BLOCK_ROWS, BLOCK_WIDTH]
+        grad = tl.load(grad_ptr + patch[:, None] * WIDTH + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        weighted = grad * weight[None, :] / frames
+        along_mean = tl.sum(weighted, axis=1) / WIDTH
+        total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
+        for frame in range(frames):
+            start = row + tl.cast(frame, tl.int64) * frame_stride
+            x = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            normalised, rstd = _normalise(x, in_width, eps, WIDTH)
+            total += normalised
+            along_x = tl.sum(weighted * normalised, axis=1) / WIDTH
+            grad_x = (weighted - along_mean[:, None] - normalised * along_x[:, None]) * rstd[:, None]
+            out = ((patch // patches * frames + frame) * patches + patch % patches)[:, None] * WIDTH + column[None, :]
+            tl.store(grad_tokens_ptr + out, grad_x.to(grad_tokens_ptr.dtype.element_ty), mask=inside)
+        grad_weight += tl.sum(tl.where(inside, grad * total, 0.0), axis=0) / frames
+        grad_bias += tl.sum(grad, axis=0)
+    partial = partial_ptr + program * 2 * WIDTH + column
+    tl.store(partial, grad_weight, mask=in_width)
+    tl.store(partial + WIDTH, grad_bias, mask=in_width)
+
+
+def mean_norm_over_frames_fwd(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Launch the forward pass: (B, T, N, D) to (B, N, D)."""
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    batch, frames, patches, width = tokens.shape
+    out = torch.empty(batch, patches, width, dtype=tokens.dtype, device=tokens.device)
+    block_rows, block_width = block_shape(width)
+    if out.numel():
+        with on_device_of(tokens):
+            _mean_norm_over_frames_fwd_kernel[(triton.cdiv(batch * patches, block_rows),)](
+                tokens_ptr=tokens,
+                weight_ptr=weight.contiguous(),
+                bias_ptr=bias.contiguous(),
+                out_ptr=out,
+                rows=batch * patches,
+                frames=frames,
+                patches=patches,
+                batch_stride=tokens.stride(0),
+                frame_stride=tokens.stride(1),
+                patch_stride=tokens.stride(2),
+                eps=eps,
+                WIDTH=width,
+                BLOCK_ROWS=block_rows,
+                BLOCK_WIDTH=block_width,
+                num_warps=4,
+            )
+    return out
+
+
+def mean_norm_over_frames_bwd(grad: Tensor, tokens: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Launch the backward pass: gradient of the tokens, and of weight and bias as float32 (2, D)."""
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    batch, frames, patches, width = tokens.shape
+    block_rows, block_width = block_shape(width)
+    programs = min(triton.cdiv(batch * patches, block_rows), BACKWARD_PROGRAMS)
+    grad_tokens = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    partial = torch.empty(programs, 2, width, dtype=torch.float32, device=tokens.device)
+    if grad_tokens.numel():
+        with on_device_of(tokens):
+            _mean_norm_over_frames_bwd_kernel[(programs,)](
+                grad_ptr=grad.contiguous(),
+                tokens_ptr=tokens,
+                weight_ptr=weight.contiguous(),
+                grad_tokens_ptr=grad_tokens,
+                partial_ptr=partial,
+                rows=batch * patches,
+                frames=frames,
+                patches=patches,
+                batch_stride=tokens.stride(0),
+                frame_stride=tokens.stride(1),
+                patch_stride=tokens.stride(2),
+                eps=eps,
+                programs=programs,
+                WIDTH=width,
+                BLOCK_ROWS=block_rows,
+                BLOCK_WIDTH=block_width,
+                num_warps=4,
+            )
+    return grad_tokens, partial.sum(0)

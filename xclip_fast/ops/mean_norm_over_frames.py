@@ -1,0 +1,135 @@
+"""Mean over the frames of the layer norm of the patches: what the prompts need, before the projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd, register_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops.layer_norm import size_refusal
+
+
+def mean_norm_over_frames(
+    tokens: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, backend: str | None = None
+) -> Tensor:
+    """``layer_norm(tokens).mean(frames)`` in one pass over the tokens.
+
+    The projection that follows is linear, so taking the mean first is exact and costs T times less.
+
+    Args:
+        tokens: (B, T, N, D) with T >= 1, usually the view without the class token; any strides.
+        weight, bias: (D,).
+        eps: added to the variance.
+        backend: "reference", "torch", "triton", or the automatic choice.
+
+    Returns:
+        (B, N, D) in the dtype of ``tokens``; statistics and sums are in float32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
+
+    Source: ``prompts_visual_ln`` and the mean over frames of the official ``encode_video`` and ``forward``.
+    """
+    _check(tokens, weight, bias)
+    refusal = size_refusal(tokens)
+    chosen = choose("mean_norm_over_frames", backend, tokens, weight, bias, refusal=refusal)
+    if chosen == "reference":
+        return mean_norm_over_frames_ref(tokens, weight, bias, eps)
+    if chosen == "torch":
+        return _mean_norm_over_frames_torch(tokens, weight, bias, eps)
+    return torch.ops.xclip_fast.mean_norm_over_frames(tokens, weight, bias, eps)
+
+
+def mean_norm_over_frames_ref(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The definition."""
+    centred = tokens - tokens.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (centred / deviation * weight + bias).mean(1)
+
+
+def _mean_norm_over_frames_torch(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    weight, bias = weight.to(tokens.dtype), bias.to(tokens.dtype)
+    return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps).mean(1)
+
+
+@custom_op("xclip_fast::mean_norm_over_frames", mutates_args=())
+def _mean_norm_over_frames(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if runs_kernels(tokens):
+        from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_fwd
+
+        return mean_norm_over_frames_fwd(tokens, weight, bias, eps)
+    return _mean_norm_over_frames_torch(tokens, weight, bias, eps)
+
+
+@register_fake("xclip_fast::mean_norm_over_frames")
+def _mean_norm_over_frames_fake(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return tokens.new_empty(tokens.shape[0], tokens.shape[2], tokens.shape[3])
+
+
+@custom_op("xclip_fast::mean_norm_over_frames_backward", mutates_args=())
+def _mean_norm_over_frames_backward(grad: Tensor, tokens: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradient of the tokens, and of weight and bias as (2, D) not rounded; the statistics are computed again."""
+    if runs_kernels(tokens):
+        from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd
+
+        return mean_norm_over_frames_bwd(grad, tokens, weight, eps)
+    exact = torch.promote_types(tokens.dtype, torch.float32)
+    x = tokens.to(exact)
+    centred = x - x.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normalised = centred * rstd
+    spread = grad.to(exact).unsqueeze(1) / tokens.shape[1]
+    weighted = spread * weight
+    grad_x = weighted - weighted.mean(-1, keepdim=True) - normalised * (weighted * normalised).mean(-1, keepdim=True)
+    grad_weight = (spread * normalised).sum((0, 1, 2))
+    grad_tokens = (grad_x * rstd).to(tokens.dtype).contiguous()
+    return grad_tokens, torch.stack([grad_weight, grad.to(exact).sum((0, 1))])
+
+
+@register_fake("xclip_fast::mean_norm_over_frames_backward")
+def _mean_norm_over_frames_backward_fake(
+    grad: Tensor, tokens: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    exact = torch.promote_types(tokens.dtype, torch.float32)
+    return tokens.new_empty(tokens.shape), tokens.new_empty(2, tokens.shape[-1], dtype=exact)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    tokens, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(tokens, weight)
+    ctx.bias_dtype = bias.dtype
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    tokens, weight = ctx.saved_tensors
+    grad_tokens, vectors = torch.ops.xclip_fast.mean_norm_over_frames_backward(grad, tokens, weight, ctx.eps)
+    return grad_tokens, vectors[0].to(weight.dtype), vectors[1].to(ctx.bias_dtype), None
+
+
+register_autograd("xclip_fast::mean_norm_over_frames", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(
+    [torch.ops.xclip_fast.mean_norm_over_frames, torch.ops.xclip_fast.mean_norm_over_frames_backward]
+)
+def _flops(*args: object, **kwargs: object) -> int:
+    """No product."""
+    return 0
+
+
+@explains("mean_norm_over_frames")
+def _refusal(tokens: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> str | None:
+    return size_refusal(tokens) or kernel_refusal(tokens, weight, bias)
+
+
+def _check(tokens: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if tokens.ndim != 4 or not tokens.is_floating_point() or tokens.shape[1] == 0 or tokens.shape[3] == 0:
+        raise ValueError(
+            "tokens must be a floating point (B, T, N, D) tensor with T >= 1 and D >= 1, "
+            f"found {tokens.dtype} {tuple(tokens.shape)}"
+        )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != tokens.shape[-1:]:
+            raise ValueError(f"{name} must have shape ({tokens.shape[-1]},) to fit tokens, found {tuple(vector.shape)}")
