@@ -1,0 +1,228 @@
+"""Reading files that nobody vouches for, and writing files that are never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from xclip_fast.checkpoints.names import listing
+from xclip_fast.checkpoints.sizes import one_line
+from xclip_fast.errors import InputError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_MAX_JSON = 1 << 20
+_MAX_HEADER = 16 << 20
+_MAX_PICKLE = 64 << 20
+_TO_SAFETENSORS = "save its state dict as safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file.
+
+    Raises:
+        InputError: the file can't be read, is too long or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_JSON + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    if len(content) > _MAX_JSON:
+        raise InputError(f"{str(path)!r} is too long for a configuration: more than {_MAX_JSON} bytes")
+    return parse_json(content, repr(str(path)))
+
+
+def parse_json(content: bytes | str, where: str) -> dict[str, Any]:
+    """A JSON object from text: no repeated keys, no NaN or infinity.
+
+    Raises:
+        InputError: it is something else.
+    """
+
+    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(pairs) != len({key for key, _ in pairs}):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        value = json.loads(content, object_pairs_hook=no_repeats, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_checkpoint(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """What a checkpoint file holds, and its safetensors metadata; tensors stay mapped to the file where possible.
+
+    The content decides the format, not the name of the file. Nothing in it is executed.
+
+    Raises:
+        InputError: the file is missing, damaged, of another format, or holds more than tensors and plain values.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(9)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {str(path)!r}: {one_line(error)}") from error
+    where = repr(str(path))
+    if not size:
+        raise InputError(f"{where} is empty: copy or download the checkpoint again")
+    if start[8:9] == b"{":
+        return _read_safetensors(path, size, where)
+    if start.startswith(b"PK\x03\x04"):
+        _check_archive(path, size, where)
+        return _torch_load(path, where, mmap=True), {}
+    if start.startswith(b"\x80"):
+        return _torch_load(path, where, mmap=False), {}
+    raise InputError(f"{where} is no checkpoint: its first bytes are neither safetensors nor a PyTorch file")
+
+
+def state_dict_of(content: Mapping[str, Any], where: str, size: int | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, without the wrapping of trainers: ``{"model": …}``, ``module.`` and the like.
+
+    Args:
+        content: the tensors, or a dictionary with them under "model" or "state_dict".
+        where: the source, for messages.
+        size: bytes of the file they come from, which the tensors can't exceed.
+
+    Raises:
+        InputError: there are no tensors, or ones that are sparse, quantised, of another dtype or have no data.
+    """
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not content or not all(isinstance(name, str) for name in content):
+        raise InputError(f"{where} holds no tensors by name: expected a state dict, by itself or under 'model'")
+    tensors = dict(content)
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
+    tensors = {name: value for name, value in tensors.items() if not _HARMLESS.fullmatch(name)}
+    if bad := [name for name, value in tensors.items() if not _is_plain(value)]:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise InputError(f"{where}: {listing(bad)}: {_describe(tensors[min(bad)])}, but weights are dense {allowed}")
+    total = sum(value.numel() * value.element_size() for value in tensors.values())
+    if size is not None and total > size:
+        raise InputError(f"{where} claims {total} bytes of tensors in a file of {size}: the file is damaged or hostile")
+    return tensors
+
+
+# buffers and notes that say nothing a shape does not say
+_HARMLESS = re.compile(r"input_resolution|context_length|vocab_size|(vision|text)_model\.embeddings\.position_ids")
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.dtype in DTYPES
+        and value.layout == torch.strided
+        and not value.is_meta
+    )
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"found {type(value).__name__}"
+    if value.is_meta:
+        return "found a tensor on the meta device, without data"
+    return f"found {str(value.dtype).removeprefix('torch.')}, {str(value.layout).removeprefix('torch.')}"
+
+
+def _read_safetensors(path: Path, size: int, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _MAX_HEADER):
+            raise InputError(f"{where} is damaged: its header claims {length} bytes of a file of {size}")
+        header = parse_json(file.read(length), f"the header of {where}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            metadata = opened.metadata() or {}
+            return {name: opened.get_tensor(name) for name in header if name != "__metadata__"}, metadata
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{where} is a damaged safetensors file: {one_line(error)}: copy it again") from error
+
+
+def _check_archive(path: Path, size: int, where: str) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{where} is truncated or damaged: {one_line(error)}: copy or download it again") from error
+    names = [entry.filename.partition("/")[2] for entry in entries]
+    if "constants.pkl" in names:
+        raise InputError(
+            f"{where} is a TorchScript archive, and loading one runs its code: if you trust it, write "
+            "torch.save(torch.jit.load(FILE).state_dict(), 'clip.pt') and load that, or load 'NAME/openai' by open_clip"
+        )
+    if "data.pkl" not in names:
+        raise InputError(f"{where} is a zip archive, but not one that torch.save wrote")
+    inflated = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if inflated or sum(entry.file_size for entry in entries) > size:
+        raise InputError(f"{where} is compressed or claims more than its {size} bytes: torch.save writes no such file")
+    if entries[names.index("data.pkl")].file_size > _MAX_PICKLE:
+        raise InputError(f"{where} holds more than {_MAX_PICKLE} bytes of plain values: {_TO_SAFETENSORS}")
+
+
+def _torch_load(path: Path, where: str, *, mmap: bool) -> Mapping[str, Any]:
+    # the official trainer puts its yacs configuration beside the weights: read it as the plain dictionary it is
+    plain_config: list[Any] = [(OrderedDict, "yacs.config.CfgNode")]
+    try:
+        with torch.serialization.safe_globals(plain_config):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # hostile bytes can make the reader raise anything
+        if code := re.search(r"GLOBAL ([^\s,]+)", str(error)):
+            raise InputError(
+                f"{where} was refused: the file contains Python code or objects ({one_line(code[1])!r}), "
+                f"and only tensors and plain values are loaded: {_TO_SAFETENSORS}"
+            ) from error
+        kind = "a Python pickle, not a checkpoint of torch.save, or it" if not mmap else "damaged or"
+        refused = isinstance(error, pickle.UnpicklingError)
+        reason = f"is {kind} holds more than tensors" if refused else f"is damaged: {one_line(error)}"
+        raise InputError(f"{where} was refused: it {reason}: {_TO_SAFETENSORS}") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"{where} holds {type(content).__name__}, not a state dict: {_TO_SAFETENSORS}")
+    return content
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the folder of ``path`` that takes its place when the block ends without an exception.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{uuid4().hex}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save and safetensors report a full disk by exceptions of their own
+        raise InputError(f"cannot write {str(path)!r}: {one_line(error)}: nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,127 @@
+"""A model to a checkpoint: ``save_model``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xclip_fast.checkpoints import huggingface
+from xclip_fast.checkpoints.files import DTYPES, replacing
+from xclip_fast.checkpoints.loading import CONFIG_KEY, OWN_FORMAT, OWN_VERSION
+from xclip_fast.checkpoints.names import TRANSPOSED, hf_names, listing
+from xclip_fast.config import HEAD_DIM, IMAGENET_MEAN, IMAGENET_STD, XCLIPConfig
+from xclip_fast.errors import InputError
+from xclip_fast.reference import XCLIP
+
+_log = logging.getLogger("xclip_fast")
+
+State = dict[str, Tensor]
+
+
+def save_model(model: XCLIP, path: str | os.PathLike[str], format: str = OWN_FORMAT) -> None:
+    """Write a model so that ``load_model`` gives back the same bits.
+
+    Files appear whole or not at all. An existing folder of the hf format keeps its other files; weights and
+    configuration are then replaced one after the other.
+
+    Args:
+        model: its weights are float32, float16, bfloat16 or float64.
+        path: a file; for the hf format a folder. Its parent must exist.
+        format: "xclip_fast", one safetensors file with the configuration inside; "official", a ``.pth`` for the
+            authors' code; "hf", a folder for transformers' ``XCLIPModel.from_pretrained``.
+
+    Raises:
+        InputError: the format is unknown or can't express the model, or the path can't be written.
+    """
+    if format not in _WRITERS:
+        raise InputError(f"unknown checkpoint format {format!r}: choose one of {', '.join(_WRITERS)}")
+    if not isinstance(model, XCLIP):
+        raise InputError(f"save_model writes XCLIP models, found {type(model).__name__}")
+    place = Path(os.path.expanduser(os.fspath(path)))
+    if not place.parent.is_dir():
+        raise InputError(f"cannot write {str(place)!r}: its folder does not exist: create it first")
+    state = {name: _own(tensor) for name, tensor in model.state_dict().items()}
+    if bad := [name for name, tensor in state.items() if tensor.dtype not in DTYPES or tensor.is_meta]:
+        first = state[min(bad)]
+        raise InputError(f"cannot save {listing(bad)}: found {first.dtype} on {first.device}: convert the model first")
+    _WRITERS[format](state, model.config, place)
+
+
+def _write_own(state: State, config: XCLIPConfig, path: Path) -> None:
+    _refuse(path, path.is_dir() or path.suffix in (".pth", ".pt", ".bin"), "a .safetensors file")
+    metadata = {"format": OWN_FORMAT, "version": OWN_VERSION, "config": json.dumps(config.to_dict())}
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata)
+
+
+def _write_official(state: State, config: XCLIPConfig, path: Path) -> None:
+    _refuse(path, path.is_dir() or path.suffix == ".safetensors", "a .pth file")
+    for field, fixed in (
+        ("vision_heads", config.vision_width // HEAD_DIM),
+        ("text_heads", config.text_width // HEAD_DIM),
+        ("embed_heads", config.embed_dim // HEAD_DIM),
+        ("vision_mlp_width", 4 * config.vision_width),
+        ("activation", "quick_gelu"),
+    ):
+        if (value := getattr(config, field)) != fixed:
+            raise InputError(
+                f"the official format cannot hold {field} {value!r}: the authors' code always has {fixed!r} at these "
+                "sizes: use format='xclip_fast'"
+            )
+    if (config.pixel_mean, config.pixel_std) != (IMAGENET_MEAN, IMAGENET_STD):
+        _log.warning("%s: the authors' code will normalise frames by ImageNet's statistics, not the model's", path)
+    with replacing(path) as temporary:
+        torch.save({"model": state, CONFIG_KEY: config.to_dict()}, temporary)
+
+
+def _write_hf(state: State, config: XCLIPConfig, folder: Path) -> None:
+    _refuse(folder, folder.exists() and not folder.is_dir(), "a folder")
+    renamed: State = {}
+    for name, tensor in state.items():
+        names = hf_names(name)
+        tensor = tensor.T if name in TRANSPOSED else tensor
+        # chunks and transposes are views, which safetensors does not write
+        renamed |= {theirs: part.clone(memory_format=torch.contiguous_format) for theirs, part in _pairs(names, tensor)}
+    dtype = str(state["visual.conv1.weight"].dtype).removeprefix("torch.")
+    settings, preprocessor = huggingface.configs_of(config, dtype)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create {str(folder)!r}: {error.strerror}") from error
+    with replacing(folder / huggingface.WEIGHTS_FILE) as temporary:
+        save_file(renamed, temporary, {"format": "pt"})
+    for file, content in ((huggingface.CONFIG_FILE, settings), (huggingface.PREPROCESSOR_FILE, preprocessor)):
+        with replacing(folder / file) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+_WRITERS: dict[str, Callable[[State, XCLIPConfig, Path], None]] = {
+    OWN_FORMAT: _write_own,
+    "official": _write_official,
+    "hf": _write_hf,
+}
+
+
+def _pairs(names: tuple[str, ...], tensor: Tensor) -> zip[tuple[str, Tensor]]:
+    return zip(names, tensor.chunk(len(names)) if len(names) > 1 else (tensor,), strict=True)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, dense, and alone in its memory: views would drag their base into the file."""
+    tensor = tensor.detach()
+    if tensor.is_meta:
+        return tensor
+    dense = tensor.cpu().contiguous()
+    return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
+
+
+def _refuse(path: Path, unfit: bool, wanted: str) -> None:
+    if unfit:
+        raise InputError(f"cannot write {str(path)!r}: this format is {wanted}: choose another path or format")
