@@ -1,6 +1,7 @@
 """The fused operations, each in a file of its own: contract, reference, torch formulation, registration."""
 
 from xclip_fast.ops._backends import BACKENDS, backend, explain
+from xclip_fast.ops.clip_logits import clip_logits
 from xclip_fast.ops.layer_norm import layer_norm
 from xclip_fast.ops.linear_quick_gelu import feed_forward, linear_quick_gelu
 from xclip_fast.ops.mean_norm_over_frames import mean_norm_over_frames
@@ -8,6 +9,7 @@ from xclip_fast.ops.mean_norm_over_frames import mean_norm_over_frames
 __all__ = [
     "BACKENDS",
     "backend",
+    "clip_logits",
     "explain",
     "feed_forward",
     "layer_norm",

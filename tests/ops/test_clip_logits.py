@@ -1,0 +1,154 @@
+"""Logits in one pass: parity, layouts, zero and bad vectors, registration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import DEVICE, check_op, kernel_dtypes, layouts, random
+
+from xclip_fast.ops import clip_logits, explain
+
+SCALE = ("logit_scale",)
+SHAPES = [
+    (1, 1, 1),
+    (1, 1, 2),
+    (1, 2, 3),
+    (2, 1, 16),
+    (3, 4, 31),
+    (1, 5, 64),
+    (2, 7, 65),
+    (5, 3, 127),
+    (2, 8, 128),
+    (1, 33, 129),
+    (4, 4, 100),
+    (2, 5, 511),
+    (2, 9, 512),
+    (1, 6, 513),
+    (2, 3, 768),
+    (1, 2, 1025),
+    (7, 10, 40),
+    (1, 101, 24),
+]
+
+
+def arguments(shape: tuple[int, int, int], dtype: torch.dtype, *, mean: float = 0.0, scale: float = 1.0) -> dict:
+    batch, classes, width = shape
+    return {
+        "video": random(batch, width, dtype=dtype, mean=mean),
+        "text": random(classes, width, dtype=dtype, mean=mean),
+        "prompts": random(batch, classes, width, dtype=dtype, scale=scale),
+        "alpha": random(width, dtype=dtype, scale=0.3),
+        "logit_scale": torch.tensor(2.0, dtype=dtype, device=DEVICE),
+    }
+
+
+@kernel_dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    # gradients orthogonal to a vector cancel where vectors have one or two numbers, or dots are near zero
+    ceiling = 1.0 if shape[2] < 4 else 2e-2
+    check_op(clip_logits, arguments(shape, dtype), what="clip_logits", fixed=SCALE, ceiling=ceiling)
+
+
+@kernel_dtypes
+@pytest.mark.parametrize("mean", [1.0, 3.0])
+def test_mean_far_from_zero(mean: float, dtype: torch.dtype) -> None:
+    inputs = arguments((3, 5, 96), dtype, mean=mean)
+    check_op(clip_logits, inputs, what="clip_logits far mean", fixed=SCALE, ceiling=5e-2)
+
+
+@kernel_dtypes
+@pytest.mark.parametrize("shape", SHAPES[2::3], ids=str)
+def test_gradient_of_the_scale(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    # one number, the sum of terms of either sign: its error is measured against the sum of their sizes
+    inputs = arguments(shape, dtype)
+    scale = inputs["logit_scale"].requires_grad_()
+    logits = clip_logits(**inputs, backend="triton")
+    upstream = torch.randn_like(logits)
+    (found,) = torch.autograd.grad(logits, scale, upstream)
+    exact = clip_logits(**{name: x.detach().double() for name, x in inputs.items()}, backend="reference")
+    terms = upstream.double() * exact
+    assert (found.double() - terms.sum()).abs() <= 4 * torch.finfo(dtype).eps * terms.abs().sum()
+
+
+@kernel_dtypes
+@pytest.mark.parametrize("layout", ["offset", "padded", "strided", "transposed"])
+@pytest.mark.parametrize("name", ["video", "text", "prompts", "alpha"])
+def test_layouts(name: str, layout: str, dtype: torch.dtype) -> None:
+    inputs = arguments((3, 6, 40), dtype)
+    inputs[name] = layouts(inputs[name])[layout]
+    check_op(clip_logits, inputs, what="clip_logits layouts", fixed=SCALE, ceiling=2e-2)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8)])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_empty(shape: tuple[int, int, int], backend: str) -> None:
+    inputs = {name: x.requires_grad_() for name, x in arguments(shape, torch.float32).items()}
+    out = clip_logits(**inputs, backend=backend)
+    assert out.shape == shape[:2]
+    assert all(not grad.any() for grad in torch.autograd.grad(out.sum(), list(inputs.values())))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_zero_vectors_give_zero_as_normalize_does(backend: str) -> None:
+    inputs = arguments((2, 3, 16), torch.float32)
+    inputs["video"][0] = 0
+    inputs["text"][1] = 0
+    inputs["prompts"][:, 1] = 0
+    found = clip_logits(**inputs, backend=backend)
+    assert torch.allclose(found, clip_logits(**inputs, backend="reference"), atol=1e-6)
+    assert not found[0].any()
+    assert not found[:, 1].any()
+
+
+def test_one_bad_text_spoils_only_its_own_logits() -> None:
+    inputs = arguments((2, 6, 40), torch.float32)
+    inputs["prompts"][1, 4, 7] = float("nan")
+    found = clip_logits(**inputs, backend="triton")
+    assert found[1, 4].isnan()
+    assert found.isfinite().sum() == 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_formulation(dtype: torch.dtype) -> None:
+    check_op(clip_logits, arguments((3, 7, 40), dtype), what="clip_logits torch", backend="torch", fixed=SCALE)
+
+
+def test_registered_op() -> None:
+    for shape in ((2, 3, 24), (1, 1, 5)):
+        inputs = [x.requires_grad_() for x in arguments(shape, torch.float32).values()]
+        torch.library.opcheck(torch.ops.xclip_fast.clip_logits, tuple(inputs))
+
+
+def test_registered_op_without_kernels_has_exact_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    inputs = [x.cpu().requires_grad_() for x in arguments((2, 3, 7), torch.float64).values()]
+    assert torch.autograd.gradcheck(torch.ops.xclip_fast.clip_logits, inputs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_whole(backend: str) -> None:
+    function = torch.compile(lambda *args: clip_logits(*args, backend=backend), fullgraph=True, backend="aot_eager")
+    inputs = [x.requires_grad_() for x in arguments((2, 3, 32), torch.float32).values()]
+    assert torch.allclose(function(*inputs), clip_logits(*inputs, backend=backend), atol=1e-6)
+    with torch.inference_mode():
+        assert torch.allclose(function(*inputs), clip_logits(*inputs, backend=backend), atol=1e-6)
+
+
+def test_repeats_are_bit_equal() -> None:
+    inputs = {name: x.requires_grad_() for name, x in arguments((3, 21, 48), torch.float32).items()}
+    runs = [torch.autograd.grad(clip_logits(**inputs, backend="triton").sum(), list(inputs.values())) for _ in "abc"]
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+def test_wrong_arguments_are_named() -> None:
+    video, text, prompts, alpha, logit_scale = arguments((2, 3, 8), torch.float32).values()
+    with pytest.raises(ValueError, match=r"prompts must be torch.float32 \(2, 3, 8\) to fit video and text"):
+        clip_logits(video, text, prompts[:1], alpha, logit_scale)
+    with pytest.raises(ValueError, match=r"text must be torch.float32 \(K, 8\)"):
+        clip_logits(video, text.half(), prompts, alpha, logit_scale)
+    with pytest.raises(ValueError, match="logit_scale must be a scalar"):
+        clip_logits(video, text, prompts, alpha, alpha)
+    assert (
+        "float64" in explain("clip_logits", *(x.double() for x in (video, text, prompts, alpha, logit_scale)))["triton"]
+    )

@@ -1,0 +1,181 @@
+"""Logits of videos against adapted class texts in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd, register_fake
+from torch.nn.functional import normalize
+from torch.utils.flop_counter import register_flop_formula
+
+from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops.layer_norm import size_refusal
+
+
+def clip_logits(
+    video: Tensor,
+    text: Tensor,
+    prompts: Tensor,
+    alpha: Tensor,
+    logit_scale: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``exp(logit_scale) * cos(video, text + alpha * prompts)``, without the adapted texts in memory.
+
+    Args:
+        video: (B, E), not normalised.
+        text: (K, E), the class texts, not normalised, in the dtype of ``video``.
+        prompts: (B, K, E), what the prompt layers made of the texts for each video, in the dtype of ``video``.
+        alpha: (E,), scale of the prompts.
+        logit_scale: a scalar tensor.
+        backend: "reference", "torch", "triton", or the automatic choice.
+
+    Returns:
+        (B, K) in the dtype of ``video``; norms and sums are in float32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
+
+    Source: paper, equations 7 and 1, and the end of the official ``forward``.
+    """
+    _check(video, text, prompts, alpha, logit_scale)
+    tensors = (video, text, prompts, alpha, logit_scale)
+    chosen = choose("clip_logits", backend, *tensors, refusal=size_refusal(video))
+    if chosen == "reference":
+        return clip_logits_ref(*tensors)
+    if chosen == "torch":
+        return _clip_logits_torch(*tensors)
+    return torch.ops.xclip_fast.clip_logits(*tensors)
+
+
+def clip_logits_ref(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> Tensor:
+    """The definition."""
+    adapted = text + alpha * prompts
+    cosine = torch.einsum("be,bke->bk", normalize(video, dim=-1), normalize(adapted, dim=-1))
+    return logit_scale.exp() * cosine
+
+
+def _clip_logits_torch(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> Tensor:
+    adapted = torch.addcmul(text, alpha.to(text.dtype), prompts)
+    dots = (adapted @ normalize(video, dim=-1).unsqueeze(-1)).squeeze(-1)
+    return logit_scale.exp() * dots / torch.linalg.vector_norm(adapted, dim=-1).clamp_min(1e-12)
+
+
+@custom_op("xclip_fast::clip_logits", mutates_args=())
+def _clip_logits(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> Tensor:
+    if runs_kernels(video):
+        from xclip_fast.kernels.clip_logits import clip_logits_fwd
+
+        return clip_logits_fwd(video, text, prompts, alpha, logit_scale)
+    return clip_logits_ref(video, text, prompts, alpha, logit_scale).to(video.dtype)
+
+
+@register_fake("xclip_fast::clip_logits")
+def _clip_logits_fake(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> Tensor:
+    return video.new_empty(prompts.shape[:2])
+
+
+@custom_op("xclip_fast::clip_logits_backward", mutates_args=())
+def _clip_logits_backward(
+    grad: Tensor, video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the normalised videos, text, prompts, alpha and logit_scale; all but the texts' not rounded."""
+    if runs_kernels(video):
+        from xclip_fast.kernels.clip_logits import clip_logits_bwd
+
+        return clip_logits_bwd(grad, video, text, prompts, alpha, logit_scale)
+    exact = torch.promote_types(video.dtype, torch.float32)
+    adapted = text.to(exact) + alpha * prompts.to(exact)
+    length = torch.linalg.vector_norm(adapted, dim=-1, keepdim=True).clamp_min(1e-12)
+    direction = adapted / length
+    unit = normalize(video.to(exact), dim=-1).unsqueeze(1)
+    cosine = (direction * unit).sum(-1, keepdim=True)
+    scaled = grad.to(exact).unsqueeze(-1) * logit_scale.to(exact).exp()
+    grad_adapted = scaled / length * (unit - cosine * direction)
+    return (
+        (scaled * direction).sum(1),
+        grad_adapted.sum(0).to(text.dtype),
+        (grad_adapted * alpha).to(prompts.dtype),
+        (grad_adapted * prompts).sum((0, 1)),
+        (scaled * cosine).sum(),
+    )
+
+
+@register_fake("xclip_fast::clip_logits_backward")
+def _clip_logits_backward_fake(
+    grad: Tensor, video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    exact = torch.promote_types(video.dtype, torch.float32)
+    return (
+        video.new_empty(video.shape, dtype=exact),
+        text.new_empty(text.shape),
+        prompts.new_empty(prompts.shape),
+        alpha.new_empty(alpha.shape, dtype=exact),
+        logit_scale.new_empty((), dtype=exact),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    video, _, _, alpha, logit_scale = ctx.saved_tensors
+    grad_unit, grad_text, grad_prompts, grad_alpha, grad_scale = torch.ops.xclip_fast.clip_logits_backward(
+        grad, *ctx.saved_tensors
+    )
+    # through the normalisation of the videos: B rows, left to torch
+    exact = video.to(grad_unit.dtype)
+    length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).clamp_min(1e-12)
+    unit = exact / length
+    grad_video = (grad_unit - (grad_unit * unit).sum(-1, keepdim=True) * unit) / length
+    return (
+        grad_video.to(video.dtype),
+        grad_text,
+        grad_prompts,
+        grad_alpha.to(alpha.dtype),
+        grad_scale.to(logit_scale.dtype),
+    )
+
+
+register_autograd("xclip_fast::clip_logits", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.xclip_fast.clip_logits)
+def _flops(video_shape, text_shape, prompts_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
+    """One dot product a video and class."""
+    return 2 * torch.Size(prompts_shape).numel()
+
+
+@register_flop_formula(torch.ops.xclip_fast.clip_logits_backward)
+def _backward_flops(grad_shape, video_shape, text_shape, prompts_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
+    """Two, one for each factor."""
+    return 4 * torch.Size(prompts_shape).numel()
+
+
+@explains("clip_logits")
+def _refusal(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> str | None:
+    return size_refusal(video) or kernel_refusal(video, text, prompts, alpha, logit_scale)
+
+
+def _check(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> None:
+    if video.ndim != 2 or not video.is_floating_point() or video.shape[1] == 0:
+        raise ValueError(
+            f"video must be a floating point (B, E) tensor with E >= 1, found {video.dtype} {tuple(video.shape)}"
+        )
+    batch, width = video.shape
+    if text.ndim != 2 or text.shape[1] != width or text.dtype != video.dtype:
+        raise ValueError(
+            f"text must be {video.dtype} (K, {width}) to fit video, found {text.dtype} {tuple(text.shape)}"
+        )
+    expected = (batch, text.shape[0], width)
+    if prompts.shape != expected or prompts.dtype != video.dtype:
+        raise ValueError(
+            f"prompts must be {video.dtype} {expected} to fit video and text, "
+            f"found {prompts.dtype} {tuple(prompts.shape)}"
+        )
+    if alpha.shape != (width,):
+        raise ValueError(f"alpha must have shape ({width},) to fit video, found {tuple(alpha.shape)}")
+    if logit_scale.numel() != 1 or logit_scale.ndim != 0:
+        raise ValueError(f"logit_scale must be a scalar tensor, found shape {tuple(logit_scale.shape)}")
