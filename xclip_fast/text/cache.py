@@ -58,7 +58,8 @@ class TextCache:
         device = model.text_projection.device
         tokens = tokens.detach().cpu()
         with torch.inference_mode(False), torch.no_grad():
-            if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape:
+            if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64) or 0 in tokens.shape:
+                # nothing to keep: the model takes it or says what is wrong
                 return model.encode_text(tokens.to(device))
             _check_ids(tokens, len(model.token_embedding.weight))
             ends = tokens.argmax(dim=-1)
@@ -122,7 +123,10 @@ def _fingerprint(weights: list[Tensor]) -> bytes:
     """A hash of shapes, dtypes and contents. The device reads the weights; 0.2 % of their size comes to the host."""
     vectors = torch.cat([_bytes(weight) for weight in weights if weight.ndim < 2])
     matrices = [_bytes(weight) for weight in weights if weight.ndim >= 2]
-    sums = torch.cat([_row_sums(data) for data in (vectors, *matrices)])
+    rows = [_rows(data) for data in (vectors, *matrices)]
+    # one buffer for all products: new pages for each would take longer than the sums
+    products = torch.empty(max(map(len, rows)), _ROW_WORDS, dtype=torch.int64, device=vectors.device)
+    sums = torch.cat([torch.mul(row, _multipliers(row.device), out=products[: len(row)]).sum(dim=1) for row in rows])
     kinds = repr([(weight.dtype, weight.shape) for weight in weights])
     return hashlib.sha256(kinds.encode() + sums.cpu().numpy().tobytes()).digest()
 
@@ -131,16 +135,16 @@ def _bytes(weight: Tensor) -> Tensor:
     return weight.detach().contiguous().flatten().view(torch.uint8)
 
 
-def _row_sums(data: Tensor) -> Tensor:
-    """Sums, modulo 2 ** 64, of 1024 words each with random odd multipliers: a universal hash of the bytes."""
+def _rows(data: Tensor) -> Tensor:
     gap = -len(data) % (4 * _ROW_WORDS)
     if gap or data.storage_offset() % 4:
         data = torch.cat([data, data.new_zeros(gap)])
-    return (data.view(torch.int32).view(-1, _ROW_WORDS) * _multipliers(data.device)).sum(dim=1)
+    return data.view(torch.int32).view(-1, _ROW_WORDS)
 
 
 @lru_cache(maxsize=16)
 def _multipliers(device: torch.device) -> Tensor:
+    """Random odd factors: sums of words times these, modulo 2 ** 64, are a universal hash of a row."""
     generator = torch.Generator()
     generator.seed()
     return torch.randint(-(2**63), 2**63 - 1, (_ROW_WORDS,), generator=generator).bitwise_or(1).to(device)

@@ -115,20 +115,17 @@ class Tokenizer:
         queue = [(found, place) for place in range(size - 1) if (found := merged(place)) is not None]
         heapq.heapify(queue)
         while queue:
-            best = queue[0][0]
-            changed = []
-            while queue and queue[0][0] == best:
-                place = heapq.heappop(queue)[1]
-                if merged(place) != best:
-                    continue
-                gone = after[place]
-                ids[place], alive[gone], after[place] = best, False, after[gone]
-                if after[place] < size:
-                    before[after[place]] = place
-                changed.append(place)
-            for place in {*changed, *(before[place] for place in changed)}:
-                if (found := merged(place)) is not None:
-                    heapq.heappush(queue, (found, place))
+            # what a merge makes new has a larger id: equal ids are all queued before the first of them comes out
+            best, place = heapq.heappop(queue)
+            if merged(place) != best:
+                continue
+            gone = after[place]
+            ids[place], alive[gone], after[place] = best, False, after[gone]
+            if after[place] < size:
+                before[after[place]] = place
+            for changed in (before[place], place):
+                if (found := merged(changed)) is not None:
+                    heapq.heappush(queue, (found, changed))
         return [symbol for symbol, kept in zip(ids, alive, strict=True) if kept]
 
 
