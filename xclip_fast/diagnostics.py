@@ -20,10 +20,12 @@ import xclip_fast
 
 DEADLINE = 60.0  # seconds for one look-up: importing torch from a cold network disk can take half of that
 
-# import name -> distribution, what it is for
+VIDEO = ("pyav", "torchcodec", "decord")
+
+# name -> distribution, what it is for
 LIBRARIES = {
     "triton": ("triton", "fused GPU kernels"),
-    "av": ("av", "video decoding (PyAV)"),
+    "pyav": ("av", "video decoding"),
     "torchcodec": ("torchcodec", "video decoding"),
     "decord": ("decord", "video decoding"),
     "open_clip": ("open_clip_torch", "CLIP weights, tokenizer"),
@@ -44,8 +46,10 @@ def report() -> dict[str, Any]:
     ``extension`` and each entry of ``backends`` say whether they can be used and, if not, the reason.
     """
     facts = _ask(["torch", "extension", *LIBRARIES])
-    torch, extension = facts["torch"], facts["extension"]
+    torch, triton, extension = facts["torch"], facts["triton"], facts["extension"]
     backends = {name: {"purpose": purpose, **facts[name]} for name, (_, purpose) in LIBRARIES.items()}
+    if triton["available"] and "cuda" not in torch:
+        backends["triton"] |= _missing("no GPU for it here, torch does the work", triton["version"])
     backends["extension"] = {"purpose": "CUDA kernels", **extension}
     return {
         "version": xclip_fast.__version__,
@@ -53,7 +57,7 @@ def report() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch["version"],
         "torch_reason": torch["reason"],
-        "triton": facts["triton"]["version"] if facts["triton"]["available"] else None,
+        "triton": triton["version"] if triton["available"] else None,
         "cuda": torch.get("cuda"),
         "cuda_reason": torch.get("cuda_reason"),
         "devices": torch.get("devices", []),
@@ -77,6 +81,11 @@ def _look_up(name: str) -> dict[str, Any]:
             return _torch()
         if name == "extension":
             return _missing("this installation has no compiled extension")
+        if name in VIDEO:
+            from xclip_fast.video.backends import BACKENDS
+
+            reason = BACKENDS[name].unavailable()
+            return {"available": reason is None, "version": _version(name), "reason": reason}
         import_module(name)
         return {"available": True, "version": _version(name), "reason": None}
     except Exception as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +15,6 @@ from xclip_fast.text import TextCache, Tokenizer, apply_template, clean_labels
 
 VIEWS_AT_ONCE = 4  # bounds the memory of many-view, many-label runs
 MAX_LABEL_BYTES = 16 << 20
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Result = TypeVar("Result")
 
@@ -28,36 +26,6 @@ class Prediction:
     label: str
     index: int
     probability: float
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Which pixels of a video a model sees; the fields are those of ``xclip_fast.video.load_video``."""
-
-    frames: int
-    size: int
-    preset: str = "official"
-    clips: int = 1
-    crops: int = 1
-    backend: str = "auto"
-
-    def load(self, path: str | Path) -> Tensor:
-        """uint8 (views, frames, size, size, 3), clips outermost.
-
-        Raises:
-            InputError: the file cannot be used.
-        """
-        from xclip_fast.video import load_video
-
-        return load_video(
-            path,
-            frames=self.frames,
-            size=self.size,
-            preset=self.preset,
-            clips=self.clips,
-            crops=self.crops,
-            backend=self.backend,
-        )
 
 
 class Classifier:
@@ -125,16 +93,16 @@ def each_file(
 ) -> Iterator[tuple[str, Result | None, InputError | None]]:
     """Do the work on each file: (path, result, None), or (path, None, error) for a file that cannot be used."""
     for path in paths:
+        result = error = None
         try:
-            yield path, work(path), None
-        except InputError as error:
-            yield path, None, error
-        except (MemoryError, torch.OutOfMemoryError):
-            yield (
-                path,
-                None,
-                InputError(f"{path}: not enough memory: use fewer --views or --frames, or another --device"),
-            )
+            result = work(path)
+        except InputError as refused:
+            error = refused
+        except (MemoryError, RuntimeError) as failed:
+            if not _is_out_of_memory(failed):
+                raise
+            error = InputError(f"{path}: not enough memory: use fewer --views or --frames, or another --device")
+        yield path, result, error
 
 
 def read_labels(path: str) -> list[str]:
@@ -159,31 +127,9 @@ def read_labels(path: str) -> list[str]:
     return labels
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device a name stands for; "auto" is the first GPU if there is one, else the CPU.
-
-    Raises:
-        InputError: there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"device {name!r} cannot be used here: run 'xclip-fast info', or take auto or cpu") from None
-    return device
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """The dtype of a name such as "bfloat16".
-
-    Raises:
-        InputError: it is none that models run in.
-    """
-    if name not in DTYPES:
-        raise InputError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+def _is_out_of_memory(error: Exception) -> bool:
+    # on the CPU torch raises a plain RuntimeError
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress_bar import ProgressBar
 
-from xclip_fast.cli.batch import open_model, through_files
+from xclip_fast.cli.batch import open_model, through_files, view_loader
 from xclip_fast.cli.console import BAD_INPUT, emit_json, safe, stdout, table
 from xclip_fast.cli.options import (
     AsJson,
@@ -21,7 +21,7 @@ from xclip_fast.cli.options import (
     Views,
     Vocabulary,
     Weights,
-    parse_views,
+    plan_views,
 )
 from xclip_fast.errors import InputError
 
@@ -50,20 +50,20 @@ def classify(
     The probabilities are the softmax over the labels, averaged over the views of the video. A file that cannot be used
     is reported and the others are done; the exit code is then 2.
     """
-    clips, crops = parse_views(views)
     if (labels is None) == (labels_file is None):
         raise InputError("give the class names with either --labels a,b,c or --labels-file FILE")
 
-    from xclip_fast.pipeline import Classifier, Sampling, read_labels
+    from xclip_fast.pipeline import Classifier, read_labels
     from xclip_fast.text import clean_labels, get_tokenizer
 
+    plan = plan_views(views, preset, backend)
     names = clean_labels(read_labels(labels_file) if labels_file is not None else (labels or "").split(","))
     model = open_model(weights, frames, device, dtype)
     classifier = Classifier(model, names, get_tokenizer(model.config, vocabulary), template)
-    sampling = Sampling(frames or model.config.frames, model.config.image_size, preset, clips, crops, backend)
+    load = view_loader(model, plan)
 
     results: list[dict[str, Any]] = []
-    for path, best, error in through_files(videos, lambda path: classifier.top(sampling.load(path), top_k), "classify"):
+    for path, best, error in through_files(videos, lambda path: classifier.top(load(path), top_k), "classify"):
         if best is None:
             results.append({"file": path, "error": error})
             continue
@@ -71,8 +71,8 @@ def classify(
         if not as_json:
             _show(path, best)
     if as_json:
-        used = {"weights": weights, "preset": preset, "frames": sampling.frames, "views": [clips, crops]}
-        emit_json({**used, "classes": len(names), "results": results})
+        used = {"weights": weights, "frames": model.config.frames, **plan, "classes": len(names)}
+        emit_json({**used, "results": results})
     if any("error" in result for result in results):
         raise typer.Exit(BAD_INPUT)
 
@@ -82,5 +82,8 @@ def _show(path: str, best: list[Prediction]) -> None:
     ranking.title = safe(path, "bold")
     for rank, prediction in enumerate(best, start=1):
         bar = ProgressBar(total=1, completed=prediction.probability, width=20)
-        ranking.add_row(str(rank), safe(prediction.label), f"{prediction.probability:.1%}", bar)
+        share = prediction.probability
+        # of ten thousand labels the best may have less than a thousandth
+        shown = f"{share:.1%}" if share >= 0.001 else f"{100 * share:.2g}%"
+        ranking.add_row(str(rank), safe(prediction.label), shown, bar)
     stdout.print(ranking)

@@ -6,6 +6,7 @@ import json
 import logging
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -53,7 +54,7 @@ def emit_json(payload: dict[str, Any]) -> None:
 
 def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
     """An empty table in the house style; the columns named in ``numbers`` are aligned to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold cyan", border_style="dim")
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="cyan", box=SIMPLE_HEAD)
     for column in columns:
         right = column in numbers
         made.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")

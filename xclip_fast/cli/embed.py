@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from xclip_fast.cli.batch import open_model, through_files
+from xclip_fast.cli.batch import open_model, through_files, view_loader
 from xclip_fast.cli.console import BAD_INPUT, note
-from xclip_fast.cli.options import Backend, Device, Frames, Precision, Preset, Videos, Views, Weights, parse_views
+from xclip_fast.cli.options import Backend, Device, Frames, Precision, Preset, Videos, Views, Weights, plan_views
 from xclip_fast.errors import InputError
 
 
@@ -31,19 +31,20 @@ def embed(
     """
     from xclip_fast.features import check_features_path, save_features
 
-    clips, crops = parse_views(views)
     check_features_path(out)
+
+    plan = plan_views(views, preset, backend)
 
     import torch
 
     from xclip_fast import pipeline
 
     model = open_model(weights, frames, device, dtype)
-    sampling = pipeline.Sampling(frames or model.config.frames, model.config.image_size, preset, clips, crops, backend)
+    load = view_loader(model, plan)
 
     def features(path: str) -> tuple[torch.Tensor, ...]:
         # patch features are large: kept only when they are asked for
-        return pipeline.embed(model, sampling.load(path))[: 2 if patches else 1]
+        return pipeline.embed(model, load(path))[: 2 if patches else 1]
 
     kept = [(path, found) for path, found, _ in through_files(videos, features, "embed") if found is not None]
     if not kept:

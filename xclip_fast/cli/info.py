@@ -25,7 +25,9 @@ def _show(facts: dict[str, Any]) -> None:
     versions.add_row("xclip_fast", safe(facts["version"]))
     versions.add_row("python", safe(f"{facts['python']}, {facts['platform']}"))
     versions.add_row("torch", _found(facts["torch"], facts["torch_reason"]))
-    versions.add_row("triton", _found(facts["triton"], facts["backends"]["triton"]["reason"]))
+    versions.add_row(
+        "triton", _found(facts["triton"], None if facts["triton"] else facts["backends"]["triton"]["reason"])
+    )
     versions.add_row("cuda", _found(facts["cuda"], facts["cuda_reason"]))
     for device in facts["devices"]:
         versions.add_row(safe(device["name"]), safe(device["description"]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from xclip_fast.errors import InputError
+
+MAX_CLIPS = 100  # the views of a video are in memory at once
+MAX_FRAMES = 1024
 
 Videos = Annotated[list[str], typer.Argument(metavar="VIDEO...", help="Video files.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
@@ -20,7 +23,7 @@ Weights = Annotated[
     ),
 ]
 Frames = Annotated[
-    int | None, typer.Option(min=1, help="Frames of a clip; by default what the weights were trained with.")
+    int | None, typer.Option(min=1, max=MAX_FRAMES, help="Frames of a clip; by default those of the weights.")
 ]
 Views = Annotated[
     str,
@@ -28,7 +31,7 @@ Views = Annotated[
         metavar="CLIPSxCROPS", help="Views of a video, such as 4x3 (4 clips of 3 crops) or 4 (one crop each)."
     ),
 ]
-Preset = Annotated[str, typer.Option(help="Resize, crop and pixel statistics: official, hf or clip.")]
+Preset = Annotated[str, typer.Option(help="Resize and crop: official, hf or clip.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Backend = Annotated[str, typer.Option(help="Video decoder: auto, or one that `xclip-fast info` lists.")]
@@ -50,3 +53,25 @@ def parse_views(text: str) -> tuple[int, int]:
     if found is None:
         raise InputError(f"--views must be CLIPSxCROPS such as 4x3, or a number, found {text!r}")
     return int(found[1]), int(found[2] or 1)
+
+
+def plan_views(views: str, preset: str, backend: str) -> dict[str, Any]:
+    """Arguments for ``load_video``, checked before any work is done.
+
+    Raises:
+        InputError: one of the options cannot be used.
+    """
+    clips, crops = parse_views(views)
+    if crops not in (1, 3) or clips > MAX_CLIPS:
+        raise InputError(f"--views takes up to {MAX_CLIPS} clips of 1 or 3 crops, found {views!r}: try 4x3")
+
+    from xclip_fast.video import PRESETS, available_backends
+
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    usable = available_backends()
+    if backend != "auto" and backend not in usable:
+        raise InputError(f"unknown backend {backend!r}: choose one of auto, {', '.join(usable)}")
+    if reason := usable.get(backend):
+        raise InputError(f"backend {backend!r} cannot be used here: {reason}")
+    return {"clips": clips, "crops": crops, "preset": preset, "backend": backend}
