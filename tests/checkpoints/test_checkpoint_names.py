@@ -40,7 +40,9 @@ def test_every_name_goes_there_and_back():
             assert official_name(theirs) == (official, place)
 
 
-@pytest.mark.parametrize("name", ["", "visual.proj", "mit.resblocks.x.ln_1.weight", "text_projection.bias", "logit_scale\n"])
+@pytest.mark.parametrize(
+    "name", ["", "visual.proj", "mit.resblocks.x.ln_1.weight", "text_projection.bias", "logit_scale\n"]
+)
 def test_foreign_names_have_no_official_one(name: str):
     assert official_name(name) is None
 

@@ -221,9 +221,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("form", ["folder", "instance"])
-def test_hf_large_variants_get_their_twelve_heads_back(
-    tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
-):
+def test_hf_large_variants_get_their_twelve_heads_back(tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture):
     theirs = hf_model(**LARGE)
     theirs.save_pretrained(tmp_path)
     with caplog.at_level("WARNING", "xclip_fast"):
@@ -332,9 +330,7 @@ def test_dtype_is_kept_or_as_asked(tmp_path: Path, dtype: torch.dtype):
     ],
 )
 def test_mixed_dtypes_end_in_the_one_that_holds_both(some: torch.dtype, rest: torch.dtype, ends: torch.dtype):
-    mixed = {
-        name: tensor.to(some if tensor.ndim > 1 else rest) for name, tensor in tiny_model().state_dict().items()
-    }
+    mixed = {name: tensor.to(some if tensor.ndim > 1 else rest) for name, tensor in tiny_model().state_dict().items()}
     loaded = load_model(mixed).state_dict()
     assert all(torch.equal(tensor, mixed[name].to(ends)) and tensor.dtype == ends for name, tensor in loaded.items())
 

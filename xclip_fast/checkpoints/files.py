@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -89,6 +90,9 @@ def read_checkpoint(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
         raise InputError(f"{where} is empty: copy or download the checkpoint again")
     if start[8:9] == b"{":
         return _read_safetensors(path, size, where)
+    if path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80")):
+        # torch.load goes by this suffix, so the content has to fit it
+        raise InputError(f"{where} is a PyTorch file under the name of a safetensors file: rename it to .pth")
     if start.startswith(b"PK\x03\x04"):
         _check_archive(path, size, where)
         return _torch_load(path, where, mmap=True), {}
@@ -188,7 +192,8 @@ def _torch_load(path: Path, where: str, *, mmap: bool) -> Mapping[str, Any]:
     # the official trainer puts its yacs configuration beside the weights: read it as the plain dictionary it is
     plain_config: list[Any] = [(OrderedDict, "yacs.config.CfgNode")]
     try:
-        with torch.serialization.safe_globals(plain_config):
+        with torch.serialization.safe_globals(plain_config), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a refusal is one line
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # hostile bytes can make the reader raise anything
         if code := re.search(r"GLOBAL ([^\s,]+)", str(error)):
@@ -196,10 +201,12 @@ def _torch_load(path: Path, where: str, *, mmap: bool) -> Mapping[str, Any]:
                 f"{where} was refused: the file contains Python code or objects ({one_line(code[1])!r}), "
                 f"and only tensors and plain values are loaded: {_TO_SAFETENSORS}"
             ) from error
-        kind = "a Python pickle, not a checkpoint of torch.save, or it" if not mmap else "damaged or"
-        refused = isinstance(error, pickle.UnpicklingError)
-        reason = f"is {kind} holds more than tensors" if refused else f"is damaged: {one_line(error)}"
-        raise InputError(f"{where} was refused: it {reason}: {_TO_SAFETENSORS}") from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise InputError(
+                f"{where} was refused: the file is damaged, or a Python pickle of more than tensors and plain values: "
+                f"{_TO_SAFETENSORS}"
+            ) from error
+        raise InputError(f"{where} is damaged: {one_line(error)}: copy or download it again") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{where} holds {type(content).__name__}, not a state dict: {_TO_SAFETENSORS}")
     return content

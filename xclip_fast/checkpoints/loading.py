@@ -27,7 +27,7 @@ from xclip_fast.reference.positions import temporal_positions
 
 _log = logging.getLogger("xclip_fast")
 
-OWN_FORMAT, OWN_VERSION = "xclip_fast", "1"  # in the metadata of our safetensors files
+OWN_FORMAT, OWN_VERSION = "xclip_fast", 1  # the one key in the metadata of our safetensors files, and what it holds
 CONFIG_KEY = "xclip_fast_config"  # beside "model" in the .pth files we write
 _TEMPORAL = "mit.positional_embedding"
 
@@ -172,12 +172,12 @@ def _from_file(path: Path) -> Checkpoint:
     where = repr(str(path))
     content, metadata = read_checkpoint(path)
     tensors = state_dict_of(content, where, path.stat().st_size)
-    if metadata.get("format") != OWN_FORMAT:
+    if OWN_FORMAT not in metadata:
         return _by_names(tensors, where, content.get(CONFIG_KEY), path.parent)
-    if metadata.get("version") != OWN_VERSION:
-        raise InputError(f"{where} is of version {metadata.get('version')!r:.60} of the format: update xclip_fast")
-    config = parse_json(metadata.get("config", ""), f"the configuration in {where}")
-    return Checkpoint(where, OWN_FORMAT, from_official(tensors), claims_of(config, where))
+    settings = parse_json(metadata[OWN_FORMAT], f"the configuration in {where}")
+    if settings.get("version") != OWN_VERSION:
+        raise InputError(f"{where} is of version {settings.get('version')!r:.60} of the format: update xclip_fast")
+    return Checkpoint(where, OWN_FORMAT, from_official(tensors), claims_of(settings.get("config"), where))
 
 
 def _by_names(tensors: dict[str, Tensor], where: str, config: object, folder: Path | None = None) -> Checkpoint:

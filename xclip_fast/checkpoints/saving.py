@@ -56,9 +56,10 @@ def save_model(model: XCLIP, path: str | os.PathLike[str], format: str = OWN_FOR
 
 def _write_own(state: State, config: XCLIPConfig, path: Path) -> None:
     _refuse(path, path.is_dir() or path.suffix in (".pth", ".pt", ".bin"), "a .safetensors file")
-    metadata = {"format": OWN_FORMAT, "version": OWN_VERSION, "config": json.dumps(config.to_dict())}
+    # one key: safetensors writes several in any order, and the same model should be the same bytes
+    settings = json.dumps({"version": OWN_VERSION, "config": config.to_dict()})
     with replacing(path) as temporary:
-        save_file(state, temporary, metadata)
+        save_file(state, temporary, {OWN_FORMAT: settings})
 
 
 def _write_official(state: State, config: XCLIPConfig, path: Path) -> None:
@@ -77,8 +78,9 @@ def _write_official(state: State, config: XCLIPConfig, path: Path) -> None:
             )
     if (config.pixel_mean, config.pixel_std) != (IMAGENET_MEAN, IMAGENET_STD):
         _log.warning("%s: the authors' code will normalise frames by ImageNet's statistics, not the model's", path)
-    with replacing(path) as temporary:
-        torch.save({"model": state, CONFIG_KEY: config.to_dict()}, temporary)
+    # given a path torch.save would put its random name into the file
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save({"model": state, CONFIG_KEY: config.to_dict()}, file)
 
 
 def _write_hf(state: State, config: XCLIPConfig, folder: Path) -> None:

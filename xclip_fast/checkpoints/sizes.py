@@ -143,8 +143,8 @@ def check_tensors(found: Shapes, expected: Shapes, optional: Collection[str], wh
 
 
 def one_line(error: object) -> str:
-    """The message of an exception on one line of bounded length."""
-    text = " ".join(str(error).split())
+    """The message of an exception on one line of bounded length; bytes of a file in it can't reach the terminal."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
     return text if len(text) <= 200 else text[:197] + "..."
 
 
