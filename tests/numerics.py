@@ -37,7 +37,7 @@ class Tolerance(NamedTuple):
 
 
 TOLERANCES = {
-    torch.float64: Tolerance(rounding=4.5e-16, ceiling=1e-13, model=1e-12),
+    torch.float64: Tolerance(rounding=1e-14, ceiling=1e-13, model=1e-12),
     torch.float32: Tolerance(rounding=2.4e-7, ceiling=1e-6, model=1e-5),
     torch.float16: Tolerance(rounding=4.9e-4, ceiling=2e-3, model=1e-2),
     torch.bfloat16: Tolerance(rounding=3.9e-3, ceiling=1e-2, model=5e-2),

@@ -5,6 +5,7 @@ from xclip_fast.ops.clip_logits import clip_logits
 from xclip_fast.ops.layer_norm import layer_norm
 from xclip_fast.ops.linear_quick_gelu import feed_forward, linear_quick_gelu
 from xclip_fast.ops.mean_norm_over_frames import mean_norm_over_frames
+from xclip_fast.ops.prompt_attention import prompt_attention
 
 __all__ = [
     "BACKENDS",
@@ -15,4 +16,5 @@ __all__ = [
     "layer_norm",
     "linear_quick_gelu",
     "mean_norm_over_frames",
+    "prompt_attention",
 ]
