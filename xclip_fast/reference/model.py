@@ -34,10 +34,16 @@ class XCLIP(nn.Module):
         config: sizes; the state dict has the names and shapes of the official checkpoints of those sizes.
     """
 
+    # what a faster model puts in their place
+    vision_tower: type[VisionTower] = VisionTower
+    text_transformer: type[TextTransformer] = TextTransformer
+    integration: type[MultiframeIntegration] = MultiframeIntegration
+    prompts: type[VideoPrompts] = VideoPrompts
+
     def __init__(self, config: XCLIPConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual = VisionTower(
+        self.visual = self.vision_tower(
             config.vision_width,
             config.patch_size,
             config.image_size,
@@ -47,16 +53,18 @@ class XCLIP(nn.Module):
             config.embed_dim,
             config.activation,
         )
-        self.transformer = TextTransformer(config.text_width, config.text_layers, config.text_heads, config.activation)
+        self.transformer = self.text_transformer(
+            config.text_width, config.text_layers, config.text_heads, config.activation
+        )
         self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.text_width))
         self.ln_final = nn.LayerNorm(config.text_width)
         self.text_projection = nn.Parameter(torch.empty(config.text_width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(log(1 / 0.07)))
-        self.mit = MultiframeIntegration(config.embed_dim, config.embed_heads, config.mit_layers, config.frames)
+        self.mit = self.integration(config.embed_dim, config.embed_heads, config.mit_layers, config.frames)
         self.prompts_visual_ln = nn.LayerNorm(config.vision_width)
         self.prompts_visual_proj = nn.Parameter(torch.randn(config.vision_width, config.embed_dim))
-        self.prompts_generator = VideoPrompts(
+        self.prompts_generator = self.prompts(
             config.embed_dim, config.embed_heads, config.prompt_layers, config.prompt_alpha
         )
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -108,9 +108,11 @@ class CrossFrameBlock(nn.Module):
 class CrossFrameTransformer(nn.Module):
     """The stack of cross-frame blocks; tokens are (B, T, S, D)."""
 
+    block: type[CrossFrameBlock] = CrossFrameBlock
+
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, activation: str) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(CrossFrameBlock(width, heads, mlp_width, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(self.block(width, heads, mlp_width, activation) for _ in range(layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
         for block in self.resblocks:
@@ -124,6 +126,8 @@ class VisionTower(PatchEmbed):
     It extends PatchEmbed because the checkpoint keeps both in one flat namespace, ``visual``.
     """
 
+    blocks: type[CrossFrameTransformer] = CrossFrameTransformer
+
     def __init__(
         self,
         width: int,
@@ -136,7 +140,7 @@ class VisionTower(PatchEmbed):
         activation: str = "quick_gelu",
     ) -> None:
         super().__init__(width, patch_size, image_size)
-        self.transformer = CrossFrameTransformer(width, layers, heads, mlp_width, activation)
+        self.transformer = self.blocks(width, layers, heads, mlp_width, activation)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
