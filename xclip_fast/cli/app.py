@@ -15,6 +15,7 @@ from xclip_fast.cli.classify import classify
 from xclip_fast.cli.console import BAD_INPUT, EXIT_CODES, INTERRUPTED, OK, READER_GONE, StderrHandler, problem, stderr
 from xclip_fast.cli.convert import convert
 from xclip_fast.cli.embed import embed
+from xclip_fast.cli.flops import flops
 from xclip_fast.cli.info import info
 from xclip_fast.errors import InputError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (classify, embed, convert, info):
+for command in (classify, embed, convert, flops, info):
     app.command(epilog=EXIT_CODES)(command)
 
 
