@@ -146,7 +146,9 @@ class VisionTower(PatchEmbed):
 
     def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Normalised video (B, T, 3, H, W) to frame features (B, T, E) and patch tokens (B, T, N, D)."""
-        batch, frames = video.shape[:2]
-        tokens = super().forward(video.flatten(0, 1)).unflatten(0, (batch, frames))
-        tokens = self.transformer(tokens)
+        tokens = self.transformer(self.embed(video))
         return self.ln_post(tokens[:, :, 0]) @ self.proj, tokens[:, :, 1:]
+
+    def embed(self, video: Tensor) -> Tensor:
+        """Normalised video (B, T, 3, H, W) to the tokens of its frames (B, T, S, D)."""
+        return PatchEmbed.forward(self, video.flatten(0, 1)).unflatten(0, video.shape[:2])
