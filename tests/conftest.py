@@ -18,7 +18,7 @@ from dataclasses import astuple
 import numpy
 import pytest
 from golden import DATA, Golden, read_golden
-from numerics import ROWS, ParityRow, parity_table, poisoned_memory
+from numerics import ROWS, ParityRow, parity_table
 
 PARITY = "parity"
 
@@ -33,13 +33,6 @@ def seeds() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Uninitialised memory is NaN during the test."""
-    with poisoned_memory():
-        yield
 
 
 @pytest.fixture(scope="session", params=sorted(DATA.glob("tiny_*.safetensors")), ids=lambda path: path.stem)

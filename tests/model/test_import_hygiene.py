@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import xclip_fast.reference
 
@@ -65,6 +66,11 @@ def test_import_alone_brings_no_torch() -> None:
 def test_model_runs_without_any_optional_library() -> None:
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
     run(blocked + USE_EVERYTHING)
+
+
+def test_kernels_are_interpreted_exactly_where_there_is_no_gpu() -> None:
+    triton = pytest.importorskip("triton", reason="triton has wheels for Linux alone")
+    assert triton.knobs.runtime.interpret is not torch.cuda.is_available()
 
 
 def imported_modules(source: str) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from golden import Golden
@@ -17,7 +19,7 @@ def run(golden: Golden) -> dict[str, Tensor]:
     model = golden.model()
     found: dict[str, Tensor] = {}
 
-    def keep(name: str):
+    def keep(name: str) -> Callable[[object, object, Tensor], None]:
         def hook(_module: object, _inputs: object, tokens: Tensor) -> None:
             found[name] = tokens.flatten(0, 1).transpose(0, 1)
 
