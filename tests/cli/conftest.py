@@ -5,31 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import wave
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli_support import TINY, Cli, write_audio, write_video
 
-from xclip_fast import XCLIPConfig, create_model
+from xclip_fast import create_model
 from xclip_fast.checkpoints import save_model
 from xclip_fast.cli import main
-
-TINY = XCLIPConfig(
-    image_size=32,
-    patch_size=16,
-    vision_width=64,
-    vision_layers=1,
-    embed_dim=64,
-    text_width=64,
-    text_layers=1,
-    context_length=40,
-    vocab_size=514,
-    frames=4,
-)
-
-Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -87,26 +71,3 @@ def one_frame(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("short") / "one.mp4"
     write_video(path, np.full((1, 48, 64, 3), 90, np.uint8))
     return path
-
-
-def write_video(path: Path, frames: np.ndarray, codec: str = "mpeg4") -> None:
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(10))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def write_audio(path: Path) -> None:
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())

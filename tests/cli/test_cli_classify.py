@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Cli
+from cli_support import TINY, Cli, one_line
 
 from xclip_fast import XCLIPConfig, create_model, pipeline
 from xclip_fast.checkpoints import load_model, save_model
@@ -21,14 +21,6 @@ from xclip_fast.video import load_video
 
 LABELS = "riding a bike,cooking,sleeping"
 BAD = ("missing", "empty", "truncated", "text", "folder", "pipe", "audio", "sound", "huge")
-
-
-def one_line(err: str, *words: str) -> None:
-    """What every refusal looks like."""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    for word in words:
-        assert word in err
 
 
 def test_a_real_clip_has_the_probabilities_of_the_model(cli: Cli, tiny: Path, bikes: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from xclip_fast.cli.console import note, printable, problem, stderr
+from xclip_fast.cli.console import note, printable, problem, stderr, warning
 from xclip_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ def open_model(weights: str, frames: int | None, device: str, dtype: str) -> Any
 
         note(f"the demo model knows only its synthetic motions ({', '.join(CLASSES)}): see --weights")
         weights = WEIGHTS
-    return load_model(weights, frames=frames, dtype=getattr(torch, dtype), device=device)
+    model = load_model(weights, frames=frames, dtype=getattr(torch, dtype), device=device)
+    if fresh := len(model.load_report.initialised):
+        warning(f"{weights} are CLIP's weights: {fresh} tensors that X-CLIP adds are random, so train it first")
+    return model
 
 
 def view_loader(model: Any, plan: dict[str, Any]) -> Callable[[str], Tensor]:

@@ -39,12 +39,21 @@ def safe(text: object, style: str = "") -> Text:
 
 def problem(message: object) -> None:
     """One ``error:`` line on stderr."""
-    stderr.print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
+    _say("error", "bold red", message)
+
+
+def warning(message: object) -> None:
+    """One ``warning:`` line on stderr."""
+    _say("warning", "bold yellow", message)
 
 
 def note(message: object) -> None:
     """One ``note:`` line on stderr."""
-    stderr.print(Text.assemble(("note: ", "bold cyan"), printable(message)), soft_wrap=True)
+    _say("note", "bold cyan", message)
+
+
+def _say(word: str, style: str, message: object) -> None:
+    stderr.print(Text.assemble((f"{word}: ", style), printable(message)), soft_wrap=True)
 
 
 def emit_json(payload: dict[str, Any]) -> None:
@@ -62,9 +71,8 @@ def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
 
 
 class StderrHandler(logging.Handler):
-    """The library's log as ``warning:`` lines on stderr."""
+    """The library's log, from warnings upwards, as ``warning:`` lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record on one line."""
-        word = Text(f"{record.levelname.lower()}: ", style="bold yellow")
-        stderr.print(word + Text(printable(record.getMessage())), soft_wrap=True)
+        warning(record.getMessage())

@@ -21,6 +21,11 @@ def convert(
     if form not in FORMATS:
         raise InputError(f"unknown format {form!r}: choose one of {', '.join(FORMATS)}")
 
+    from xclip_fast.features import check_writable
+
+    if form != "hf":
+        check_writable(target)
+
     from xclip_fast.checkpoints import load_model, save_model
 
     save_model(load_model(source), target, format=form)

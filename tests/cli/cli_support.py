@@ -1,0 +1,56 @@
+"""Helpers of the command-line tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from xclip_fast import XCLIPConfig
+
+TINY = XCLIPConfig(
+    image_size=32,
+    patch_size=16,
+    vision_width=64,
+    vision_layers=1,
+    embed_dim=64,
+    text_width=64,
+    text_layers=1,
+    context_length=40,
+    vocab_size=514,
+    frames=4,
+)
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def one_line(err: str, *words: str) -> None:
+    """What every refusal looks like."""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def write_video(path: Path, frames: np.ndarray, codec: str = "mpeg4") -> None:
+    """Write uint8 (T, H, W, 3) frames."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(10))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_audio(path: Path) -> None:
+    """Write a second of silence and no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
