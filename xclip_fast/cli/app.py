@@ -14,6 +14,7 @@ import xclip_fast
 from xclip_fast.cli.classify import classify
 from xclip_fast.cli.console import BAD_INPUT, EXIT_CODES, INTERRUPTED, OK, READER_GONE, StderrHandler, problem, stderr
 from xclip_fast.cli.convert import convert
+from xclip_fast.cli.demo import demo
 from xclip_fast.cli.embed import embed
 from xclip_fast.cli.flops import flops
 from xclip_fast.cli.info import info
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (classify, embed, convert, flops, info):
+for command in (demo, classify, embed, convert, flops, info):
     app.command(epilog=EXIT_CODES)(command)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -12,6 +12,8 @@ from xclip_fast.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from xclip_fast.checkpoints import LoadReport
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,12 +32,13 @@ def open_model(weights: str, frames: int | None, device: str, dtype: str) -> Any
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if weights == "demo":
-        from xclip_fast.demo import CLASSES, WEIGHTS
+        from xclip_fast.demo.models import weights_path
 
-        note(f"the demo model knows only its synthetic motions ({', '.join(CLASSES)}): see --weights")
-        weights = WEIGHTS
+        note("the demo's model knows nothing but its moving shapes: choose another with --weights")
+        weights = str(weights_path("xclip"))
     model = load_model(weights, frames=frames, dtype=getattr(torch, dtype), device=device)
-    if fresh := len(model.load_report.initialised):
+    report = cast("LoadReport", model.load_report)
+    if fresh := len(report.initialised):
         warning(f"{weights} are CLIP's weights: {fresh} tensors that X-CLIP adds are random, so train it first")
     return model
 
@@ -50,15 +53,19 @@ def view_loader(model: Any, plan: dict[str, Any]) -> Callable[[str], Tensor]:
     return load
 
 
+def progress_bar(disable: bool = False) -> Progress:
+    """A bar on stderr that goes away at the end, and is never there when stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=stderr, transient=True, disable=disable or not stderr.is_terminal)
+
+
 def through_files(
     videos: list[str], work: Callable[[str], Result], what: str
 ) -> Iterator[tuple[str, Result | None, str | None]]:
     """(file, result, None) or (file, None, problem) for each file; problems go to stderr as they come."""
     from xclip_fast.pipeline import each_file
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    quiet = len(videos) < 2 or not stderr.is_terminal
-    with Progress(*columns, console=stderr, transient=True, disable=quiet) as progress:
+    with progress_bar(disable=len(videos) < 2) as progress:
         task = progress.add_task(what, total=len(videos))
         for path, result, error in each_file(videos, work):
             message = None

@@ -21,6 +21,7 @@ from xclip_fast.cli.options import (
     Views,
     Vocabulary,
     Weights,
+    default_preset,
     plan_views,
 )
 from xclip_fast.errors import InputError
@@ -36,7 +37,7 @@ def classify(
     template: Annotated[str, typer.Option(help="Sentence each label is put into, at its {}.")] = "{}",
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show for each video.")] = 5,
     weights: Weights = "demo",
-    preset: Preset = "official",
+    preset: Preset = None,
     frames: Frames = None,
     views: Views = "1x1",
     device: Device = "auto",
@@ -56,7 +57,7 @@ def classify(
     from xclip_fast.pipeline import Classifier, read_labels
     from xclip_fast.text import clean_labels, get_tokenizer
 
-    plan = plan_views(views, preset, backend)
+    plan = plan_views(views, preset or default_preset(weights), backend)
     names = clean_labels(read_labels(labels_file) if labels_file is not None else (labels or "").split(","))
     model = open_model(weights, frames, device, dtype)
     classifier = Classifier(model, names, get_tokenizer(model.config, vocabulary), template)
@@ -69,7 +70,7 @@ def classify(
             continue
         results.append({"file": path, "predictions": [asdict(prediction) for prediction in best]})
         if not as_json:
-            _show(path, best)
+            show_ranking(path, best)
     if as_json:
         used = {"weights": weights, "frames": model.config.frames, **plan, "classes": len(names)}
         emit_json({**used, "results": results})
@@ -77,7 +78,8 @@ def classify(
         raise typer.Exit(BAD_INPUT)
 
 
-def _show(path: str, best: list[Prediction]) -> None:
+def show_ranking(path: str, best: list[Prediction]) -> None:
+    """Print the labels of a video, best first."""
     ranking = table("", "#", "label", "probability", "", numbers=("#", "probability"))
     ranking.title = safe(path, "bold")
     for rank, prediction in enumerate(best, start=1):

@@ -8,7 +8,18 @@ import typer
 
 from xclip_fast.cli.batch import open_model, through_files, view_loader
 from xclip_fast.cli.console import BAD_INPUT, note
-from xclip_fast.cli.options import Backend, Device, Frames, Precision, Preset, Videos, Views, Weights, plan_views
+from xclip_fast.cli.options import (
+    Backend,
+    Device,
+    Frames,
+    Precision,
+    Preset,
+    Videos,
+    Views,
+    Weights,
+    default_preset,
+    plan_views,
+)
 from xclip_fast.errors import InputError
 
 
@@ -17,7 +28,7 @@ def embed(
     out: Annotated[str, typer.Option(metavar="FILE", help="Output: .safetensors, .npz or .parquet.")],
     patches: Annotated[bool, typer.Option("--patches", help="Also the patch features, N for each video.")] = False,
     weights: Weights = "demo",
-    preset: Preset = "official",
+    preset: Preset = None,
     frames: Frames = None,
     views: Views = "1x1",
     device: Device = "auto",
@@ -33,7 +44,7 @@ def embed(
 
     check_features_path(out)
 
-    plan = plan_views(views, preset, backend)
+    plan = plan_views(views, preset or default_preset(weights), backend)
 
     import torch
 

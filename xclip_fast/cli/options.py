@@ -31,7 +31,10 @@ Views = Annotated[
         metavar="CLIPSxCROPS", help="Views of a video, such as 4x3 (4 clips of 3 crops) or 4 (one crop each)."
     ),
 ]
-Preset = Annotated[str, typer.Option(help="Resize and crop: official, hf or clip.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Resize and crop: official, hf or clip.", show_default="official; hf for the demo's weights"),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Backend = Annotated[str, typer.Option(help="Video decoder: auto, or one that `xclip-fast info` lists.")]
@@ -53,6 +56,11 @@ def parse_views(text: str) -> tuple[int, int]:
     if found is None:
         raise InputError(f"--views must be CLIPSxCROPS such as 4x3, or a number, found {text!r}")
     return int(found[1]), int(found[2] or 1)
+
+
+def default_preset(weights: str) -> str:
+    """The official preset, but for the demo's weights the one that leaves the demo's small clips as they are."""
+    return "hf" if weights == "demo" else "official"
 
 
 def plan_views(views: str, preset: str, backend: str) -> dict[str, Any]:
