@@ -203,12 +203,30 @@ def test_a_broken_vocabulary_is_one_clear_line(vocabulary: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"model": {}}', '{"model": {"merges": [1]}}', '{"model": 3}']
+    "content",
+    ["", "{", "[]", "{}", '{"model": {}}', '{"model": {"merges": [1]}}', '{"model": 3}', "[" * 100_000],
+    ids=["empty", "open", "list", "no model", "no merges", "number", "no mapping", "deep"],
 )
 def test_a_broken_tokenizer_json_is_one_clear_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(InputError, match=r"tokenizer\.json cannot be read as"):
         get_tokenizer(49408, tmp_path)
+
+
+def test_a_vocabulary_is_read_up_to_a_limit(vocabulary: Path, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "vocabulary"
+    lines = gzip.decompress(vocabulary.read_bytes()).split(b"\n")[:49_000]
+    packed, unpacked = gzip.compress(b"\n".join(lines)), b"\n".join(lines)
+    assert len(packed) < 300_000 < len(unpacked)
+    for content in (packed, unpacked):
+        path.write_bytes(content)
+        assert get_tokenizer(49408, path).vocab_size == 49408
+    monkeypatch.setattr(module, "_LARGEST_FILE", 300_000)
+    for content in (unpacked, packed):
+        path.write_bytes(content)
+        module._clip_tokenizer.cache_clear()
+        with pytest.raises(InputError, match="holds another vocabulary"):
+            get_tokenizer(49408, path)
 
 
 def test_a_missing_vocabulary_is_one_clear_line(tmp_path: Path) -> None:

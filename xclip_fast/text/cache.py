@@ -23,8 +23,8 @@ class TextCache:
     A kept feature is returned only for the same model object, tokens, device, dtype, autocast state and *contents* of
     the text weights. The version counters of tensors would not do: a write through ``parameter.data`` leaves them be.
     So each call reads the weights once (not those of token embeddings out of use) and waits for the device: about what
-    encoding a handful of labels costs. To pay nothing, call once and hold on to the features. A single changed number
-    is always seen, and any other change escapes with a probability below 2 ** -31.
+    encoding a handful of labels costs. To pay nothing, call once and hold on to the features. One changed 32-bit
+    word is always seen, and any other change escapes with a probability below 2 ** -31.
 
     Args:
         max_bytes: the most memory the kept features take, on whatever device they are.

@@ -51,6 +51,7 @@ def apply_template(labels: Iterable[str], template: str) -> list[str]:
 
 
 def check_unicode(text: str) -> None:
+    """Refuse what has no UTF-8 form: lone surrogates, as they come from undecodable bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:

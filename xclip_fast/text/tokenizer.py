@@ -6,6 +6,7 @@ import gzip
 import heapq
 import html
 import importlib.util
+import io
 import json
 import logging
 import re
@@ -28,6 +29,7 @@ CLIP_VOCAB_SIZE = 49408  # the same and 48894 merges
 
 _VOCABULARY_FILES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt", "merges.txt", "tokenizer.json")
 _WANTED = f"CLIP's {_VOCABULARY_FILES[0]}"
+_LARGEST_FILE = 64 << 20
 _KNOWN_WORDS = 1 << 16
 _A_CAT = [49406, 320, 1125, 539, 320, 2368, 49407]  # "a photo of a cat" in CLIP's vocabulary
 _log = logging.getLogger("xclip_fast")
@@ -156,7 +158,7 @@ def get_tokenizer(config_or_vocab_size: XCLIPConfig | int, vocabulary: str | Pat
 def _clip_tokenizer(path: Path, mtime: int, size: int) -> Tokenizer:
     try:
         tokenizer = Tokenizer(_read_merges(path)[: CLIP_VOCAB_SIZE - BYTE_VOCAB_SIZE])
-    except (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, LookupError, RecursionError, TypeError, ValueError, zlib.error) as error:
         raise InputError(f"{path} cannot be read as {_WANTED} ({type(error).__name__}): give that file") from None
     if tokenizer.vocab_size != CLIP_VOCAB_SIZE or tokenizer("a photo of a cat").tolist() != [_A_CAT]:
         raise InputError(f"{path} holds another vocabulary than CLIP's: give {_WANTED}")
@@ -184,9 +186,11 @@ def _vocabulary_file(vocabulary: str | Path | None) -> Path:
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(_LARGEST_FILE)
     if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
+        with gzip.open(io.BytesIO(data)) as unpacked:
+            data = unpacked.read(_LARGEST_FILE)
     if path.suffix == ".json":
         pairs = json.loads(data)["model"]["merges"]
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]
