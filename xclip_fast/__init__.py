@@ -11,14 +11,16 @@ from xclip_fast.config import VARIANTS, XCLIPConfig
 from xclip_fast.errors import InputError
 
 if TYPE_CHECKING:
+    from xclip_fast.checkpoints import load_model, save_model
     from xclip_fast.model import create_model
 
 __version__ = "0.1.0"
 
-__all__ = ["VARIANTS", "InputError", "XCLIPConfig", "create_model"]
+__all__ = ["VARIANTS", "InputError", "XCLIPConfig", "create_model", "load_model", "save_model"]
 
-_HOME = {"create_model": "model"}  # lazy public name -> the module it lives in
-_ROOMS = ("demo", "flops", "pipeline", "reference", "text", "video")
+# lazy public name -> the module it lives in
+_HOME = {"create_model": "model", "load_model": "checkpoints", "save_model": "checkpoints"}
+_ROOMS = ("checkpoints", "demo", "flops", "pipeline", "reference", "text", "video")
 
 
 def __getattr__(name: str) -> Any:

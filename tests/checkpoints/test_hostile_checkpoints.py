@@ -126,6 +126,20 @@ def hf_with(path: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
+def hf_bare(path: Path, removed: str, name: str = "", content: object = None) -> Path:
+    """A folder without one of its files; ``content`` is saved as another one."""
+    (hf(path) / removed).unlink()
+    if name:
+        saved(path / name, content)
+    return path
+
+
+def hf_index(path: Path, weight_map: object) -> Path:
+    edited = hf_with(path, "model.safetensors.index.json", json.dumps({"weight_map": weight_map}))
+    (path / "model.safetensors").unlink()
+    return edited
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     # code
     "code": (lambda p: saved(p, {"model": {**state(), "x": Code()}}), r"Python code or objects \('posix.system'\)"),
@@ -221,8 +235,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "wide": (lambda p: replaced(p, "text_projection", torch.zeros(1, 100_000)), "embed_dim 100000"),
     "narrow": (lambda p: replaced(p, "ln_final.weight", torch.zeros(32)), "is no X-CLIP model|wrong shape"),
     "huge clip": (
-        lambda p: write_tensors(p, {**clip_state(create_model(TINY)), "text_projection": torch.zeros(64, 4000)}),
-        "wrong shape|is no X-CLIP model",
+        lambda p: write_tensors(p, {**clip_state(create_model(TINY)), "text_projection": torch.zeros(64, 1984)}),
+        "wrong shape",
     ),
     "resnet clip": (lambda p: write_tensors(p, {"visual.layer1.0.conv1.weight": torch.zeros(2)}), "is a ResNet"),
     "timm tower": (lambda p: write_tensors(p, {"visual.trunk.cls_token": torch.zeros(2)}), "is a timm model"),
@@ -253,17 +267,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "NaN for alpha": (lambda p: own_config(p, prompt_alpha=float("nan")), "NaN is no number"),
     "other activation": (lambda p: own_config(p, activation=["relu"]), "is no X-CLIP model"),
     # hugging face folders
-    "folder without anything": (lambda p: p.mkdir() or p, r"has no config\.json"),
-    "folder without weights": (
-        lambda p: (hf(p) / "model.safetensors").unlink() or p,
-        r"no weights: expected model\.safetensors",
-    ),
+    "folder without anything": (lambda p: hf_bare(p, "config.json"), r"has no config\.json"),
+    "folder without weights": (lambda p: hf_bare(p, "model.safetensors"), r"no weights: expected model\.safetensors"),
     "folder of another model": (lambda p: hf(p, model_type="clip"), "is of a 'clip' model"),
     "folder with eps": (lambda p: hf(p, **{"vision_config.layer_norm_eps": 1e-6}), "layer_norm_eps 1e-06"),
     "folder with gelu": (lambda p: hf(p, **{"text_config.hidden_act": "gelu"}), "hidden_act 'gelu'"),
     "folder that lies": (lambda p: hf(p, **{"vision_config.num_frames": 8}), "num_frames, says frames 8, .* says 4"),
     "folder of two minds": (lambda p: hf(p, prompt_num_attention_heads=2), "says embed_heads 2, .* says 1"),
-    "folder of lists": (lambda p: hf(p, vision_config=[]) and hf_with_list(p), "must hold an object as vision_config"),
+    "folder of lists": (lambda p: hf(p, vision_config=[1]), "must hold an object as vision_config"),
     "folder with huge json": (lambda p: hf_with(p, "config.json", b" " * (2 << 20)), "too long for a configuration"),
     "folder with bad json": (lambda p: hf_with(p, "config.json", b"\xff\xfe{"), "is not valid JSON"),
     "folder with bad statistics": (
@@ -271,19 +282,16 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         "image_mean as three numbers",
     ),
     "folder with code": (
-        lambda p: saved((hf(p) / "pytorch_model.bin"), Code()) and (p / "model.safetensors").unlink() or p,
+        lambda p: hf_bare(p, "model.safetensors", "pytorch_model.bin", {"model": Code()}),
         "Python code or objects",
     ),
     "shards elsewhere": (
-        lambda p: (
-            (
-                hf_with(p, "model.safetensors.index.json", '{"weight_map": {"a": "../a.safetensors"}}')
-                / "model.safetensors"
-            ).unlink()
-            or p
-        ),
-        "a file of the same folder",
+        lambda p: hf_index(p, {"a": "../a.safetensors"}),
+        "to a file of the same folder",
     ),
+    "shards of numbers": (lambda p: hf_index(p, {"a": 3}), "to a file of the same folder"),
+    "no shards": (lambda p: hf_index(p, []), "to a file of the same folder"),
+    "lost shards": (lambda p: hf_index(p, {"a": "a.safetensors"}), "cannot read .*No such file"),
     "foreign hf tensor": (
         lambda p: write_tensors(p, {**hf_model().state_dict(), "vision_model.head.weight": torch.zeros(1)}),
         r"no X-CLIP model has: 'vision_model\.head\.weight'",
@@ -302,12 +310,6 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         "must be there and of one shape",
     ),
 }
-
-
-def hf_with_list(path: Path) -> Path:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"vision_config": [1]}))
-    return path
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -336,7 +338,7 @@ def test_a_mutated_file_never_brings_anything_but_an_input_error(tmp_path: Path)
     """Flipped bits in the first bytes and in the last, in every format; a flip in a weight may pass unseen."""
     model = create_model(TINY)
     generator = torch.Generator().manual_seed(1)
-    refused = 0
+    messages = []
     for format in ("xclip_fast", "official"):
         path = tmp_path / format
         save_model(model, path, format)
@@ -350,9 +352,9 @@ def test_a_mutated_file_never_brings_anything_but_an_input_error(tmp_path: Path)
             try:
                 load_model(path)
             except InputError as error:
-                refused += 1
-                assert str(error).isprintable()
-    assert refused > 30
+                messages.append(str(error))
+    assert len(messages) > 30
+    assert all(map(str.isprintable, messages))
 
 
 def test_special_files(tmp_path: Path):
@@ -367,7 +369,7 @@ def test_special_files(tmp_path: Path):
 
 
 def test_a_failure_leaves_no_allow_list_behind(tmp_path: Path):
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     with pytest.raises(InputError):
         load_model(saved(tmp_path / "a.pth", Code()))
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before

@@ -26,8 +26,8 @@ from checkpoint_zoo import (
 )
 from golden import Golden
 
-from xclip_fast import InputError, XCLIPConfig, create_model
-from xclip_fast.checkpoints import LoadReport, load_model, save_model
+from xclip_fast import InputError, XCLIPConfig, create_model, load_model, save_model
+from xclip_fast.checkpoints import LoadReport
 from xclip_fast.checkpoints.names import added_to_clip, hf_names
 from xclip_fast.config import CLIP_MEAN, CLIP_STD
 from xclip_fast.reference.positions import temporal_positions

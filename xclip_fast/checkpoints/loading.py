@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from xclip_fast.checkpoints import clip, huggingface
 from xclip_fast.checkpoints.files import DTYPES, parse_json, read_checkpoint, state_dict_of
 from xclip_fast.checkpoints.names import added_to_clip, listing
-from xclip_fast.checkpoints.sizes import check_tensors, claims_of, infer_sizes, one_line, resolve
+from xclip_fast.checkpoints.sizes import check_tensors, claims_of, infer_sizes, one_line, resolve, shapes_of
+from xclip_fast.checkpoints.skeleton import skeleton
 from xclip_fast.checkpoints.stored import Checkpoint, from_official
 from xclip_fast.config import VARIANTS, XCLIPConfig
 from xclip_fast.errors import InputError
@@ -101,8 +102,7 @@ def load_model(
     checkpoint = _open(source)
     config = _configure(checkpoint)
     wanted = config.with_frames(frames or config.frames)
-    with torch.device("meta"):
-        model = create_model(wanted)
+    model = skeleton(wanted)
     names = list(model.state_dict())
     initialised = tuple(name for name in names if checkpoint.is_clip and added_to_clip(name))
     _check(checkpoint, config, model, initialised)
@@ -215,16 +215,14 @@ def _from_module(module: nn.Module) -> Checkpoint:
 
 
 def _configure(checkpoint: Checkpoint) -> XCLIPConfig:
-    shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
-    sizes = infer_sizes(shapes, checkpoint.where, clip_only=checkpoint.is_clip)
+    sizes = infer_sizes(shapes_of(checkpoint.tensors), checkpoint.where, clip_only=checkpoint.is_clip)
     return resolve(sizes, checkpoint.claims, checkpoint.where)
 
 
 def _check(checkpoint: Checkpoint, config: XCLIPConfig, model: XCLIP, initialised: tuple[str, ...]) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected[_TEMPORAL] = (1, config.frames, config.embed_dim)  # the model has the frames that were asked for
-    found = {name: stored.shape for name, stored in checkpoint.tensors.items()}
-    check_tensors(found, expected, initialised, checkpoint.where)
+    # the model has the frames that were asked for
+    expected = {**shapes_of(model.state_dict()), _TEMPORAL: (1, config.frames, config.embed_dim)}
+    check_tensors(shapes_of(checkpoint.tensors), expected, initialised, checkpoint.where)
 
 
 def _read(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xclip_fast.checkpoints import huggingface
-from xclip_fast.checkpoints.files import DTYPES, replacing
+from xclip_fast.checkpoints.files import replacing, state_dict_of
 from xclip_fast.checkpoints.loading import CONFIG_KEY, OWN_FORMAT, OWN_VERSION
-from xclip_fast.checkpoints.names import TRANSPOSED, hf_names, listing
+from xclip_fast.checkpoints.names import TRANSPOSED, hf_names
+from xclip_fast.checkpoints.sizes import check_tensors, shapes_of
+from xclip_fast.checkpoints.skeleton import skeleton
 from xclip_fast.config import HEAD_DIM, IMAGENET_MEAN, IMAGENET_STD, XCLIPConfig
 from xclip_fast.errors import InputError
 from xclip_fast.reference import XCLIP
@@ -42,16 +44,16 @@ def save_model(model: XCLIP, path: str | os.PathLike[str], format: str = OWN_FOR
     """
     if format not in _WRITERS:
         raise InputError(f"unknown checkpoint format {format!r}: choose one of {', '.join(_WRITERS)}")
-    if not isinstance(model, XCLIP):
-        raise InputError(f"save_model writes XCLIP models, found {type(model).__name__}")
+    config = getattr(model, "config", None)
+    if not isinstance(config, XCLIPConfig):
+        raise InputError(f"save_model writes X-CLIP models, found {type(model).__name__}: unwrap it first")
     place = Path(os.path.expanduser(os.fspath(path)))
     if not place.parent.is_dir():
         raise InputError(f"cannot write {str(place)!r}: its folder does not exist: create it first")
-    state = {name: _own(tensor) for name, tensor in model.state_dict().items()}
-    if bad := [name for name, tensor in state.items() if tensor.dtype not in DTYPES or tensor.is_meta]:
-        first = state[min(bad)]
-        raise InputError(f"cannot save {listing(bad)}: found {first.dtype} on {first.device}: convert the model first")
-    _WRITERS[format](state, model.config, place)
+    state = {name: _own(tensor) for name, tensor in state_dict_of(model.state_dict(), "the model").items()}
+    # a checkpoint that could not be loaded again is noticed now
+    check_tensors(shapes_of(state), shapes_of(skeleton(config).state_dict()), (), "the model")
+    _WRITERS[format](state, config, place)
 
 
 def _write_own(state: State, config: XCLIPConfig, path: Path) -> None:
@@ -117,10 +119,7 @@ def _pairs(names: tuple[str, ...], tensor: Tensor) -> zip[tuple[str, Tensor]]:
 
 def _own(tensor: Tensor) -> Tensor:
     """The tensor on the CPU, dense, and alone in its memory: views would drag their base into the file."""
-    tensor = tensor.detach()
-    if tensor.is_meta:
-        return tensor
-    dense = tensor.cpu().contiguous()
+    dense = tensor.detach().cpu().contiguous()
     return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
 
 

@@ -35,7 +35,8 @@ _ADDED = {"frames", "mit_layers", "prompt_layers"}  # a CLIP checkpoint does not
 
 # far above any CLIP model: a small file must not ask for a huge one
 _LARGEST = {
-    **dict.fromkeys(("vision_width", "text_width", "embed_dim", "frames"), 4096),
+    **dict.fromkeys(("vision_width", "text_width", "embed_dim"), 2048),
+    "frames": 4096,
     **dict.fromkeys(("vision_layers", "text_layers", "mit_layers", "prompt_layers"), 256),
 }
 
@@ -46,6 +47,11 @@ class Claim(NamedTuple):
     label: str
     field: str
     value: Any
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> Shapes:
+    """The shapes of tensors, or of anything that has one."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def infer_sizes(shapes: Shapes, where: str, *, clip_only: bool = False) -> dict[str, int]:
