@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -53,10 +54,15 @@ def view_loader(model: Any, plan: dict[str, Any]) -> Callable[[str], Tensor]:
     return load
 
 
-def progress_bar(disable: bool = False) -> Progress:
+@contextmanager
+def progress_bar(wanted: bool = True) -> Iterator[Progress]:
     """A bar on stderr that goes away at the end, and is never there when stderr is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=stderr, transient=True, disable=disable or not stderr.is_terminal)
+    wanted = wanted and stderr.is_terminal
+    progress = Progress(*columns, console=stderr, transient=True, disable=not wanted)
+    # older versions of rich end even a disabled bar with an empty line
+    with progress if wanted else nullcontext():
+        yield progress
 
 
 def through_files(
@@ -65,7 +71,7 @@ def through_files(
     """(file, result, None) or (file, None, problem) for each file; problems go to stderr as they come."""
     from xclip_fast.pipeline import each_file
 
-    with progress_bar(disable=len(videos) < 2) as progress:
+    with progress_bar(len(videos) > 1) as progress:
         task = progress.add_task(what, total=len(videos))
         for path, result, error in each_file(videos, work):
             message = None
