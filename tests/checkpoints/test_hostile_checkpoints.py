@@ -253,6 +253,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "settings are a list": (lambda p: own(p, "[]"), "must hold a JSON object"),
     "no configuration": (lambda p: own(p, {"version": 1}), "not of this version of xclip_fast: found NoneType"),
     "configuration is a list": (lambda p: own(p, {"version": 1, "config": [1]}), "found list"),
+    "settings are tensors": (lambda p: saved(p, {"model": state(), "xclip_fast": torch.ones(3)}), "must be text"),
+    "settings that lie": (
+        lambda p: saved(p, {"model": state(), "xclip_fast": '{"version": 1, "config": {"frames": 5}}'}),
+        "says frames 5, the rest of the checkpoint says 4",
+    ),
     "unknown field": (lambda p: own_config(p, depth=3), "not of this version of xclip_fast: found 'depth'"),
     "sizes that lie": (lambda p: own_config(p, vision_layers=24), "says vision_layers 24, the rest .* says 2"),
     "a billion layers": (lambda p: own_config(p, text_layers=10**9), "says text_layers 1000000000"),

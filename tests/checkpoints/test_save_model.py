@@ -115,6 +115,11 @@ def test_official_file_is_what_official_code_reads(tmp_path: Path):
     assert all(type(tensor) is torch.Tensor and not tensor.requires_grad for tensor in content["model"].values())
 
 
+def test_long_names_are_written(tmp_path: Path):
+    save_model(tiny_model(), tmp_path / ("ö" * 120))
+    assert load_model(tmp_path / ("ö" * 120)).config == TINY
+
+
 def test_own_file_shows_its_configuration_to_any_reader(tmp_path: Path):
     save_model(tiny_model(), tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", "pt") as opened:

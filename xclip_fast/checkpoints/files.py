@@ -146,7 +146,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _describe(value: Any) -> str:
-    if not isinstance(value, Tensor):
+    if type(value) not in (Tensor, torch.nn.Parameter):
         return f"found {type(value).__name__}"
     if value.is_meta:
         return "found a tensor on the meta device, without data"
@@ -184,7 +184,7 @@ def _check_archive(path: Path, size: int, where: str) -> None:
     inflated = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if inflated or sum(entry.file_size for entry in entries) > size:
         raise InputError(f"{where} is compressed or claims more than its {size} bytes: torch.save writes no such file")
-    if entries[names.index("data.pkl")].file_size > _MAX_PICKLE:
+    if any(entry.filename.endswith("data.pkl") and entry.file_size > _MAX_PICKLE for entry in entries):
         raise InputError(f"{where} holds more than {_MAX_PICKLE} bytes of plain values: {_TO_SAFETENSORS}")
 
 
@@ -219,7 +219,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the file can't be written.
     """
-    temporary = path.with_name(f".{path.name[:100]}.{uuid4().hex}.tmp")
+    temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
@@ -230,6 +230,6 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save and safetensors report a full disk by exceptions of their own
-        raise InputError(f"cannot write {str(path)!r}: {one_line(error)}: nothing was changed") from error
+        raise InputError(f"cannot write {str(path)!r}: {one_line(error)}: make room or choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)

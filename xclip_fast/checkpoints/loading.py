@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xclip_fast.checkpoints import clip, huggingface
 from xclip_fast.checkpoints.files import DTYPES, parse_json, read_checkpoint, state_dict_of
 from xclip_fast.checkpoints.names import added_to_clip, listing
-from xclip_fast.checkpoints.sizes import check_tensors, claims_of, infer_sizes, one_line, resolve, shapes_of
+from xclip_fast.checkpoints.sizes import Claim, check_tensors, claims_of, infer_sizes, one_line, resolve, shapes_of
 from xclip_fast.checkpoints.skeleton import skeleton
 from xclip_fast.checkpoints.stored import Checkpoint, from_official
 from xclip_fast.config import VARIANTS, XCLIPConfig
@@ -28,8 +28,8 @@ from xclip_fast.reference.positions import temporal_positions
 
 _log = logging.getLogger("xclip_fast")
 
-OWN_FORMAT, OWN_VERSION = "xclip_fast", 1  # the one key in the metadata of our safetensors files, and what it holds
-CONFIG_KEY = "xclip_fast_config"  # beside "model" in the .pth files we write
+# settings, as JSON: the one key in the metadata of our safetensors files, and a key beside "model" in our .pth files
+OWN_FORMAT, OWN_VERSION = "xclip_fast", 1
 _TEMPORAL = "mit.positional_embedding"
 
 # a name that can only be a path
@@ -106,7 +106,7 @@ def load_model(
     names = list(model.state_dict())
     initialised = tuple(name for name in names if checkpoint.is_clip and added_to_clip(name))
     _check(checkpoint, config, model, initialised)
-    dtype = dtype or reduce(torch.promote_types, (stored.dtype for stored in checkpoint.tensors.values()))
+    dtype = dtype or _widest_dtype(checkpoint)
     state = _read(checkpoint, dtype)
     if initialised:
         fresh = create_model(wanted).state_dict()
@@ -124,7 +124,7 @@ def load_model(
         checkpoint.where,
         report.format,
         report.loaded,
-        str(dtype).removeprefix("torch."),
+        _name(dtype),
         len(initialised),
         "".join(f"; {repair}" for repair in report.repairs),
     )
@@ -136,7 +136,7 @@ def _open(source: object) -> Checkpoint:
         return _from_module(source)
     if isinstance(source, Mapping):
         where = "the state dict"
-        return _by_names(state_dict_of(source, where), where, source.get(CONFIG_KEY))
+        return _by_names(state_dict_of(source, where), where, source.get(OWN_FORMAT))
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
         by_path = True
@@ -172,22 +172,28 @@ def _from_file(path: Path) -> Checkpoint:
     where = repr(str(path))
     content, metadata = read_checkpoint(path)
     tensors = state_dict_of(content, where, path.stat().st_size)
-    if OWN_FORMAT not in metadata:
-        return _by_names(tensors, where, content.get(CONFIG_KEY), path.parent)
-    settings = parse_json(metadata[OWN_FORMAT], f"the configuration in {where}")
+    if OWN_FORMAT in metadata:
+        return Checkpoint(where, OWN_FORMAT, from_official(tensors), _read_settings(metadata[OWN_FORMAT], where))
+    return _by_names(tensors, where, content.get(OWN_FORMAT), path.parent)
+
+
+def _read_settings(text: object, where: str) -> list[Claim]:
+    if not isinstance(text, str):
+        raise InputError(f"{where}: its settings must be text, found {type(text).__name__}")
+    settings = parse_json(text, f"the configuration in {where}")
     if settings.get("version") != OWN_VERSION:
         raise InputError(f"{where} is of version {settings.get('version')!r:.60} of the format: update xclip_fast")
-    return Checkpoint(where, OWN_FORMAT, from_official(tensors), claims_of(settings.get("config"), where))
+    return claims_of(settings.get("config"), where)
 
 
-def _by_names(tensors: dict[str, Tensor], where: str, config: object, folder: Path | None = None) -> Checkpoint:
+def _by_names(tensors: dict[str, Tensor], where: str, settings: object, folder: Path | None = None) -> Checkpoint:
     """A checkpoint of the format that the names of its tensors show."""
     if _has(tensors, "vision_model.", "text_model."):
         if not _has(tensors, "mit."):
             raise InputError(f"{where} is a Hugging Face model without the modules of X-CLIP: give its CLIP weights")
         return huggingface.from_tensors(tensors, where, *(huggingface.read_configs(folder) if folder else (None, {})))
     if any(added_to_clip(name) for name in tensors):
-        claims = [] if config is None else claims_of(config, where)
+        claims = [] if settings is None else _read_settings(settings, where)
         return Checkpoint(where, "official", from_official(tensors), claims)
     for beginning, reason in _FOREIGN:
         if _has(tensors, beginning):
@@ -225,11 +231,26 @@ def _check(checkpoint: Checkpoint, config: XCLIPConfig, model: XCLIP, initialise
     check_tensors(shapes_of(checkpoint.tensors), expected, initialised, checkpoint.where)
 
 
+def _widest_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    dtypes = {part.dtype for stored in checkpoint.tensors.values() for part in stored.parts}
+    widest = reduce(torch.promote_types, dtypes)
+    if len(dtypes) > 1:
+        names = " and ".join(sorted(_name(dtype) for dtype in dtypes))
+        checkpoint.repairs.append(f"{names} tensors all became {_name(widest)}")
+    return widest
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _read(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
     state = {name: stored.read(dtype) for name, stored in checkpoint.tensors.items()}
     if bad := [name for name, tensor in state.items() if not _is_finite(tensor)]:
         if all(_is_finite(part) for name in bad for part in checkpoint.tensors[name].parts):
-            raise InputError(f"{checkpoint.where} does not fit {dtype}: {listing(bad)} overflow: choose a wider dtype")
+            raise InputError(
+                f"{checkpoint.where} does not fit {_name(dtype)}: {listing(bad)} overflow: choose a wider dtype"
+            )
         raise InputError(f"{checkpoint.where} holds NaN or infinity in {listing(bad)}: use a checkpoint from before")
     return state
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xclip_fast.checkpoints import huggingface
 from xclip_fast.checkpoints.files import replacing, state_dict_of
-from xclip_fast.checkpoints.loading import CONFIG_KEY, OWN_FORMAT, OWN_VERSION
+from xclip_fast.checkpoints.loading import OWN_FORMAT, OWN_VERSION
 from xclip_fast.checkpoints.names import TRANSPOSED, hf_names
 from xclip_fast.checkpoints.sizes import check_tensors, shapes_of
 from xclip_fast.checkpoints.skeleton import skeleton
@@ -59,9 +59,8 @@ def save_model(model: XCLIP, path: str | os.PathLike[str], format: str = OWN_FOR
 def _write_own(state: State, config: XCLIPConfig, path: Path) -> None:
     _refuse(path, path.is_dir() or path.suffix in (".pth", ".pt", ".bin"), "a .safetensors file")
     # one key: safetensors writes several in any order, and the same model should be the same bytes
-    settings = json.dumps({"version": OWN_VERSION, "config": config.to_dict()})
     with replacing(path) as temporary:
-        save_file(state, temporary, {OWN_FORMAT: settings})
+        save_file(state, temporary, {OWN_FORMAT: _settings(config)})
 
 
 def _write_official(state: State, config: XCLIPConfig, path: Path) -> None:
@@ -82,7 +81,7 @@ def _write_official(state: State, config: XCLIPConfig, path: Path) -> None:
         _log.warning("%s: the authors' code will normalise frames by ImageNet's statistics, not the model's", path)
     # given a path torch.save would put its random name into the file
     with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save({"model": state, CONFIG_KEY: config.to_dict()}, file)
+        torch.save({"model": state, OWN_FORMAT: _settings(config)}, file)
 
 
 def _write_hf(state: State, config: XCLIPConfig, folder: Path) -> None:
@@ -111,6 +110,10 @@ _WRITERS: dict[str, Callable[[State, XCLIPConfig, Path], None]] = {
     "official": _write_official,
     "hf": _write_hf,
 }
+
+
+def _settings(config: XCLIPConfig) -> str:
+    return json.dumps({"version": OWN_VERSION, "config": config.to_dict()})
 
 
 def _pairs(names: tuple[str, ...], tensor: Tensor) -> zip[tuple[str, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -26,10 +25,6 @@ class Stored:
         first, *rest = self.parts[0].shape or (1,)
         shape = (first * len(self.parts), *rest) if len(self.parts) > 1 else tuple(self.parts[0].shape)
         return shape[::-1] if self.transposed else shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return reduce(torch.promote_types, (part.dtype for part in self.parts))
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """A dense copy, which shares nothing with the checkpoint."""
