@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from xclip_fast.cli.console import note, printable, problem, stderr, warning
+from xclip_fast.cli.console import note, printable, problem, stderr, stdout, warning
 from xclip_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def progress_bar(wanted: bool = True) -> Iterator[Progress]:
     """A bar on stderr that goes away at the end, and is never there when stderr is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     wanted = wanted and stderr.is_terminal
-    progress = Progress(*columns, console=stderr, transient=True, disable=not wanted)
+    # a redirected stdout would lose its lines to stderr
+    progress = Progress(*columns, console=stderr, transient=True, redirect_stdout=False, disable=not wanted)
     # older versions of rich end even a disabled bar with an empty line
     with progress if wanted else nullcontext():
         yield progress
@@ -73,11 +74,17 @@ def through_files(
 
     with progress_bar(len(videos) > 1) as progress:
         task = progress.add_task(what, total=len(videos))
+        # where results appear on the terminal of the bar, it makes room for them
+        shared = stdout.is_terminal and not progress.disable
         for path, result, error in each_file(videos, work):
             message = None
             if error is not None:
                 named = path in str(error) or ascii(path) in str(error)
                 message = printable(error if named else f"{path}: {error}")
                 problem(message)
-            yield path, result, message
             progress.advance(task)
+            if shared:
+                progress.stop()
+            yield path, result, message
+            if shared:
+                progress.start()

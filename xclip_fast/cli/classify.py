@@ -80,12 +80,12 @@ def classify(
 
 def show_ranking(path: str, best: list[Prediction]) -> None:
     """Print the labels of a video, best first."""
-    ranking = table("", "#", "label", "probability", "", numbers=("#", "probability"))
-    ranking.title = safe(path, "bold")
+    ranking = table(None, "#", "label", "probability", "", numbers=("#", "probability"))
     for rank, prediction in enumerate(best, start=1):
         bar = ProgressBar(total=1, completed=prediction.probability, width=20)
         share = prediction.probability
         # of ten thousand labels the best may have less than a thousandth
         shown = f"{share:.1%}" if share >= 0.001 else f"{100 * share:.2g}%"
         ranking.add_row(str(rank), safe(prediction.label), shown, bar)
+    stdout.print(safe(path, "bold"), soft_wrap=True)
     stdout.print(ranking)

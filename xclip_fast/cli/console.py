@@ -61,7 +61,7 @@ def emit_json(payload: dict[str, Any]) -> None:
     print(json.dumps(payload, indent=2, allow_nan=False))
 
 
-def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
+def table(title: str | None, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
     """An empty table in the house style; the columns named in ``numbers`` are aligned to the right."""
     made = Table(title=title, title_justify="left", title_style="bold", header_style="cyan", box=SIMPLE_HEAD)
     for column in columns:
