@@ -87,9 +87,10 @@ def test_other_labels_give_other_answers(model) -> None:
 
 def test_same_bytes_in_another_shape_are_other_labels(model) -> None:
     cache = TextCache()
-    tokens = torch.tensor([[512, 1, 2, 513], [512, 3, 4, 513]])
+    tokens = torch.tensor([[1, 2], [3, 513]])
     assert_encoded(cache, model, tokens)
-    assert_encoded(cache, model, tokens.reshape(1, 8)[:, [0, 1, 2, 4, 5, 6, 7, 3]].reshape(1, 8))
+    assert_encoded(cache, model, tokens.reshape(1, 4))
+    assert_known(cache, model, tokens.int())
 
 
 def by_optimizer(model: XCLIP) -> None:
@@ -235,11 +236,12 @@ def test_changes_that_cancel_in_a_plain_sum_or_xor_are_seen() -> None:
 
 
 def test_layout_and_place_in_memory_do_not_matter() -> None:
-    weight = torch.randn(33, 65).bfloat16()
-    buffer = torch.cat([torch.zeros(1).bfloat16(), weight.flatten()])
-    start = module._fingerprint([weight, weight[0]])
-    assert module._fingerprint([buffer[1:].view(33, 65), weight[0]]) == start
-    assert module._fingerprint([weight.t().contiguous().t(), weight[0]]) == start
+    for shape in ((32, 64), (33, 65)):
+        weight = torch.randn(shape).bfloat16()
+        buffer = torch.cat([torch.zeros(1).bfloat16(), weight.flatten()])
+        start = module._fingerprint([weight, weight[0]])
+        assert module._fingerprint([buffer[1:].view(shape), weight[0]]) == start
+        assert module._fingerprint([weight.t().contiguous().t(), weight[0]]) == start
 
 
 def test_another_model_has_its_own_features(model) -> None:

@@ -56,14 +56,14 @@ class TextCache:
             ValueError: the tokens have another shape or dtype, or an id is not in the vocabulary.
         """
         device = model.text_projection.device
-        tokens = tokens.detach().cpu()
-        with torch.inference_mode(False), torch.no_grad():
+        tokens = tokens.cpu()
+        with torch.no_grad():
             if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64) or 0 in tokens.shape:
                 # nothing to keep: the model takes it or says what is wrong
                 return model.encode_text(tokens.to(device))
             _check_ids(tokens, len(model.token_embedding.weight))
             ends = tokens.argmax(dim=-1)
-            tokens = tokens[:, : int(ends.max()) + 1].contiguous()
+            tokens = tokens[:, : int(ends.max()) + 1].long().contiguous()
             key = (
                 self._number(model),
                 device,
