@@ -46,6 +46,9 @@ def _root(
     ] = False,
 ) -> None:
     logging.getLogger("xclip_fast").handlers = [StderrHandler(logging.WARNING)]
+    # a failed download is one line of ours, not forty of theirs
+    logging.basicConfig(handlers=[logging.NullHandler()])
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(BAD_INPUT)
