@@ -107,7 +107,11 @@ def test_convert_keeps_every_bit(form: str, name: str, cli: Cli, tiny: Path, tmp
     target = tmp_path / name
     code, out, err = cli("convert", tiny, target, "--format", form)
     assert (code, out) == (0, "")
-    assert err == f"note: wrote {target} in the {form} format\n"
+    count = len(create_model(TINY).state_dict())
+    assert err.splitlines() == [
+        f"note: read {tiny} as xclip_fast: {count} tensors",
+        f"note: wrote {target} in the {form} format",
+    ]
     before, after = create_model(TINY, seed=0).state_dict(), load_model(target).state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -122,12 +126,17 @@ def test_convert_refuses_what_the_format_cannot_hold(cli: Cli, tmp_path: Path) -
 
 
 def test_clip_weights_are_said_to_be_no_trained_model(cli: Cli, bikes: Path, tiny: Path, tmp_path: Path) -> None:
-    clip = {name: tensor for name, tensor in load_file(tiny).items() if not ADDED.search(name)}
+    state = load_file(tiny)
+    clip = {name: tensor for name, tensor in state.items() if not ADDED.search(name)}
     save_file(clip, tmp_path / "clip.safetensors")
+    added = len(state) - len(clip)
     code, out, err = cli("embed", bikes, "--weights", tmp_path / "clip.safetensors", "--out", tmp_path / "f.npz")
     assert (code, out) == (0, "")
     assert err.splitlines()[0].startswith("warning: ")
-    assert "random" in err.splitlines()[0]
+    assert f"{added} tensors that X-CLIP adds are random" in err.splitlines()[0]
+    code, out, err = cli("convert", tmp_path / "clip.safetensors", tmp_path / "x.safetensors")
+    assert (code, out) == (0, "")
+    assert f"as clip: {len(clip)} tensors, {added} start random" in err.splitlines()[0]
 
 
 @pytest.mark.parametrize("target", ["no/such/folder/x.safetensors", "pipe"])

@@ -55,10 +55,11 @@ def classify(
         raise InputError("give the class names with either --labels a,b,c or --labels-file FILE")
 
     from xclip_fast.pipeline import Classifier, read_labels
-    from xclip_fast.text import clean_labels, get_tokenizer
+    from xclip_fast.text import apply_template, clean_labels, get_tokenizer
 
     plan = plan_views(views, preset or default_preset(weights), backend)
     names = clean_labels(read_labels(labels_file) if labels_file is not None else (labels or "").split(","))
+    apply_template(names, template)  # a bad one is refused before the weights are read
     model = open_model(weights, frames, device, dtype)
     classifier = Classifier(model, names, get_tokenizer(model.config, vocabulary), template)
     load = view_loader(model, plan)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from xclip_fast.cli.console import note
 from xclip_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from xclip_fast.checkpoints import LoadReport
 
 FORMATS = ("xclip_fast", "official", "hf")
 
@@ -28,5 +31,11 @@ def convert(
 
     from xclip_fast.checkpoints import load_model, save_model
 
-    save_model(load_model(source), target, format=form)
+    model = load_model(source)
+    save_model(model, target, format=form)
+    report = cast("LoadReport", model.load_report)
+    fresh = f", {len(report.initialised)} start random" if report.initialised else ""
+    note(f"read {source} as {report.format}: {report.loaded} tensors{fresh}")
+    for repair in report.repairs:
+        note(repair)
     note(f"wrote {target} in the {form} format")
