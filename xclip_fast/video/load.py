@@ -18,7 +18,7 @@ from xclip_fast.video.source import Source, check_source
 
 log = logging.getLogger("xclip_fast")
 
-MAX_DECODED_BYTES = 8 * 1024**3
+MAX_DECODED_BYTES = 4 * 1024**3
 
 
 def probe(path: str | os.PathLike[str], *, backend: str = "auto") -> VideoInfo:
@@ -55,7 +55,7 @@ def read_frames(
 
     Raises:
         InputError: the file is missing, no video, too damaged or beyond the caps; an index lies past its end; the
-            frames would take more than 8 GiB; the backend can't be used.
+            frames would take more than 4 GiB; the backend can't be used.
         ValueError: both ``indices`` and ``sample``, or indices that are not whole numbers from 0.
     """
     source = check_source(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,16 @@ class Preset:
     """One way to prepare frames.
 
     ``margin`` is the short side before a single crop, over the size of the crop, in 224ths; three crops need none.
-    ``rounds`` says whether the long side is rounded or cut to a whole number, as the code it follows does.
+    ``rounds_side`` and ``rounds_crop`` say whether the long side, and the place of the centre crop, are rounded or cut
+    to whole numbers, as in the code each preset follows.
     """
 
     name: str
     interpolation: str
     antialias: bool
     margin: int
-    rounds: bool
+    rounds_side: bool
+    rounds_crop: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -37,16 +40,16 @@ class Preset:
         """Height and width after the resize; the aspect ratio is kept."""
         short = self.short_side(size, crops)
         long = max(height, width) * short / min(height, width)
-        long = max(int(long + 0.5) if self.rounds else int(long), short)
+        long = max(int(long + 0.5) if self.rounds_side else int(long), short)
         return (short, long) if height <= width else (long, short)
 
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("official", "bilinear", False, 256, True, IMAGENET_MEAN, IMAGENET_STD),
-        Preset("hf", "bilinear", True, 224, False, IMAGENET_MEAN, IMAGENET_STD),
-        Preset("clip", "bicubic", True, 224, False, CLIP_MEAN, CLIP_STD),
+        Preset("official", "bilinear", False, 256, True, False, IMAGENET_MEAN, IMAGENET_STD),
+        Preset("hf", "bilinear", True, 224, False, False, IMAGENET_MEAN, IMAGENET_STD),
+        Preset("clip", "bicubic", True, 224, False, True, CLIP_MEAN, CLIP_STD),
     )
 }
 
@@ -75,20 +78,30 @@ def preprocess(frames: Any, preset: str = "official", size: int = 224, crops: in
     if stack.dtype != torch.uint8 or stack.ndim != 4 or stack.shape[-1] != 3 or 0 in stack.shape:
         raise ValueError(f"frames must be uint8 (T, H, W, 3), found {stack.dtype} {tuple(stack.shape)}")
     height, width = chosen.resized(stack.shape[1], stack.shape[2], size, crops)
-    # (T, 3, H, W) over the bytes as they are: the channels-last kernels of torch need no copy
-    resized = functional.interpolate(
-        stack.permute(0, 3, 1, 2),
-        size=(height, width),
-        mode=chosen.interpolation,
-        antialias=chosen.antialias,
-        align_corners=False,
-    ).permute(0, 2, 3, 1)
-    top, left = (height - size) // 2, (width - size) // 2
-    # the outer crops are two whole steps apart, so an odd rest leaves the last pixel out
-    places = [(top, left)]
+    resized = _resize(stack, height, width, chosen)
     if crops == 3:
-        places = [(0, step * left) for step in range(3)] if width >= height else [(step * top, 0) for step in range(3)]
+        # two whole steps apart, so an odd rest leaves the last pixel out
+        top, left = (height - size) // 2, (width - size) // 2
+        places = [(step * top, step * left) for step in range(3)]
+    elif chosen.rounds_crop:
+        places = [(round((height - size) / 2), round((width - size) / 2))]
+    else:
+        places = [((height - size) // 2, (width - size) // 2)]
     return torch.stack([resized[:, y : y + size, x : x + size] for y, x in places])
+
+
+def _resize(frames: torch.Tensor, height: int, width: int, preset: Preset) -> torch.Tensor:
+    if frames.shape[1:3] == (height, width):
+        return frames
+    # (T, 3, H, W) over the bytes as they are: the channels-last kernels of torch need no copy
+    pixels = frames.permute(0, 3, 1, 2)
+    resize = partial(functional.interpolate, size=(height, width), mode=preset.interpolation, align_corners=False)
+    if preset.antialias:
+        resized = resize(pixels, antialias=True)
+    else:
+        # of bytes it would cut the fraction off, half a grey level darker; one frame at a time as floats are large
+        resized = torch.cat([resize(frame.float()).round_().byte() for frame in pixels.split(1)])
+    return resized.permute(0, 2, 3, 1)
 
 
 def normalise(frames: torch.Tensor, preset: str = "official") -> torch.Tensor:

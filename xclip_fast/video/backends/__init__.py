@@ -34,7 +34,9 @@ def select_backend(name: str, source: Source) -> Backend:
         if not usable:
             raise InputError("no video decoder is installed, looked for av, torchcodec and decord; pip install av")
         names = " and ".join(usable)
-        raise InputError(f"{source.name}: files in {source.container} format are not read exactly by {names}; pip install av")
+        raise InputError(
+            f"{source.name}: files in {source.container} format are not read exactly by {names}; pip install av"
+        )
     if name not in BACKENDS:
         raise InputError(f"no decode backend {name!r}; choose auto, {', '.join(BACKENDS)}")
     backend = BACKENDS[name]

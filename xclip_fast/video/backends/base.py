@@ -23,7 +23,10 @@ Keep = Callable[[np.ndarray], Any]
 def undecodable(source: Source, reason: object) -> InputError:
     """The error for a file whose frames can't be had; only the first line of ``reason`` is shown."""
     line = next(iter(str(reason).splitlines()), "")[:160] or "no reason given"
-    return InputError(f"{source.name}: cannot be decoded ({line}); it is damaged or of an unknown kind, give another file")
+    return InputError(
+        f"{source.name}: cannot be decoded ({line.strip()}); "
+        "it is damaged, has no moving pictures, or is of an unknown kind: give another file"
+    )
 
 
 @dataclass(frozen=True)

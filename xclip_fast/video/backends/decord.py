@@ -122,10 +122,10 @@ class _Child:
             frames[int(found["number"])] = keep(np.frombuffer(pixels, np.uint8).reshape(height, width, 3))
 
     def _line(self) -> dict[str, Any]:
-        line = self._output.readline()
-        if not line.endswith(b"\n"):
-            raise self._failure()
-        found = json.loads(line)
+        try:
+            found = json.loads(self._output.readline())
+        except ValueError:
+            raise self._failure() from None
         if "error" in found:
             raise undecodable(self._source, found["error"])
         return found
@@ -141,7 +141,10 @@ class _Child:
         self._process.kill()
 
     def _failure(self) -> InputError:
-        code = self._process.wait()
+        try:
+            code: int | str = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            code = "none, it answers nonsense"
         if self._late:
             found = f"decord was stopped after {DEADLINE_SECONDS} seconds"
         else:

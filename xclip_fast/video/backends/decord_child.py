@@ -63,7 +63,11 @@ def _serve(path: str, send: Any) -> None:
     import decord
 
     reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-    send({**_versions(), "count": len(reader), "fps": float(reader.get_avg_fps())})
+    # it counts frames before the start of a cut video, which are not shown, and repeats the last one instead; frames
+    # without a time are very far below zero
+    starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+    hidden = ((starts < 0) & (starts > -1e6)).sum()
+    send({**_versions(), "count": len(reader) - int(hidden), "fps": float(reader.get_avg_fps())})
     wanted = set(json.loads(sys.stdin.readline() or "[]"))
     # one after the other from the start: its jumps give wrong frames in HEVC, AVI and MPEG files
     for number in range(max(wanted, default=-1) + 1):
@@ -74,7 +78,10 @@ def _serve(path: str, send: Any) -> None:
             return
         if number in wanted:
             picture = frame.asnumpy()
-            send({"number": number, "height": picture.shape[0], "width": picture.shape[1]}, picture.tobytes())
+            height, width = picture.shape[:2]
+            # it takes the bytes that fill up the rows of a narrow picture for more channels
+            rows = picture.reshape(height, -1)[:, : 3 * width]
+            send({"number": number, "height": height, "width": width}, rows.tobytes())
     send({"seen": len(wanted)})
 
 

@@ -41,9 +41,12 @@ class PyAV:
     def unavailable(self) -> str | None:
         """Why PyAV can't be used here, or None when it can."""
         try:
-            import av  # noqa: F401
+            import av
         except ImportError as error:
             return f"the package av does not import ({error}); pip install av"
+        # the rotation of frames and the disposition of streams came in 15
+        if _major_version() < 15:
+            return f"av {av.__version__} is too old, 15 is needed; pip install --upgrade av"
         return None
 
     def probe(self, source: Source) -> VideoInfo:
@@ -71,15 +74,25 @@ class PyAV:
             )
 
 
+def _major_version() -> int:
+    import av
+
+    return int(av.__version__.split(".")[0])
+
+
 @contextmanager
 def _open(source: Source) -> Iterator[tuple[Any, Any]]:
     """The container and its video stream, with the demuxer fixed and no other protocol or larger picture allowed."""
     import av
     from av.stream import Disposition
 
-    options = {"protocol_whitelist": "file", "max_pixels": str(MAX_SIDE**2)}
+    # as plain ``options`` they would reach the streams too, which crashes PyAV before 18 in mpeg files
+    settings: dict[str, Any] = {"format": source.container, "container_options": {"protocol_whitelist": "file"}}
+    # a title that is not UTF-8 is no reason to refuse a video; from 19 on it is none for PyAV
+    if _major_version() < 19:
+        settings["metadata_errors"] = "replace"
     try:
-        with av.open(source.path, format=source.container, options=options, metadata_errors="replace") as container:
+        with av.open(source.path, **settings) as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & Disposition.attached_pic:
                 kinds = {stream.type for stream in container.streams} - {"video"}
@@ -89,6 +102,7 @@ def _open(source: Source) -> Iterator[tuple[Any, Any]]:
                 raise undecodable(source, "no decoder for its codec")
             check_picture(source.name, stream.codec_context.width, stream.codec_context.height)
             stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"max_pixels": str(MAX_SIDE**2)}
             yield container, stream
     except (av.FFmpegError, MemoryError) as error:
         raise undecodable(source, getattr(error, "strerror", None) or "out of memory") from None
@@ -100,10 +114,13 @@ def _scan(source: Source, container: Any, stream: Any) -> _Index:
 
     times: list[int | None] = []
     keys: list[int | None] = []
+    hidden = 0
     try:
         for packet in container.demux(stream):
             if packet.is_keyframe:
                 keys.append(packet.pts)
+            # frames before the start of a video that was cut without encoding it anew are decoded but not shown
+            hidden += packet.is_discard
             if packet.size and not packet.is_discard:
                 times.append(packet.pts)
             if len(times) > MAX_FRAMES:
@@ -123,7 +140,7 @@ def _scan(source: Source, container: Any, stream: Any) -> _Index:
     check_length(source.name, len(times), seconds)
     # where the header gives no number, its duration shows what is missing, but for audio that may last longer
     missing = (container.duration or 0) / 1e6 / seconds if seconds and len(container.streams) == 1 else 1.0
-    declared = stream.frames or round(len(times) * missing)
+    declared = stream.frames - hidden if stream.frames else round(len(times) * missing)
     seekable = timed and source.container in _SEEKABLE and None not in keys
     return _Index(
         count=len(times),
@@ -220,10 +237,9 @@ def _rgb_graph(frame: Any) -> Any:
     import av.filter
 
     graph = av.filter.Graph()
-    graph.threads = 1
     graph.link_nodes(
         graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base),
-        graph.add("scale", "flags=bicubic"),
+        graph.add("scale", "flags=bicubic:threads=1"),
         graph.add("format", "rgb24"),
         graph.add("buffersink"),
     ).configure()

@@ -6,8 +6,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from xclip_fast.errors import InputError
 from xclip_fast.video.backends.base import Decoded, Keep, Request, VideoInfo, gather, undecodable
 from xclip_fast.video.source import Source, check_length, check_picture
+
+_PICTURES = ("mjpeg", "png", "bmp")
 
 
 class TorchCodec:
@@ -46,7 +49,7 @@ class TorchCodec:
             source,
             request,
             count=len(decoder),
-            declared=decoder.metadata.num_frames_from_header or 0,
+            declared=_declared(decoder),
             first=lambda wanted: _read(source, decoder, sorted(wanted), wanted, keep)[0],
             in_order=lambda wanted: _read(source, _open(source), range(max(wanted) + 1), wanted, keep),
         )
@@ -63,7 +66,18 @@ def _open(source: Source) -> Any:
     found = decoder.metadata
     check_picture(source.name, found.width or 0, found.height or 0)
     check_length(source.name, len(decoder), found.duration_seconds or 0.0)
+    # it does not tell a cover picture from a video
+    if len(decoder) == 1 and found.codec in _PICTURES:
+        raise InputError(f"{source.name}: no moving pictures, found one still; give a file with a video stream")
     return decoder
+
+
+def _declared(decoder: Any) -> int:
+    """How many frames the header promises, from the length of what it says is shown; 0 when it says nothing."""
+    found = decoder.metadata
+    if not found.num_frames_from_header or not found.duration_seconds_from_header or not found.average_fps:
+        return 0
+    return round(found.duration_seconds_from_header * found.average_fps)
 
 
 def _read(
