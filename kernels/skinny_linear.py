@@ -1,0 +1,206 @@
+"""Linear layers on few rows: norm before, QuickGELU or a residual after, in one launch that spreads the weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.kernels.layer_norm import layer_norm_fwd
+
+# more rows than this fill the GPU in PyTorch's own product
+MAX_ROWS = 128
+# fewer programs than this leave most multiprocessors without work
+ENOUGH_PROGRAMS = 96
+
+
+class Norm(NamedTuple):
+    """A layer norm in front of a product: weight and bias (width,), and what is added to the variance."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Tile(NamedTuple):
+    """What one program computes, rows by columns in steps of depth, and how it is launched."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def row_statistics(x_ptr, start, in_row, eps, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr):
+    """Mean and reciprocal deviation of rows that begin at the offsets ``start``: float32, in two passes."""
+    # [BLOCK_ROWS, BLOCK_DEPTH]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_DEPTH), tl.float32)
+    for depth in range(0, WIDTH, BLOCK_DEPTH):
+        column = depth + tl.arange(0, BLOCK_DEPTH)
+        inside = in_row[:, None] & (column < WIDTH)[None, :]
+        total += tl.load(x_ptr + start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(total, axis=1) / WIDTH
+    total = tl.zeros((BLOCK_ROWS, BLOCK_DEPTH), tl.float32)
+    for depth in range(0, WIDTH, BLOCK_DEPTH):
+        column = depth + tl.arange(0, BLOCK_DEPTH)
+        inside = in_row[:, None] & (column < WIDTH)[None, :]
+        x = tl.load(x_ptr + start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        # the padding must not enter the variance: it is not at the mean
+        centred = tl.where(inside, x - mean[:, None], 0.0)
+        total += centred * centred
+    return mean, 1.0 / tl.sqrt(tl.sum(total, axis=1) / WIDTH + eps)
+
+
+@triton.jit
+def normalised(x, mean, rstd, weight_ptr, bias_ptr, column, WIDTH: tl.constexpr):
+    """A tile of layer norm in the dtype of ``x``; columns beyond the width come out as zero."""
+    in_width = column < WIDTH
+    weight = tl.load(weight_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+    return ((x.to(tl.float32) - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]).to(x.dtype)
+
+
+@triton.jit
+def _skinny_linear_fwd_kernel(
+    x_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    rows,
+    x_stride,
+    weight_stride,
+    residual_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    QUICK_GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    # neighbours read the same weights
+    row = program % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    out_column = program // row_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_row = row < rows
+    in_out = out_column < OUT_WIDTH
+    start = row * x_stride
+    if HAS_NORM:
+        mean, rstd = row_statistics(x_ptr, start, in_row, eps, WIDTH, BLOCK_ROWS, BLOCK_DEPTH)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for depth in range(0, WIDTH, BLOCK_DEPTH):
+        column = depth + tl.arange(0, BLOCK_DEPTH)
+        in_width = (column < WIDTH)[None, :]
+        # [BLOCK_ROWS, BLOCK_DEPTH]
+        x = tl.load(x_ptr + start[:, None] + column[None, :], mask=in_row[:, None] & in_width, other=0.0)
+        if HAS_NORM:
+            x = normalised(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, column, WIDTH)
+        # [BLOCK_COLUMNS, BLOCK_DEPTH]
+        weight = weight_ptr + out_column[:, None] * weight_stride + column[None, :]
+        weight = tl.load(weight, mask=in_out[:, None] & in_width, other=0.0)
+        total = tl.dot(x, tl.trans(weight), total, input_precision=PRECISION)
+    total += tl.load(bias_ptr + out_column, mask=in_out, other=0.0).to(tl.float32)[None, :]
+    if QUICK_GELU:
+        # x * sigmoid(1.702 x)
+        total = total / (1.0 + tl.exp2(total * -2.4554669595930157))
+    inside = in_row[:, None] & in_out[None, :]
+    if HAS_RESIDUAL:
+        residual = residual_ptr + row[:, None] * residual_stride + out_column[None, :]
+        total += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+    out = out_ptr + row[:, None] * OUT_WIDTH + out_column[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def tile(rows: int, out_width: int, itemsize: int) -> Tile:
+    """The tallest tile that still gives every multiprocessor work: tall tiles read the weights less often."""
+    columns = 32
+    height = min(64, max(16, triton.next_power_of_2(rows)))
+    while height > 16 and triton.cdiv(rows, height) * triton.cdiv(out_width, columns) < ENOUGH_PROGRAMS:
+        height //= 2
+    wide = itemsize > 2
+    return Tile(rows=height, columns=columns, depth=64 if wide else 128, warps=8 if wide else 4, stages=4)
+
+
+def skinny_launches(rows: int, *, norm: bool = False, residual: bool = False, quick_gelu: bool = False) -> int:
+    """Kernels that ``skinny_linear`` launches."""
+    if rows <= MAX_ROWS:
+        return min(rows, 1)
+    return 1 + norm + (residual and not quick_gelu)
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    quick_gelu: bool = False,
+) -> Tensor:
+    """``[residual +] [quick_gelu](linear([norm] x))`` on rows (M, K): (M, N) in the dtype of ``x``, sums in float32.
+
+    One launch up to MAX_ROWS rows. Above, the norm, PyTorch's product and the residual are launched one by one; only
+    with QuickGELU does the product stay here, since another pass over its result costs more than it gains.
+    """
+    if norm is not None and x.shape[0] > MAX_ROWS:
+        x, norm = layer_norm_fwd(x, norm.weight, norm.bias, None, None, norm.eps)[0], None
+    if x.shape[0] > MAX_ROWS and not quick_gelu:
+        out = torch.addmm(bias, x, weight.t())
+        return out if residual is None else out.add_(residual)
+    return _launch(as_rows(x), as_rows(weight), bias.contiguous(), norm, residual, quick_gelu)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor, norm: Norm | None, residual: Tensor | None, quick_gelu: bool
+) -> Tensor:
+    rows, width = x.shape
+    out_width = weight.shape[0]
+    out = torch.empty(rows, out_width, dtype=x.dtype, device=x.device)
+    added = None if residual is None else as_rows(residual)
+    shape = tile(rows, out_width, x.element_size())
+    if rows:
+        with on_device_of(x):
+            _skinny_linear_fwd_kernel[(triton.cdiv(rows, shape.rows) * triton.cdiv(out_width, shape.columns),)](
+                x_ptr=x,
+                norm_weight_ptr=None if norm is None else norm.weight.contiguous(),
+                norm_bias_ptr=None if norm is None else norm.bias.contiguous(),
+                weight_ptr=weight,
+                bias_ptr=bias,
+                residual_ptr=added,
+                out_ptr=out,
+                rows=rows,
+                x_stride=x.stride(0),
+                weight_stride=weight.stride(0),
+                residual_stride=0 if added is None else added.stride(0),
+                eps=0.0 if norm is None else norm.eps,
+                WIDTH=width,
+                OUT_WIDTH=out_width,
+                BLOCK_ROWS=shape.rows,
+                BLOCK_COLUMNS=shape.columns,
+                BLOCK_DEPTH=shape.depth,
+                HAS_NORM=norm is not None,
+                HAS_RESIDUAL=added is not None,
+                QUICK_GELU=quick_gelu,
+                PRECISION=dot_precision(x),
+                num_warps=shape.warps,
+                num_stages=shape.stages,
+            )
+    return out
+
+
+def dot_precision(x: Tensor) -> str:
+    """float32 products are exact: TF32 would halve their digits. It says nothing for half precision."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"

@@ -1,0 +1,278 @@
+"""The pre-norm block of the multiframe integration transformer (MIT): attention among a clip's frames, perceptron."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd, register_fake
+from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
+
+from xclip_fast.ops._autocast import cast_for_product
+from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._frames import (
+    attention_refusal,
+    check_heads,
+    check_parameters,
+    empty_norm_grads,
+    frames_attention_backward,
+    frames_attention_ref,
+    frames_attention_torch,
+    longest_clip,
+    split_norm_grads,
+)
+from xclip_fast.ops.layer_norm import layer_norm_ref
+from xclip_fast.ops.linear_quick_gelu import SLOPE, linear_quick_gelu_ref
+
+
+def temporal_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    heads: int,
+    *,
+    cu_frames: Tensor | None = None,
+    max_frames: int | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """``y + proj(quick_gelu(fc(LN2(y))))`` of ``y = x + out(MHA(LN1(x)))``, attention among the frames of a clip.
+
+    Args:
+        x: (B, T, E), any strides. With ``cu_frames`` (F, E): ragged clips behind each other.
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (E,) in the dtype of ``x``, or in float32.
+        in_proj_weight, in_proj_bias: (3E, E) and (3E,), packed query, key and value rows.
+        out_weight, out_bias: (E, E) and (E,).
+        fc_weight, fc_bias: (M, E) and (M,).
+        proj_weight, proj_bias: (E, M) and (E,).
+        heads: attention heads; the kernels take E / heads of 32, 64 and 128.
+        cu_frames, max_frames: ragged clips, as in ``message_attention``.
+        eps: added to the variance.
+        backend: "reference", "torch", "triton", or the automatic choice.
+
+    Returns:
+        The shape and dtype of ``x``. The kernels sum, normalise and activate in float32; for the gradient only ``x`` is
+        kept.
+
+    Raises:
+        ValueError: shapes, dtypes or boundaries do not fit, or the backend asked for cannot serve the call.
+
+    Source: paper, equation 6.
+    """
+    x, in_proj_weight, in_proj_bias, out_weight, out_bias, fc_weight, fc_bias, proj_weight, proj_bias = (
+        cast_for_product(
+            x, in_proj_weight, in_proj_bias, out_weight, out_bias, fc_weight, fc_bias, proj_weight, proj_bias
+        )
+    )
+    longest = longest_clip("x", x, cu_frames, max_frames)
+    width = x.shape[-1]
+    check_heads(width, heads)
+    hidden = fc_bias.shape[0] if fc_bias.ndim else 0
+    parameters = {
+        "norm1_weight": (norm1_weight, (width,)),
+        "norm1_bias": (norm1_bias, (width,)),
+        "in_proj_weight": (in_proj_weight, (3 * width, width)),
+        "in_proj_bias": (in_proj_bias, (3 * width,)),
+        "out_weight": (out_weight, (width, width)),
+        "out_bias": (out_bias, (width,)),
+        "norm2_weight": (norm2_weight, (width,)),
+        "norm2_bias": (norm2_bias, (width,)),
+        "fc_weight": (fc_weight, (hidden, width)),
+        "fc_bias": (fc_bias, (hidden,)),
+        "proj_weight": (proj_weight, (width, hidden)),
+        "proj_bias": (proj_bias, (width,)),
+    }
+    check_parameters(x, "x", parameters)
+    tensors: Any = (x, *(tensor for tensor, _ in parameters.values()), cu_frames)
+    chosen = choose("temporal_block", backend, *tensors, refusal=attention_refusal(width, heads))
+    if chosen == "reference":
+        return temporal_block_ref(*tensors, heads=heads, eps=eps)
+    if chosen == "torch":
+        return _temporal_block_torch(*tensors, heads=heads, longest=longest, eps=eps)
+    return torch.ops.xclip_fast.temporal_block(*tensors, heads, longest, eps)
+
+
+def temporal_block_ref(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    cu_frames: Tensor | None,
+    *,
+    heads: int,
+    eps: float,
+) -> Tensor:
+    """The definition."""
+    attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
+    x = frames_attention_ref(x, *attention, cu_frames, heads, eps)
+    normed, _ = layer_norm_ref(x, norm2_weight, norm2_bias, None, None, eps)
+    return x + functional.linear(linear_quick_gelu_ref(normed.to(x.dtype), fc_weight, fc_bias), proj_weight, proj_bias)
+
+
+def _temporal_block_torch(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    cu_frames: Tensor | None,
+    *,
+    heads: int,
+    longest: int,
+    eps: float,
+) -> Tensor:
+    attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
+    width = x.shape[-1]
+    rows = frames_attention_torch(x.reshape(-1, width), *attention, cu_frames, heads, longest, eps)
+    normed = functional.layer_norm(rows, (width,), norm2_weight.to(x.dtype), norm2_bias.to(x.dtype), eps)
+    pre = functional.linear(normed, fc_weight, fc_bias)
+    return (rows + functional.linear(pre * torch.sigmoid(SLOPE * pre), proj_weight, proj_bias)).view(x.shape)
+
+
+@custom_op("xclip_fast::temporal_block", mutates_args=())
+def _temporal_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    cu_frames: Tensor | None,
+    heads: int,
+    longest: int,
+    eps: float,
+) -> Tensor:
+    attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
+    perceptron = norm2_weight, norm2_bias, fc_weight, fc_bias, proj_weight, proj_bias
+    tensors = (x, *attention, *perceptron, cu_frames)
+    if runs_kernels(x):
+        from xclip_fast.kernels.temporal_block import temporal_block_fwd
+
+        return temporal_block_fwd(*tensors, heads, longest, eps)
+    return _temporal_block_torch(*tensors, heads=heads, longest=longest, eps=eps)
+
+
+@register_fake("xclip_fast::temporal_block")
+def _temporal_block_fake(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@custom_op("xclip_fast::temporal_block_backward", mutates_args=())
+def _temporal_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    cu_frames: Tensor | None,
+    heads: int,
+    longest: int,
+    eps: float,
+) -> list[Tensor]:
+    """Gradients in the order of the signature; those of a norm are the first two rows of (3, E), not rounded."""
+    width = x.shape[-1]
+    grad, rows = grad.reshape(-1, width), x.reshape(-1, width)
+    attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight
+    clips = cu_frames, heads, longest, eps
+    middle = frames_attention_torch(rows, *attention, out_bias, *clips)
+    normed, _, mean, rstd = torch.ops.xclip_fast.layer_norm(middle, norm2_weight, norm2_bias, None, None, eps)
+    pre = torch.addmm(fc_bias, normed, fc_weight.t())
+    grad_pre, hidden = torch.ops.xclip_fast.quick_gelu_backward(grad @ proj_weight, pre, True)
+    grad_middle, norm2_grads = torch.ops.xclip_fast.layer_norm_backward(
+        grad_pre @ fc_weight, grad, middle, norm2_weight, None, mean, rstd
+    )
+    grad_rows, *attention_grads = frames_attention_backward(grad_middle, rows, *attention, *clips)
+    perceptron_grads = grad_pre.t() @ normed, grad_pre.sum(0), grad.t() @ hidden, grad.sum(0)
+    return [grad_rows.view(x.shape), *attention_grads, norm2_grads, *perceptron_grads]
+
+
+@register_fake("xclip_fast::temporal_block_backward")
+def _temporal_block_backward_fake(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    attention, perceptron = arguments[2:6], arguments[8:11]
+    empty = [[tensor.new_empty(tensor.shape) for tensor in part] for part in (attention, perceptron)]
+    vectors = [empty_norm_grads(x), empty_norm_grads(x)]
+    return [x.new_empty(x.shape), vectors[0], *empty[0], vectors[1], *empty[1], x.new_empty(x.shape[-1])]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.heads, ctx.longest, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    *tensors, _, cu_frames = ctx.saved_tensors
+    grads = torch.ops.xclip_fast.temporal_block_backward(grad, *tensors, cu_frames, ctx.heads, ctx.longest, ctx.eps)
+    grad_x, norm1_grads, *attention_grads, norm2_grads = grads[:7]
+    norm1_grads = split_norm_grads(norm1_grads, *tensors[1:3])
+    norm2_grads = split_norm_grads(norm2_grads, *tensors[7:9])
+    return grad_x, *norm1_grads, *attention_grads, *norm2_grads, *grads[7:], None, None, None, None
+
+
+register_autograd("xclip_fast::temporal_block", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.xclip_fast.temporal_block)
+def _flops(x_shape: Any, *arguments: Any, **kwargs: object) -> int:
+    """Four products of E by E and two of E by M a frame, and its attention to ``longest`` frames."""
+    *frames, width = x_shape
+    hidden, longest = arguments[8][0], arguments[-2]
+    return math.prod(frames) * (8 * width**2 + 4 * width * hidden + 4 * longest * width)
+
+
+@register_flop_formula(torch.ops.xclip_fast.temporal_block_backward)
+def _backward_flops(grad_shape: Any, *arguments: Any, **kwargs: object) -> int:
+    """Two products for each of the six; the first four again, QKV once more, fc again; the attention four times."""
+    *frames, width = grad_shape
+    hidden, longest = arguments[9][0], arguments[-2]
+    return math.prod(frames) * (30 * width**2 + 10 * width * hidden + 16 * longest * width)
+
+
+@explains("temporal_block")
+def _refusal(x: Tensor, *arguments: Any, heads: int | None = None, **kwargs: object) -> str | None:
+    *tensors, heads = arguments if heads is None else (*arguments, heads)
+    return attention_refusal(x.shape[-1], heads) or kernel_refusal(x, *tensors)
