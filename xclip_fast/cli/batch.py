@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xclip_fast.cli.console import note, printable, problem, stderr, stdout, warning
+from xclip_fast.cli.options import DEMO
 from xclip_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 Result = TypeVar("Result")
+
+
+def find_weights(name: str) -> str:
+    """What ``load_model`` takes for a ``--weights``: the same, but for the demo's the file in the package."""
+    if name != DEMO:
+        return name
+
+    from xclip_fast.demo.models import weights_path
+
+    return str(weights_path("xclip"))
 
 
 def open_model(weights: str, frames: int | None, device: str, dtype: str) -> Any:
@@ -32,12 +43,9 @@ def open_model(weights: str, frames: int | None, device: str, dtype: str) -> Any
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if weights == "demo":
-        from xclip_fast.demo.models import weights_path
-
+    if weights == DEMO:
         note("the demo's model knows nothing but its moving shapes: choose another with --weights")
-        weights = str(weights_path("xclip"))
-    model = load_model(weights, frames=frames, dtype=getattr(torch, dtype), device=device)
+    model = load_model(find_weights(weights), frames=frames, dtype=getattr(torch, dtype), device=device)
     report = cast("LoadReport", model.load_report)
     if fresh := len(report.initialised):
         warning(f"{weights} are CLIP's weights: {fresh} tensors that X-CLIP adds are random, so train it first")

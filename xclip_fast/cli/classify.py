@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from xclip_fast.cli.batch import open_model, through_files, view_loader
 from xclip_fast.cli.console import BAD_INPUT, emit_json, safe, stdout, table
 from xclip_fast.cli.options import (
+    DEMO,
     AsJson,
     Backend,
     Device,
@@ -36,7 +37,7 @@ def classify(
     labels_file: Annotated[str | None, typer.Option(metavar="FILE", help="Class names, one a line, in UTF-8.")] = None,
     template: Annotated[str, typer.Option(help="Sentence each label is put into, at its {}.")] = "{}",
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show for each video.")] = 5,
-    weights: Weights = "demo",
+    weights: Weights = DEMO,
     preset: Preset = None,
     frames: Frames = None,
     views: Views = "1x1",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from xclip_fast.cli.batch import find_weights
 from xclip_fast.cli.console import note
 from xclip_fast.errors import InputError
 
@@ -31,7 +32,7 @@ def convert(
 
     from xclip_fast.checkpoints import load_model, save_model
 
-    model = load_model(source)
+    model = load_model(find_weights(source))
     save_model(model, target, format=form)
     report = cast("LoadReport", model.load_report)
     fresh = f", {len(report.initialised)} start random" if report.initialised else ""

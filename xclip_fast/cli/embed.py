@@ -9,6 +9,7 @@ import typer
 from xclip_fast.cli.batch import open_model, through_files, view_loader
 from xclip_fast.cli.console import BAD_INPUT, note
 from xclip_fast.cli.options import (
+    DEMO,
     Backend,
     Device,
     Frames,
@@ -27,7 +28,7 @@ def embed(
     videos: Videos,
     out: Annotated[str, typer.Option(metavar="FILE", help="Output: .safetensors, .npz or .parquet.")],
     patches: Annotated[bool, typer.Option("--patches", help="Also the patch features, N for each video.")] = False,
-    weights: Weights = "demo",
+    weights: Weights = DEMO,
     preset: Preset = None,
     frames: Frames = None,
     views: Views = "1x1",

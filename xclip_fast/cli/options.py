@@ -9,6 +9,7 @@ import typer
 
 from xclip_fast.errors import InputError
 
+DEMO = "demo"  # stands for the weights in the package
 MAX_CLIPS = 100  # the views of a video are in memory at once
 MAX_FRAMES = 1024
 
@@ -60,7 +61,7 @@ def parse_views(text: str) -> tuple[int, int]:
 
 def default_preset(weights: str) -> str:
     """The official preset, but for the demo's weights the one that leaves the demo's small clips as they are."""
-    return "hf" if weights == "demo" else "official"
+    return "hf" if weights == DEMO else "official"
 
 
 def plan_views(views: str, preset: str, backend: str) -> dict[str, Any]:
