@@ -33,6 +33,7 @@ TEXTS = [
     "don\u2019t \u201cquote\u201d",
     "''' 'x 's's !!'s '",
     "tom &amp; jerry &amp;amp;lt; &lt;b&gt; &#39; &notanentity; &",
+    "x<y &lt; &amp;lt; &amp;amp;lt; &amp;amp;amp;lt; &amp;amp;amp;amp;lt;",  # ftfy leaves entities beside tags to us
     "caf\u00e9 cafe\u0301 CAFE\u0301",
     "\u0130stanbul \u1e9e stra\u00dfe \ufb01ne \uff21\uff22\uff23\uff11",
     "\u2460 \u2167 \u00bd \u0664\u0665 \u4e00\u4e8c\u4e09",
@@ -388,7 +389,7 @@ def test_one_huge_word_is_no_denial_of_service(clip) -> None:
 def test_many_words_do_not_grow_the_memory(monkeypatch) -> None:
     monkeypatch.setattr(module, "_KNOWN_WORDS", 100)
     tokenizer = Tokenizer()
-    texts = [f"{number:x}z" for number in range(1000)]
+    texts = ["".join("abcdefghij"[int(digit)] for digit in str(number)) for number in range(1000)]
     tokens = tokenizer(texts)
     assert len(tokenizer._known) <= 100
     assert torch.equal(tokens, Tokenizer()(texts))
