@@ -128,6 +128,12 @@ def block_shape(width: int) -> tuple[int, int]:
     return (4 if columns <= 1024 else 1), columns
 
 
+def backward_block_shape(width: int) -> tuple[int, int]:
+    """Half the rows: the sums over all rows of a program are held beside them, and more of both would spill."""
+    rows, columns = block_shape(width)
+    return max(1, rows // 2), columns
+
+
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -180,7 +186,7 @@ def layer_norm_bwd(
     grad = as_rows(grad_normed)
     grad_added = None if grad_stream is None else as_rows(grad_stream)
     rows, width = flat.shape
-    block_rows, block_width = block_shape(width)
+    block_rows, block_width = backward_block_shape(width)
     programs = min(triton.cdiv(rows, block_rows), BACKWARD_PROGRAMS)
     grad_x = torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
     partial = torch.empty(programs, 3, width, dtype=torch.float32, device=stream.device)

@@ -33,7 +33,8 @@ def tiling(rows: int, width: int, dtype: torch.dtype) -> Tiling:
         return Tiling(64, 64, min(32, block_k), 4, 2)
     if rows <= 2048:
         return Tiling(64, 128, block_k, 4, 4)
-    return Tiling(128, 128, block_k, 4, 3)
+    # four warps would hold 128 sums a thread, and spill in the epilogue
+    return Tiling(128, 128, block_k, 8, 3)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._launch import on_device_of
-from xclip_fast.kernels.layer_norm import BACKWARD_PROGRAMS, block_shape
+from xclip_fast.kernels.layer_norm import BACKWARD_PROGRAMS, backward_block_shape, block_shape
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def mean_norm_over_frames_bwd(grad: Tensor, tokens: Tensor, weight: Tensor, eps:
     """Launch the backward pass: gradient of the tokens, and of weight and bias as float32 (2, D)."""
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     batch, frames, patches, width = tokens.shape
-    block_rows, block_width = block_shape(width)
+    block_rows, block_width = backward_block_shape(width)
     programs = min(triton.cdiv(batch * patches, block_rows), BACKWARD_PROGRAMS)
     grad_tokens = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     partial = torch.empty(programs, 2, width, dtype=torch.float32, device=tokens.device)

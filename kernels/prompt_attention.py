@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._launch import on_device_of
-from xclip_fast.kernels.frame_attention import LOG2_E, _accumulate as accumulate
+from xclip_fast.kernels.frame_attention import LOG2_E
+from xclip_fast.kernels.frame_attention import _accumulate as accumulate
 
 
 class Tiling(NamedTuple):
@@ -28,6 +29,12 @@ def tiling(classes: int, patches: int, dtype: torch.dtype) -> Tiling:
     largest = 32 if dtype == torch.float32 else 64
     queries, keys = (min(largest, max(16, triton.next_power_of_2(size))) for size in (classes, patches))
     return Tiling(queries, keys, 4, 2)
+
+
+def backward_tiling(classes: int, patches: int, dtype: torch.dtype) -> Tiling:
+    """Half the keys: the backward pass holds twice the sums and scores of the forward pass, and would spill."""
+    tile = tiling(classes, patches, dtype)
+    return tile._replace(keys=max(16, tile.keys // 2))
 
 
 @triton.jit
@@ -196,10 +203,9 @@ def _prompt_attention_bwd_key_kernel(
     tl.store(grad_value_ptr + out, grad_value.to(grad_value_ptr.dtype.element_ty), mask=inside)
 
 
-def _shared_arguments(query: Tensor, key: Tensor, value: Tensor, heads: int) -> dict[str, object]:
+def _shared_arguments(query: Tensor, key: Tensor, value: Tensor, heads: int, tile: Tiling) -> dict[str, object]:
     """What all three kernels take alike: inputs, strides (none along a batch of one shared query) and tiles."""
     batch, patches, width = key.shape
-    tile = tiling(query.shape[1], patches, query.dtype)
     return {
         "query_ptr": query,
         "key_ptr": key,
@@ -228,10 +234,11 @@ def prompt_attention_fwd(query: Tensor, key: Tensor, value: Tensor, heads: int) 
     batch, classes, width = key.shape[0], query.shape[1], query.shape[2]
     out = torch.empty(batch, classes, width, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, heads, classes, dtype=torch.float32, device=query.device)
-    arguments = _shared_arguments(query, key, value, heads)
+    tile = tiling(classes, key.shape[1], query.dtype)
+    arguments = _shared_arguments(query, key, value, heads, tile)
     if out.numel():
         with on_device_of(query):
-            _prompt_attention_fwd_kernel[(batch * heads * triton.cdiv(classes, arguments["BLOCK_QUERIES"]),)](
+            _prompt_attention_fwd_kernel[(batch * heads * triton.cdiv(classes, tile.queries),)](
                 out_ptr=out, lse_ptr=lse, **arguments
             )
     return out, lse
@@ -246,14 +253,15 @@ def prompt_attention_bwd(
     batch, patches, _ = key.shape
     grad_query, delta = torch.empty_like(out), torch.empty_like(lse)
     grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
-    arguments = _shared_arguments(query, key, value, heads)
+    tile = backward_tiling(query.shape[1], patches, query.dtype)
+    arguments = _shared_arguments(query, key, value, heads, tile)
     if not out.numel():
         return grad_query, grad_key.zero_(), grad_value.zero_()
     with on_device_of(query):
-        _prompt_attention_bwd_query_kernel[(batch * heads * triton.cdiv(out.shape[1], arguments["BLOCK_QUERIES"]),)](
+        _prompt_attention_bwd_query_kernel[(batch * heads * triton.cdiv(out.shape[1], tile.queries),)](
             grad_ptr=grad, out_ptr=out, lse_ptr=lse, delta_ptr=delta, grad_query_ptr=grad_query, **arguments
         )
-        _prompt_attention_bwd_key_kernel[(batch * heads * triton.cdiv(patches, arguments["BLOCK_KEYS"]),)](
+        _prompt_attention_bwd_key_kernel[(batch * heads * triton.cdiv(patches, tile.keys),)](
             grad_ptr=grad, lse_ptr=lse, delta_ptr=delta, grad_key_ptr=grad_key, grad_value_ptr=grad_value, **arguments
         )
     return grad_query, grad_key, grad_value
