@@ -13,14 +13,35 @@ from xclip_fast.errors import InputError
 if TYPE_CHECKING:
     from xclip_fast.checkpoints import load_model, save_model
     from xclip_fast.model import create_model
+    from xclip_fast.ops import backend, explain
+    from xclip_fast.patch import optimize, restore
 
 __version__ = "0.1.0"
 
-__all__ = ["VARIANTS", "InputError", "XCLIPConfig", "create_model", "load_model", "save_model"]
+__all__ = [
+    "VARIANTS",
+    "InputError",
+    "XCLIPConfig",
+    "backend",
+    "create_model",
+    "explain",
+    "load_model",
+    "optimize",
+    "restore",
+    "save_model",
+]
 
 # lazy public name -> the module it lives in
-_HOME = {"create_model": "model", "load_model": "checkpoints", "save_model": "checkpoints"}
-_ROOMS = ("checkpoints", "demo", "flops", "pipeline", "reference", "text", "video")
+_HOME = {
+    "backend": "ops",
+    "create_model": "model",
+    "explain": "ops",
+    "load_model": "checkpoints",
+    "optimize": "patch",
+    "restore": "patch",
+    "save_model": "checkpoints",
+}
+_ROOMS = ("checkpoints", "demo", "flops", "layers", "model", "ops", "pipeline", "reference", "text", "video")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,36 @@
-"""Making models: the entry point for random weights (``checkpoints`` has the one for trained ones)."""
+"""The model users get: X-CLIP on the fused layers, and the entry point for random weights."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from xclip_fast import layers, reference
 from xclip_fast.config import XCLIPConfig, resolve_config
-from xclip_fast.reference import XCLIP
+from xclip_fast.ops import clip_logits, mean_norm_over_frames
+from xclip_fast.reference import VideoFeatures
+
+
+class XCLIP(reference.XCLIP):
+    """X-CLIP on the fused layers; the same surface and state dict as ``reference.XCLIP``, which documents them."""
+
+    vision_tower = layers.VisionTower
+    text_transformer = layers.TextTransformer
+    integration = layers.MultiframeIntegration
+    prompts = layers.VideoPrompts
+    prompts_generator: layers.VideoPrompts
+
+    def encode_video(self, video: Tensor) -> VideoFeatures:
+        """Features of videos, as ``reference.XCLIP.encode_video``; patches are averaged before their projection."""
+        frame_features, patches = self.visual(self.normalise(video))
+        norm = self.prompts_visual_ln
+        patches = mean_norm_over_frames(patches, norm.weight, norm.bias, eps=norm.eps)
+        return VideoFeatures(self.mit(frame_features), patches @ self.prompts_visual_proj)
+
+    def logits(self, features: VideoFeatures, text: Tensor) -> Tensor:
+        """Scaled cosine similarities (B, K) of encoded videos and encoded texts (K, E)."""
+        prompts = self.prompts_generator.prompt(text, features.patches)
+        return clip_logits(features.video, text, prompts, self.prompts_generator.alpha, self.logit_scale)
 
 
 def create_model(variant_or_config: str | XCLIPConfig, *, frames: int | None = None, seed: int | None = None) -> XCLIP:

@@ -22,8 +22,7 @@ from xclip_fast.checkpoints.skeleton import skeleton
 from xclip_fast.checkpoints.stored import Checkpoint, from_official
 from xclip_fast.config import VARIANTS, XCLIPConfig
 from xclip_fast.errors import InputError
-from xclip_fast.model import create_model
-from xclip_fast.reference import XCLIP
+from xclip_fast.model import XCLIP, create_model
 from xclip_fast.reference.positions import temporal_positions
 
 _log = logging.getLogger("xclip_fast")

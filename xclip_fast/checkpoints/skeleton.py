@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from xclip_fast.config import XCLIPConfig
-from xclip_fast.model import create_model
-from xclip_fast.reference import XCLIP
+from xclip_fast.model import XCLIP, create_model
 
 
 def skeleton(config: XCLIPConfig) -> XCLIP:

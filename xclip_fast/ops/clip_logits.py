@@ -57,9 +57,12 @@ def clip_logits_ref(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor,
 
 
 def _clip_logits_torch(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> Tensor:
-    adapted = torch.addcmul(text, alpha.to(text.dtype), prompts)
-    dots = (adapted @ normalize(video, dim=-1).unsqueeze(-1)).squeeze(-1)
-    return logit_scale.exp() * dots / torch.linalg.vector_norm(adapted, dim=-1).clamp_min(1e-12)
+    # float32 inside, as the kernels: cosines are differences of large sums
+    exact = torch.promote_types(video.dtype, torch.float32)
+    adapted = torch.addcmul(text.to(exact), alpha.to(exact), prompts.to(exact))
+    dots = (adapted * normalize(video.to(exact), dim=-1).unsqueeze(1)).sum(-1)
+    lengths = torch.linalg.vector_norm(adapted, dim=-1).clamp_min(1e-12)
+    return (logit_scale.to(exact).exp() * dots / lengths).to(video.dtype)
 
 
 @custom_op("xclip_fast::clip_logits", mutates_args=())

@@ -51,7 +51,8 @@ def prompt_attention_ref(query: Tensor, key: Tensor, value: Tensor, heads: int) 
 
 def _prompt_attention_torch(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     query = query.expand(key.shape[0], -1, -1)
-    return _join(scaled_dot_product_attention(*(_split(x, heads) for x in (query, key, value))))
+    query, key, value = (_split(x, heads) for x in (query, key, value))
+    return _join(scaled_dot_product_attention(query, key, value))
 
 
 @custom_op("xclip_fast::prompt_attention", mutates_args=())

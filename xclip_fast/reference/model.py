@@ -141,7 +141,8 @@ class XCLIP(nn.Module):
                 f"tokens must be integers of shape (K, L) with 1 <= L <= {longest}, "
                 f"found {tokens.dtype} {tuple(tokens.shape)}"
             )
-        if tokens.device.type == "cpu" and tokens.numel():
+        # looking at values would halt a GPU, and break a compiled graph
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             low, high = tokens.aminmax()
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(

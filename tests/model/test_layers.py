@@ -1,0 +1,269 @@
+"""The layers against their reference: outputs, gradients, names; drop path, checkpointing, autocast, distribution."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from functools import partial
+
+import pytest
+import torch
+from numerics import TOLERANCES, assert_within, randomise_parameters, relative_error
+from torch import Tensor, nn
+
+import xclip_fast
+from xclip_fast import XCLIPConfig, layers, ops, reference
+
+TINY = XCLIPConfig(
+    image_size=48,
+    patch_size=16,
+    vision_width=128,
+    vision_layers=3,
+    embed_dim=64,
+    vocab_size=64,
+    text_width=64,
+    text_layers=2,
+    frames=4,
+    mit_layers=2,
+)
+BACKENDS = ["reference", "torch", "triton"]
+LIMIT = TOLERANCES[torch.float32].model
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def pair(config: XCLIPConfig = TINY) -> tuple[reference.XCLIP, xclip_fast.model.XCLIP]:
+    """The same random weights in the oracle and in the fused model."""
+    oracle = randomise_parameters(reference.XCLIP(config)).eval()
+    model = xclip_fast.create_model(config)
+    model.load_state_dict(oracle.state_dict())
+    return oracle.to(DEVICE), model.to(DEVICE)
+
+
+def inputs(config: XCLIPConfig = TINY, videos: int = 2, texts: int = 3) -> tuple[Tensor, Tensor]:
+    video = torch.randn(videos, config.frames, 3, config.image_size, config.image_size, device=DEVICE)
+    return video, torch.randint(0, config.vocab_size, (texts, 7), device=DEVICE)
+
+
+def module_pairs() -> dict[str, tuple[nn.Module, nn.Module, tuple[Tensor, ...]]]:
+    """Each layer beside its reference, and inputs for both."""
+    tokens, messages = torch.randn(2, 3, 10, 128), torch.randn(2, 3, 128)
+    return {
+        "PatchEmbed": (reference.PatchEmbed(128, 16, 48), layers.PatchEmbed(128, 16, 48), (torch.randn(2, 3, 48, 48),)),
+        "MessageAttention": (reference.MessageAttention(128, 2), layers.MessageAttention(128, 2), (messages,)),
+        "FrameAttention": (reference.FrameAttention(128, 2), layers.FrameAttention(128, 2), (tokens, messages)),
+        "CrossFrameBlock": (reference.CrossFrameBlock(128, 2), layers.CrossFrameBlock(128, 2), (tokens,)),
+        "CrossFrameBlock gelu": (
+            reference.CrossFrameBlock(128, 2, 200, "gelu"),
+            layers.CrossFrameBlock(128, 2, 200, "gelu"),
+            (tokens,),
+        ),
+        "MultiframeIntegration": (
+            reference.MultiframeIntegration(128, 2, 2, 5),
+            layers.MultiframeIntegration(128, 2, 2, 5),
+            (messages,),
+        ),
+        "VideoPrompts": (
+            reference.VideoPrompts(128, 2),
+            layers.VideoPrompts(128, 2),
+            (torch.randn(2, 5, 128), torch.randn(2, 9, 128)),
+        ),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", list(module_pairs()))
+def test_layer_parity(name: str, backend: str) -> None:
+    oracle, layer, arguments = module_pairs()[name]
+    randomise_parameters(oracle)
+    assert list(oracle.state_dict()) == list(layer.state_dict())
+    layer.load_state_dict(oracle.state_dict())
+    arguments = tuple(x.requires_grad_() for x in arguments)
+    expected = oracle(*arguments)
+    upstream = torch.randn_like(expected)
+    truth = torch.autograd.grad(expected, [*arguments, *oracle.parameters()], upstream)
+    oracle, layer, arguments = oracle.to(DEVICE), layer.to(DEVICE), tuple(x.to(DEVICE) for x in arguments)
+    with ops.backend(backend):
+        found = layer(*arguments)
+        grads = torch.autograd.grad(found, [*arguments, *layer.parameters()], upstream.to(DEVICE))
+    assert_within(found, expected, LIMIT, what=f"layer {name} {backend}")
+    size = torch.stack([x.norm() for x in truth]).max()
+    for grad, exact in zip(grads, truth, strict=True):
+        # some gradients vanish: the key bias of an attention has none
+        assert (grad.cpu() - exact).norm() <= LIMIT * max(exact.norm(), 1e-2 * size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_model_parity(backend: str) -> None:
+    oracle, model = pair()
+    video, tokens = inputs()
+    expected = oracle(video, tokens)
+    upstream = torch.randn_like(expected)
+    truth = torch.autograd.grad(expected, list(oracle.parameters()), upstream)
+    with ops.backend(backend):
+        found = model(video, tokens)
+        grads = torch.autograd.grad(found, list(model.parameters()), upstream)
+        with torch.no_grad():
+            features, text = model.encode_video(video), model.encode_text(tokens)
+    assert_within(found, expected, LIMIT, what=f"model logits {backend}")
+    assert_within(features.video, oracle.encode_video(video).video, LIMIT, what=f"model video {backend}")
+    assert_within(features.patches, oracle.encode_video(video).patches, LIMIT, what=f"model patches {backend}")
+    assert_within(text, oracle.encode_text(tokens), LIMIT, what=f"model text {backend}")
+    size = torch.stack([x.norm() for x in truth]).max()
+    for (name, _), grad, exact in zip(model.named_parameters(), grads, truth, strict=True):
+        assert (grad - exact).norm() <= 4 * LIMIT * max(exact.norm(), 1e-3 * size), name
+
+
+def test_other_clip_lengths_and_sizes() -> None:
+    oracle, model = pair()
+    tokens = inputs()[1]
+    for shape in ((1, 1, 3, 48, 48), (3, 7, 3, 32, 64)):
+        video = torch.randn(shape, device=DEVICE)
+        assert relative_error(model(video, tokens), oracle(video, tokens)) <= LIMIT
+    video = torch.randint(0, 256, (2, 4, 48, 48, 3), dtype=torch.uint8, device=DEVICE)
+    assert relative_error(model(video, tokens), oracle(video, tokens)) <= LIMIT
+
+
+def test_the_block_can_leave_its_last_addition_to_the_next() -> None:
+    block = randomise_parameters(layers.CrossFrameBlock(64, 1))
+    tokens = torch.randn(2, 3, 5, 64)
+    whole = block(block(tokens))
+    stream, branch = block(*block(tokens, closed=False), closed=False)
+    assert torch.allclose(stream + branch, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", layers.DROP_PATH_UNITS)
+def test_drop_path_drops_whole_units_and_keeps_the_mean(unit: str) -> None:
+    branch = torch.ones(40, 3, 50, 4)
+    dropped = layers.drop_path(branch, 0.5, unit)
+    per_unit = dropped.flatten(1) if unit == "video" else dropped.transpose(0, 2).flatten(1)
+    assert ((per_unit == 0).all(1) | (per_unit == 2).all(1)).all()
+    assert 0.5 < dropped.mean() < 1.5
+
+
+def test_drop_path_is_for_training_only() -> None:
+    block = layers.CrossFrameBlock(64, 1, drop_path=0.5)
+    tokens = torch.randn(8, 2, 3, 64)
+    assert not torch.equal(block(tokens), block(tokens))
+    block.eval()
+    assert torch.equal(block(tokens), block(tokens))
+    with pytest.raises(ValueError, match=r"drop_path must be in \[0, 1\)"):
+        layers.CrossFrameBlock(64, 1, drop_path=1.0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    _, model = pair()
+    video, tokens = inputs()
+    model(video.requires_grad_(), tokens).sum().backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for block in model.visual.transformer.resblocks:
+        forward = block.forward
+
+        def checkpointed(stream, branch=None, *, forward=forward, closed=True):
+            run = partial(forward, closed=closed)
+            return torch.utils.checkpoint.checkpoint(run, stream, branch, use_reentrant=reentrant)
+
+        block.forward = checkpointed
+    model(video, tokens).sum().backward()
+    # the reentrant kind runs its forward pass without gradients, where the perceptron takes a shorter way
+    tolerance = 1e-4 if reentrant else 0.0
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - plain[name]).norm() <= tolerance * plain[name].norm().clamp_min(1e-2), name
+
+
+def test_autocast_as_the_reference() -> None:
+    oracle, model = pair()
+    video, tokens = inputs(videos=6, texts=12)
+    with torch.no_grad():
+        exact = oracle.encode_video(video), oracle.encode_text(tokens)
+        truth = [*exact[0], exact[1], oracle(video, tokens)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        plain = [*oracle.encode_video(video), oracle.encode_text(tokens), oracle(video, tokens)]
+        found = [*model.encode_video(video), model.encode_text(tokens), model(video, tokens)]
+    for ours, theirs, right in zip(found, plain, truth, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - right).norm() <= 2 * (theirs - right).norm()
+    found[-1].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    oracle, model = pair()
+    video, tokens = inputs()
+    truth = copy.deepcopy(oracle).double()(video.double(), tokens)
+    plain, found = oracle.to(dtype)(video, tokens), model.to(dtype)(video, tokens)
+    assert found.dtype == dtype
+    assert relative_error(found, truth) <= 2 * relative_error(plain, truth) + TOLERANCES[dtype].rounding
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_whole(backend: str) -> None:
+    _, model = pair()
+    video, tokens = inputs()
+    with ops.backend(backend), torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(video, tokens), model(video, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_moved_by_name_and_loading_gives_the_fused_model(tmp_path) -> None:
+    oracle, model = pair()
+    xclip_fast.save_model(oracle, tmp_path / "weights.safetensors")
+    loaded = xclip_fast.load_model(tmp_path / "weights.safetensors")
+    assert type(loaded) is type(model)
+    assert isinstance(loaded, reference.XCLIP)
+    video, tokens = inputs()
+    assert torch.equal(loaded.to(DEVICE)(video, tokens), model(video, tokens))
+
+
+def _train_on_one_rank(rank: int, ranks: int, port: int, kind: str, results) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    model = xclip_fast.create_model(TINY, seed=0)
+    torch.manual_seed(1)
+    video, tokens = torch.randn(ranks, 4, 3, 48, 48), torch.randint(0, 64, (3, 7))
+    if kind == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (ranks,))
+        for block in model.visual.transformer.resblocks:
+            fully_shard(block, mesh=mesh)
+        # a scalar cannot be sharded; the official recipe freezes it
+        wrapped = fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
+    wrapped(video[rank : rank + 1], tokens).square().mean().backward()
+    grad = model.visual.transformer.resblocks[1].attn.in_proj_weight.grad
+    grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    if rank == 0:
+        results.put(grad.clone().numpy())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_train_as_one(kind: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_train_on_one_rank, args=(rank, 2, port, kind, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    gradient = torch.from_numpy(results.get(timeout=200))
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    model = xclip_fast.create_model(TINY, seed=0)
+    torch.manual_seed(1)
+    video, tokens = torch.randn(2, 4, 3, 48, 48), torch.randint(0, 64, (3, 7))
+    torch.stack([model(video[i : i + 1], tokens).square().mean() for i in range(2)]).mean().backward()
+    expected = model.visual.transformer.resblocks[1].attn.in_proj_weight.grad
+    assert relative_error(gradient, expected) <= 1e-5
