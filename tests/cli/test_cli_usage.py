@@ -92,6 +92,19 @@ def test_a_missing_library_of_the_command_line_is_one_line(missing: str) -> None
     assert "pip install 'xclip-fast[cli]'" in done.stderr
 
 
+def test_without_torch_the_line_points_to_info() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from xclip_fast.cli import main; "
+        "sys.exit(main(['classify', 'a.mp4', '--labels', 'a']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: a library does not import (")
+    assert "torch" in done.stderr
+    assert done.stderr.endswith(": see xclip-fast info\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_closed_pipe_is_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)

@@ -75,8 +75,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         problem(error)
         return BAD_INPUT
+    except ImportError as error:
+        if (error.name or "").startswith("xclip_fast"):
+            raise
+        problem(f"a library does not import ({error}): see xclip-fast info")
+        return BAD_INPUT
     except OSError as error:
-        problem(f"{error.filename or 'output'}: {error.strerror or error}")
+        problem(f"{error.filename or 'output'}: {error.strerror}" if error.errno else error)
         return BAD_INPUT
     except Exception as error:
         # typer's usage errors: their class moved between typer's versions
