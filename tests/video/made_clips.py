@@ -62,9 +62,9 @@ def write(
 
 
 def turn(path: Path, rotation: int) -> None:
-    """Ask players to show an mp4 file turned to the left by 90 or 180 degrees, in the header of its track."""
+    """Ask players to show an mp4 file turned to the left by 90 or 180 degrees; 0 makes the request senseless."""
     plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    cosine, sine = {90: (0, -1 << 16), 180: (-1 << 16, 0)}[rotation]
+    cosine, sine = {90: (0, -1 << 16), 180: (-1 << 16, 0), 0: (0, 0)}[rotation]
     content = path.read_bytes()
     before, after = content.split(b"tkhd")
     assert plain in after

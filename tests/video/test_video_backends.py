@@ -6,7 +6,7 @@ import time
 import av
 import numpy as np
 import pytest
-from made_clips import CLIPS, FRAMES, draw
+from made_clips import CLIPS, FRAMES, draw, turn
 
 import xclip_fast.video.backends.decord as guarded
 from xclip_fast import InputError
@@ -92,6 +92,12 @@ def test_turned_videos_come_upright(backend, clip):
     assert read_frames(clip("turned.mp4"), [3], backend=backend).shape == (1, plain[2], plain[1], 3)
     info = probe(clip("turned.mp4"), backend=backend)
     assert (info.height, info.width) == (plain[2], plain[1])
+
+
+def test_a_senseless_rotation_is_ignored(backend, make_clip, numbers):
+    path = make_clip("senseless.mp4", "libx264")
+    turn(path, 0)
+    assert numbers(read_frames(path, [7, 20], backend=backend)) == [7, 20]
 
 
 def test_probe_says_what_is_there(backend, clip):

@@ -125,6 +125,21 @@ def test_a_file_named_like_a_protocol_is_read_as_a_file(tmp_path, monkeypatch, c
         assert numbers(read_frames(name, [3], backend=backend)) == [3]
 
 
+def test_a_file_name_that_is_not_text(tmp_path, clip, backend, numbers):
+    path = os.fsencode(tmp_path) + b"/b\xff.mp4"
+    try:
+        with open(path, "wb") as file:
+            file.write(clip("h264.mp4").read_bytes())
+    except OSError as error:
+        pytest.skip(f"this file system refuses such names: {error}")
+    if backend == "pyav":
+        assert numbers(read_frames(path, [3], backend=backend)) == [3]
+    else:
+        with pytest.raises(InputError) as caught:
+            read_frames(path, [3], backend=backend)
+        assert str(caught.value).isprintable()
+
+
 def test_caps_on_files(tmp_path, monkeypatch, clip):
     path = tmp_path / "large.mp4"
     with open(path, "wb") as file:

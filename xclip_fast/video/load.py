@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 
@@ -11,12 +10,10 @@ import torch
 
 from xclip_fast.errors import InputError
 from xclip_fast.video.backends import select_backend
-from xclip_fast.video.backends.base import Request, VideoInfo
+from xclip_fast.video.backends.base import Request, VideoInfo, log
 from xclip_fast.video.preprocess import check_crops, get_preset, preprocess
 from xclip_fast.video.sampling import Sampling
 from xclip_fast.video.source import Source, check_source
-
-log = logging.getLogger("xclip_fast")
 
 MAX_DECODED_BYTES = 4 * 1024**3
 

@@ -126,7 +126,7 @@ class Backend(Protocol):
         """Why this backend can't be used here, or None when it can."""
 
     def probe(self, source: Source) -> VideoInfo:
-        """What the file holds, without decoding it.
+        """What the file holds, with one frame decoded at most.
 
         Raises:
             InputError: there is no video in it, or it is beyond the caps.

@@ -69,8 +69,9 @@ def _serve(path: str, send: Any) -> None:
     hidden = ((starts < 0) & (starts > -1e6)).sum()
     send({**_versions(), "count": len(reader) - int(hidden), "fps": float(reader.get_avg_fps())})
     wanted = set(json.loads(sys.stdin.readline() or "[]"))
+    end = max(wanted, default=-1) + 1
     # one after the other from the start: its jumps give wrong frames in HEVC, AVI and MPEG files
-    for number in range(max(wanted, default=-1) + 1):
+    for number in range(end):
         try:
             frame = reader.next()
         except (StopIteration, decord.DECORDError):
@@ -82,7 +83,7 @@ def _serve(path: str, send: Any) -> None:
             # it takes the bytes that fill up the rows of a narrow picture for more channels
             rows = picture.reshape(height, -1)[:, : 3 * width]
             send({"number": number, "height": height, "width": width}, rows.tobytes())
-    send({"seen": len(wanted)})
+    send({"seen": end})
 
 
 def main() -> None:

@@ -230,7 +230,9 @@ class _Converter:
             self._built_for = kind
         self._graph.push(frame)
         picture = self._graph.pull().to_ndarray()
-        return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
+        # a header without sense gives an angle far out of range
+        turns = round(frame.rotation / 90) if abs(frame.rotation) <= 180 else 0
+        return np.ascontiguousarray(np.rot90(picture, turns))
 
 
 def _rgb_graph(frame: Any) -> Any:

@@ -85,12 +85,14 @@ def _read(
 ) -> tuple[dict[int, Any], int]:
     """Decode ``numbers`` up to the first that fails, keeping the wanted ones; also how many came out."""
     frames: dict[int, Any] = {}
-    for seen, number in enumerate(numbers):
+    seen = 0
+    for number in numbers:
         try:
             picture = decoder.get_frame_at(number).data.numpy()
         except (RuntimeError, IndexError):
-            return frames, seen
+            break
         check_picture(source.name, picture.shape[1], picture.shape[0])
+        seen += 1
         if number in wanted:
             frames[number] = keep(picture)
-    return frames, len(frames)
+    return frames, seen
