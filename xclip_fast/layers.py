@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -186,7 +187,7 @@ class VisionTower(reference.VisionTower):
 
     blocks = CrossFrameTransformer
 
-    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:  
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Normalised video (B, T, 3, H, W) to frame features (B, T, E) and patch tokens (B, T, N, D)."""
         tokens = self.transformer(self.embed(video))
         return _norm(tokens[:, :, 0], self.ln_post)[0] @ self.proj, tokens[:, :, 1:]
@@ -254,20 +255,24 @@ class VideoPrompts(reference.VideoPrompts):
     def prompt(self, texts: Tensor, patches: Tensor) -> Tensor:
         """What the prompts add, before ``alpha``: (B, K, E). Shared texts ask their first query once."""
         patches, _ = _norm(patches, self.norm)
+        # one product makes the keys and values of all layers
+        decoder: Any = self.decoder
+        weights = [part.weight for layer in decoder for part in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)]
+        keys_values = linear(patches, torch.cat(weights)).chunk(len(weights), dim=-1)
         stream: Tensor = texts if texts.ndim == 3 else texts.unsqueeze(0)
         branch: Tensor | None = None
-        for layer in self.decoder:
-            stream, branch = _prompt_layer(stream, branch, patches, layer)
+        for index, layer in enumerate(decoder):
+            key, value = keys_values[2 * index : 2 * index + 2]
+            stream, branch = _prompt_layer(stream, branch, key, value, layer)
         return stream if branch is None else stream + branch
 
 
-def _prompt_layer(stream: Tensor, branch: Tensor | None, patches: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
+def _prompt_layer(
+    stream: Tensor, branch: Tensor | None, key: Tensor, value: Tensor, layer: Any
+) -> tuple[Tensor, Tensor]:
     """One decoder layer; like the blocks it leaves its last addition to the next norm."""
     attention = layer.cross_attn
     normed, stream = _join(stream, branch, layer.norm1)
-    mixed = prompt_attention(
-        attention.q_proj(normed), attention.k_proj(patches), attention.v_proj(patches), attention.heads
-    )
-    branch = attention.proj(mixed)
+    branch = attention.proj(prompt_attention(attention.q_proj(normed), key, value, attention.heads))
     normed, stream = _norm(branch, layer.norm3, stream.expand_as(branch))
     return stream, _perceptron(normed, layer.mlp)

@@ -1,0 +1,298 @@
+"""Attention of a frame's tokens over themselves and the frame's message: forward pass, and what both passes share.
+
+Queries, keys and values are read where the projections wrote them. Rows are cut into a body of whole blocks, which
+needs no mask, and one small masked tail; the message is one more key of the tail, behind a pointer of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xclip_fast.kernels._launch import on_device_of
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+# the smallest side of a tensor core product
+SMALLEST_TILE = 16
+
+
+class Tiles(NamedTuple):
+    """How rows are cut: ``body`` rows in blocks of ``block``, the rest in one masked tile of ``tail`` rows, or none."""
+
+    block: int
+    body: int
+    tail: int
+
+    @property
+    def count(self) -> int:
+        """Tiles in all."""
+        return self.body // self.block + (self.tail > 0)
+
+
+class Plan(NamedTuple):
+    """Tiles and launch options of one kernel."""
+
+    queries: Tiles
+    keys: Tiles
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        blocks = {
+            f"{name}_{part.upper()}": rows
+            for name, cut in (("QUERY", self.queries), ("KEY", self.keys))
+            for part, rows in cut._asdict().items()
+        }
+        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def query_tiles(tokens: int, block: int) -> Tiles:
+    """Cut the queries; where the rest needs a tile as large as a block, one more block, and all are masked."""
+    block = min(block, _tile(tokens))
+    body = tokens // block * block
+    tail = _tile(tokens - body) if tokens > body else 0
+    return Tiles(block, body, tail) if tail < block else Tiles(block, body + block, 0)
+
+
+def key_tiles(tokens: int, block: int) -> Tiles:
+    """Cut the keys; the tail always exists, since the message is in it."""
+    body = tokens // block * block
+    return Tiles(block, body, _tile(tokens - body + 1))
+
+
+def plan(tokens: int, queries: int, keys: int, num_warps: int, num_stages: int = 2) -> Plan:
+    """Cut a frame's queries and keys into blocks of the sizes given."""
+    return Plan(query_tiles(tokens, queries), key_tiles(tokens, keys), num_warps, num_stages)
+
+
+def forward_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
+    """Tiles and launch options of the forward pass: the largest that leave every number in a register.
+
+    Args:
+        tokens: rows of a frame, S.
+        head_dim: 32, 64 or 128.
+        element_size: bytes of an element; the products of float32 know no tensor cores and need small tiles.
+    """
+    if element_size == 4:
+        return plan(tokens, 32, 16, num_warps=8)
+    if head_dim == 128:
+        return plan(tokens, 64, 32, num_warps=8)
+    if head_dim == 64 and tokens >= 256:
+        # each block of queries reads all keys again, so frames of many tokens take wide ones
+        return plan(tokens, 128, 64, num_warps=8, num_stages=3 if tokens >= 512 else 2)
+    return plan(tokens, 64, 64, num_warps=4)
+
+
+def padded_work(tokens: int, head_dim: int = 64, element_size: int = 2) -> float:
+    """Multiply-accumulates of the forward tiles over those of S queries on S + 1 keys."""
+    queries, keys, _, _ = forward_plan(tokens, head_dim, element_size)
+    return (queries.body + queries.tail) * (keys.body + keys.tail) / (tokens * (tokens + 1))
+
+
+def _tile(rows: int) -> int:
+    return max(SMALLEST_TILE, triton.next_power_of_2(rows))
+
+
+@triton.jit
+def place(TILES: tl.constexpr, HEADS: tl.constexpr):
+    """Frame, head and tile of a program: the tiles of a head are neighbours, so that its keys stay in the cache."""
+    program = tl.program_id(0)
+    head = program // TILES
+    return (head // HEADS).to(tl.int64), head % HEADS, program % TILES
+
+
+@triton.jit
+def load_rows(rows_ptr, row, row_stride, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """One head of the given rows, [ROWS, HEAD_DIM]; zero behind the last token."""
+    element = rows_ptr + row.to(tl.int64)[:, None] * row_stride + tl.arange(0, HEAD_DIM)[None, :]
+    if MASKED:
+        return tl.load(element, mask=(row < TOKENS)[:, None], other=0.0)
+    return tl.load(element)
+
+
+@triton.jit
+def store_rows(rows_ptr, row, row_stride, rows, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """The opposite of ``load_rows``."""
+    element = rows_ptr + row.to(tl.int64)[:, None] * row_stride + tl.arange(0, HEAD_DIM)[None, :]
+    rows = rows.to(rows_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(element, rows, mask=(row < TOKENS)[:, None])
+    else:
+        tl.store(element, rows)
+
+
+@triton.jit
+def tail_rows(
+    rows_ptr,
+    message_ptr,
+    row_stride,
+    TOKENS: tl.constexpr,
+    BODY: tl.constexpr,
+    TAIL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Pointers to the tail of the keys, [TAIL, HEAD_DIM]: the rows the body left, then the message; and which exist."""
+    lane = tl.arange(0, TAIL)
+    rows = rows_ptr + (BODY + lane).to(tl.int64) * row_stride
+    rows = tl.where(lane == TOKENS - BODY, message_ptr, rows)
+    return rows[:, None] + tl.arange(0, HEAD_DIM)[None, :], lane <= TOKENS - BODY
+
+
+@triton.jit
+def _accumulate(query, key, value, valid, acc, total, highest, SCALE: tl.constexpr, MASKED: tl.constexpr):
+    # [QUERIES, KEYS]
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if MASKED:
+        scores = tl.where(valid[None, :], scores, -float("inf"))
+    before = highest
+    highest = tl.maximum(before, tl.max(scores, axis=1) * SCALE)
+    # a row that has met only scores of minus infinity must not turn to NaN yet
+    shift = tl.where(highest == -float("inf"), 0.0, highest)
+    weights = tl.exp2(scores * SCALE - shift[:, None])
+    decay = tl.exp2(before - shift)
+    total = total * decay + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
+    return acc, total, highest
+
+
+@triton.jit
+def _attend(
+    query_ptr,
+    message_ptr,
+    out_ptr,
+    lse_ptr,
+    row_stride,
+    first_row,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    KEY_BODY: tl.constexpr,
+    KEY_TAIL: tl.constexpr,
+    STORE_LSE: tl.constexpr,
+):
+    SCALE: tl.constexpr = LOG2_E / HEAD_DIM**0.5
+    row = first_row + tl.arange(0, ROWS)
+    query = load_rows(query_ptr, row, row_stride, TOKENS, HEAD_DIM, MASKED)
+    acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    highest = tl.full((ROWS,), -float("inf"), tl.float32)
+    key_ptr = query_ptr + WIDTH
+    tail, valid = tail_rows(key_ptr, message_ptr, row_stride, TOKENS, KEY_BODY, KEY_TAIL, HEAD_DIM)
+    tail_key = tl.load(tail, mask=valid[:, None], other=0.0)
+    tail_value = tl.load(tail + WIDTH, mask=valid[:, None], other=0.0)
+    acc, total, highest = _accumulate(query, tail_key, tail_value, valid, acc, total, highest, SCALE, True)
+    for start in tl.range(0, KEY_BODY, KEY_BLOCK):
+        key_row = start + tl.arange(0, KEY_BLOCK)
+        key = load_rows(key_ptr, key_row, row_stride, TOKENS, HEAD_DIM, False)
+        value = load_rows(key_ptr + WIDTH, key_row, row_stride, TOKENS, HEAD_DIM, False)
+        acc, total, highest = _accumulate(query, key, value, valid, acc, total, highest, SCALE, False)
+    store_rows(out_ptr, row, WIDTH, acc / total[:, None], TOKENS, HEAD_DIM, MASKED)
+    if STORE_LSE:
+        tl.store(lse_ptr + row, highest + tl.log2(total), mask=row < TOKENS)
+
+
+@triton.jit
+def _frame_attention_fwd_kernel(
+    qkv_ptr,
+    message_ptr,
+    out_ptr,
+    lse_ptr,
+    frame_stride,
+    row_stride,
+    message_stride,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    QUERY_BODY: tl.constexpr,
+    QUERY_TAIL: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    KEY_BODY: tl.constexpr,
+    KEY_TAIL: tl.constexpr,
+    STORE_LSE: tl.constexpr,
+):
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    BLOCKS: tl.constexpr = QUERY_BODY // QUERY_BLOCK
+    MASKED: tl.constexpr = QUERY_BODY > TOKENS
+    frame, head, tile = place(BLOCKS + (QUERY_TAIL > 0), HEADS)
+    query_ptr = qkv_ptr + frame * frame_stride + head * HEAD_DIM
+    message_ptr += frame * message_stride + head * HEAD_DIM
+    out_ptr += frame * (TOKENS * WIDTH) + head * HEAD_DIM
+    lse_ptr += (frame * HEADS + head) * TOKENS
+    if tile < BLOCKS:
+        _attend(
+            query_ptr,
+            message_ptr,
+            out_ptr,
+            lse_ptr,
+            row_stride,
+            tile * QUERY_BLOCK,
+            QUERY_BLOCK,
+            MASKED,
+            TOKENS,
+            WIDTH,
+            HEAD_DIM,
+            KEY_BLOCK,
+            KEY_BODY,
+            KEY_TAIL,
+            STORE_LSE,
+        )
+    elif QUERY_TAIL > 0:
+        _attend(
+            query_ptr,
+            message_ptr,
+            out_ptr,
+            lse_ptr,
+            row_stride,
+            QUERY_BODY,
+            QUERY_TAIL,
+            True,
+            TOKENS,
+            WIDTH,
+            HEAD_DIM,
+            KEY_BLOCK,
+            KEY_BODY,
+            KEY_TAIL,
+            STORE_LSE,
+        )
+
+
+def frame_attention_fwd(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """Launch the forward pass: the rows of all heads, and the base 2 log-sum-exp of the scores (empty unless asked)."""
+    qkv, message_kv = rows_contiguous(qkv), rows_contiguous(message_kv)
+    frames, tokens, packed = qkv.shape
+    width = packed // 3
+    out = torch.empty(frames, tokens, width, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((frames, heads, tokens) if with_lse else 0, dtype=torch.float32, device=qkv.device)
+    cut = forward_plan(tokens, width // heads, qkv.element_size())
+    if frames:
+        with on_device_of(qkv):
+            _frame_attention_fwd_kernel[(frames * heads * cut.queries.count,)](
+                qkv_ptr=qkv,
+                message_ptr=message_kv,
+                out_ptr=out,
+                lse_ptr=lse,
+                frame_stride=qkv.stride(0),
+                row_stride=qkv.stride(1),
+                message_stride=message_kv.stride(0),
+                TOKENS=tokens,
+                HEADS=heads,
+                HEAD_DIM=width // heads,
+                STORE_LSE=with_lse,
+                **cut.options(),
+            )
+    return out, lse
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself where its rows have unit stride, however far apart, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
