@@ -1,8 +1,8 @@
 """Kernel launches of one forward pass, counted on meta tensors: no GPU and no time, but the number that batch 1 feels.
 
 Every operator that computes or copies is one launch; views and allocations are none. The fused ops say how many kernels
-they launch. Attention counts as one launch, whatever backend would serve it. The text tower is left out: class texts are
-encoded once.
+they launch. Attention counts as one launch, whatever backend would serve it. The text tower is left out: class texts
+are encoded once.
 """
 
 from __future__ import annotations
