@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -189,26 +189,39 @@ def _frame_block(longest: int) -> int:
     return max(16, triton.next_power_of_2(longest))
 
 
-def attend_launches(rows: int, clips: int, longest: int, *, head_dim: int, itemsize: int, ragged: bool = False) -> int:
+def clip_count(x: Tensor, cu_frames: Tensor | None, longest: int) -> int:
+    """Clips of rows (..., D), without a look at the boundaries."""
+    rows = x.numel() // x.shape[-1]
+    return rows // max(longest, 1) if cu_frames is None else cu_frames.numel() - 1
+
+
+def attend_launches(x: Tensor, cu_frames: Tensor | None, heads: int, longest: int) -> int:
     """Kernels that ``attend_frames`` launches; with ragged clips one clears the frames that belong to none."""
+    rows, clips = x.numel() // x.shape[-1], clip_count(x, cu_frames, longest)
     if not rows:
         return 0
+    cleared = cu_frames is not None
     if not clips:
-        return 1
-    return ragged + (1 if is_fused(clips, longest, head_dim, itemsize) else skinny_launches(rows, norm=True) + 1)
+        return cleared
+    fused = is_fused(clips, longest, x.shape[-1] // heads, x.element_size())
+    return cleared + (1 if fused else skinny_launches(rows, norm=True) + 1)
 
 
-def launches(
-    rows: int, clips: int, longest: int, *, head_dim: int = 64, itemsize: int = 2, ragged: bool = False
-) -> int:
-    """Kernels that ``message_attention_fwd`` launches for ``rows`` frames in ``clips`` clips of up to ``longest``."""
+def launches(class_tokens: Tensor, *arguments: Any) -> int:
+    """Kernels that ``message_attention_fwd`` launches for its arguments, whose data it does not read (meta tensors do).
+
+    Three up to MAX_ROWS rows in clips of up to FUSED_FRAMES frames; one more for longer or more than FUSED_CLIPS clips,
+    one more for ragged clips; above MAX_ROWS one more for the residual and, where not fused, for the norm.
+    """
+    cu_frames, heads, longest, _ = arguments[-4:]
+    rows = class_tokens.numel() // class_tokens.shape[-1]
     ends = skinny_launches(rows) + skinny_launches(rows, residual=True)
-    return ends + attend_launches(rows, clips, longest, head_dim=head_dim, itemsize=itemsize, ragged=ragged)
+    return ends + attend_launches(class_tokens, cu_frames, heads, longest)
 
 
-def key_value_launches(rows: int) -> int:
-    """Kernels that ``message_key_value_fwd`` launches."""
-    return skinny_launches(rows, norm=True)
+def key_value_launches(messages: Tensor, *arguments: Any) -> int:
+    """Kernels that ``message_key_value_fwd`` launches for its arguments: one up to MAX_ROWS rows, else two."""
+    return skinny_launches(messages.numel() // messages.shape[-1], norm=True)
 
 
 def attend_frames(
@@ -225,7 +238,7 @@ def attend_frames(
         longest: no clip has more frames.
     """
     rows, width = x.shape
-    clips = rows // max(longest, 1) if cu_frames is None else cu_frames.numel() - 1
+    clips = clip_count(x, cu_frames, longest)
     # a frame that belongs to no clip attends to nothing
     out = (
         torch.empty(rows, width, dtype=x.dtype, device=x.device)

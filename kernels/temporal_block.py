@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from xclip_fast.kernels._launch import as_rows
@@ -9,13 +11,15 @@ from xclip_fast.kernels.message_attention import attend_frames, attend_launches
 from xclip_fast.kernels.skinny_linear import Norm, skinny_launches, skinny_linear
 
 
-def launches(
-    rows: int, clips: int, longest: int, *, head_dim: int = 64, itemsize: int = 2, ragged: bool = False
-) -> int:
-    """Kernels that ``temporal_block_fwd`` launches for ``rows`` frames in ``clips`` clips of up to ``longest``."""
-    residuals = 2 * skinny_launches(rows, residual=True)
-    attention = attend_launches(rows, clips, longest, head_dim=head_dim, itemsize=itemsize, ragged=ragged)
-    return attention + residuals + skinny_launches(rows, norm=True, quick_gelu=True)
+def launches(x: Tensor, *arguments: Any) -> int:
+    """Kernels that ``temporal_block_fwd`` launches for its arguments, whose data it does not read (meta tensors do).
+
+    Four up to MAX_ROWS rows in clips of up to FUSED_FRAMES frames, and more as in ``message_attention``.
+    """
+    cu_frames, heads, longest, _ = arguments[-4:]
+    rows = x.numel() // x.shape[-1]
+    perceptron = skinny_launches(rows, norm=True, quick_gelu=True) + skinny_launches(rows, residual=True)
+    return attend_launches(x, cu_frames, heads, longest) + skinny_launches(rows, residual=True) + perceptron
 
 
 def temporal_block_fwd(

@@ -353,6 +353,20 @@ def _key_value_backward_flops(grad_shape: Any, *arguments: Any, **kwargs: object
     return 2 * _key_value_flops((*grad_shape[:-1], grad_shape[-1] // 2))
 
 
+def launches(*arguments: Any) -> int:
+    """Kernels that the registered op ``message_attention`` launches for its arguments; meta tensors will do."""
+    from xclip_fast.kernels.message_attention import launches
+
+    return launches(*arguments)
+
+
+def key_value_launches(*arguments: Any) -> int:
+    """Kernels that the registered op ``message_key_value`` launches for its arguments; meta tensors will do."""
+    from xclip_fast.kernels.message_attention import key_value_launches
+
+    return key_value_launches(*arguments)
+
+
 @explains("message_attention")
 def _refusal(
     class_tokens: Tensor,

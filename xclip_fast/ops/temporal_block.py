@@ -80,7 +80,7 @@ def temporal_block(
     longest = longest_clip("x", x, cu_frames, max_frames)
     width = x.shape[-1]
     check_heads(width, heads)
-    hidden = fc_bias.shape[0] if fc_bias.ndim else 0
+    hidden = fc_weight.shape[0] if fc_weight.ndim else 0
     parameters = {
         "norm1_weight": (norm1_weight, (width,)),
         "norm1_bias": (norm1_bias, (width,)),
@@ -272,7 +272,34 @@ def _backward_flops(grad_shape: Any, *arguments: Any, **kwargs: object) -> int:
     return math.prod(frames) * (30 * width**2 + 10 * width * hidden + 16 * longest * width)
 
 
+def launches(*arguments: Any) -> int:
+    """Kernels that the registered op launches for its arguments; meta tensors will do."""
+    from xclip_fast.kernels.temporal_block import launches
+
+    return launches(*arguments)
+
+
 @explains("temporal_block")
-def _refusal(x: Tensor, *arguments: Any, heads: int | None = None, **kwargs: object) -> str | None:
-    *tensors, heads = arguments if heads is None else (*arguments, heads)
-    return attention_refusal(x.shape[-1], heads) or kernel_refusal(x, *tensors)
+def _refusal(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    heads: int,
+    *,
+    cu_frames: Tensor | None = None,
+    max_frames: int | None = None,
+    eps: float = 1e-5,
+) -> str | None:
+    attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
+    perceptron = norm2_weight, norm2_bias, fc_weight, fc_bias, proj_weight, proj_bias
+    return attention_refusal(x.shape[-1], heads) or kernel_refusal(x, *attention, *perceptron, cu_frames)
