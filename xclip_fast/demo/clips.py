@@ -68,9 +68,9 @@ def draw_track(pair: int, rng: np.random.Generator) -> Track:
     radius = np.full(FRAMES, rng.uniform(6, 11))
     kind = np.full(FRAMES, rng.integers(_RING))
     # a drift that tells nothing: one direction is as likely as the other
-    travel = rng.uniform(-5, 5, size=2)
+    travel = rng.uniform(-4, 4, size=2)
     if pair in (0, 1):
-        travel[pair] = rng.uniform(16, SIZE - 2 * _MARGIN)
+        travel[pair] = rng.uniform(20, SIZE - 2 * _MARGIN)
     elif pair == 2:
         radius = rng.uniform(9, 11) + time * rng.uniform(7, 11)
     else:
@@ -85,7 +85,7 @@ def draw_track(pair: int, rng: np.random.Generator) -> Track:
 
 def _render(track: Track, rng: np.random.Generator, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
     # dark behind bright: a model this small learns it in minutes
-    dark, bright = rng.uniform(20, 110, size=3), rng.uniform(150, 245, size=3)
+    dark, bright = rng.uniform(20, 95, size=3), rng.uniform(150, 245, size=3)
     background = dark.astype(np.float32) + _texture(rng)
     paint = bright.astype(np.float32)
     noise = rng.normal(scale=5, size=(SIZE + _NOISE_ROOM, SIZE + _NOISE_ROOM, 1)).astype(np.float32)

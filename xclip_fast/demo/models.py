@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from xclip_fast.checkpoints import load_model
 from xclip_fast.config import XCLIPConfig
 from xclip_fast.demo.clips import SAMPLED, SIZE
-from xclip_fast.model import create_model
 from xclip_fast.reference import XCLIP, MultiframeIntegration
 from xclip_fast.reference.transformer import Block
 from xclip_fast.text.tokenizer import BYTE_VOCAB_SIZE
@@ -58,7 +57,10 @@ class FrameAverage(MultiframeIntegration):
 
 def build_model(name: str, seed: int) -> XCLIP:
     """One of ``MODELS`` before training; with one seed, the weights that two models share start equal."""
-    model = create_model(CONFIG, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would reseed every accelerator too
+        torch.default_generator.manual_seed(seed)
+        model = XCLIP(CONFIG).eval()
     if name != "xclip":
         blocks = model.visual.transformer.resblocks
         model.visual.transformer.resblocks = nn.ModuleList(_without_messages(block) for block in blocks)

@@ -29,7 +29,7 @@ from xclip_fast.reference import XCLIP
 from xclip_fast.text import get_tokenizer
 from xclip_fast.video.sampling import segment_indices, uniform_indices
 
-STEPS = 1600
+STEPS = 1200
 CLIPS_PER_PAIR = 4  # in a batch, and each of them backwards too
 LEARNING_RATE = 1e-3
 WARM_UP = 40  # steps
