@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint kernels-report clean
 
 demo: $(INSTALLED)
 	$(BIN)/xclip-fast demo
@@ -16,6 +16,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+kernels-report: $(INSTALLED)
+	$(BIN)/python -m benchmarks.static
 
 $(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "xclip_fast needs Python 3.10 or newer: make PYTHON=...")'

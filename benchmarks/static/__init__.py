@@ -1,0 +1,1 @@
+"""What the kernels compile to, with no GPU: registers, spills, shared memory and instructions, held to budgets."""

@@ -1,0 +1,147 @@
+"""One kernel compiled for one architecture, and what the machine code says about it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from benchmarks.static.capture import Launch
+
+KILOBYTE = 1024
+REGISTERS = 65536
+MAX_WARPS = 64
+MAX_BLOCKS = 32
+TENSOR_MEMORY_COLUMNS = 512
+RESERVED_SHARED = KILOBYTE  # of each block, by the system
+SHARED = {80: 164 * KILOBYTE, 90: 228 * KILOBYTE, 100: 228 * KILOBYTE}  # of a multiprocessor
+# a warpgroup product takes 64 rows or more
+TALL = 64
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_PRODUCT = re.compile(r"tt\.dot\b.*-> tensor<(\d+)x\d+x")
+
+
+@dataclass(frozen=True)
+class Build:
+    """Machine code of one kernel, one shape and one architecture.
+
+    Attributes:
+        kernel, shape, arch: what was built; 90 means sm_90.
+        registers: of a thread.
+        stack: bytes of a thread, where spilled registers lie.
+        spills: loads and stores of local memory in the code.
+        shared: bytes of shared memory of a program.
+        blocks: estimate of the programs that one multiprocessor runs at once; 0 where not even one fits.
+        instructions: names in the machine code, with all suffixes, and how often each stands there.
+        rows: of each product in the source.
+        exponentials: whether the source raises to a power.
+    """
+
+    kernel: str
+    shape: str
+    arch: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    blocks: int
+    instructions: Counter[str]
+    rows: tuple[int, ...]
+    exponentials: bool
+
+    @property
+    def size(self) -> int:
+        """Instructions in all."""
+        return self.instructions.total()
+
+    @property
+    def wide(self) -> int:
+        """Percent of the accesses to global memory that move 128 bits a thread."""
+        names = [name for name in self.instructions.elements() if name.split(".")[0] in ("LDG", "STG", "LDGSTS")]
+        return 100 * sum("128" in name.split(".") for name in names) // max(1, len(names))
+
+    @cached_property
+    def features(self) -> tuple[str, ...]:
+        """The instructions that matter and are there: tensor cores, asynchronous copies, fast exponentials."""
+        present = {
+            ".".join(name.split(".")[:2]) if name.startswith("MUFU") else name.split(".")[0]
+            for name in self.instructions
+        }
+        return tuple(name for name in ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "MUFU.EX2") if name in present)
+
+
+class _Compiler:
+    """Takes the place of Triton's driver, which asks a GPU what it is."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        """Triton keeps what it compiled by device: each architecture is one."""
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        """Nothing is launched on it."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """What is compiled for."""
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """Compile exactly what this launch would build: Triton itself specialises the arguments.
+
+    Launches that build the same give the same object.
+    """
+    driver.set_active(_Compiler(arch))
+    return launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments)
+
+
+def measure(compiled: Any, kernel: str, shape: str, arch: int) -> Build:
+    """Read the machine code of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
+    assert usage is not None, listing
+    registers, stack = map(int, usage.groups())
+    instructions = Counter(_INSTRUCTION.findall(listing))
+    metadata = compiled.metadata
+    source = compiled.asm["ttir"]
+    return Build(
+        kernel=kernel,
+        shape=shape,
+        arch=arch,
+        registers=registers,
+        stack=stack,
+        spills=sum(count for name, count in instructions.items() if name.split(".")[0] in ("LDL", "STL")),
+        shared=metadata.shared,
+        blocks=blocks(arch, registers, metadata.num_warps, metadata.shared, getattr(metadata, "tmem_size", None) or 0),
+        instructions=instructions,
+        rows=tuple(map(int, _PRODUCT.findall(source))),
+        exponentials="math.exp2" in source,
+    )
+
+
+def blocks(arch: int, registers: int, warps: int, shared: int, columns: int = 0) -> int:
+    """How many programs a multiprocessor holds, by registers, warps, shared memory and tensor memory."""
+    # registers are given to a warp by 256, and the four schedulers have a quarter of the warps each
+    warp = -(-registers * 32 // 256) * 256
+    limits = [REGISTERS // warp // 4 * 4 // warps, MAX_WARPS // warps, MAX_BLOCKS]
+    limits.append(SHARED[arch] // (-(-shared // 128) * 128 + RESERVED_SHARED))
+    if columns:
+        limits.append(TENSOR_MEMORY_COLUMNS // columns)
+    return min(limits)

@@ -1,0 +1,128 @@
+"""Every launcher called as the model calls it, forward and then backward, on tensors from a factory.
+
+The static report calls them with production shapes on the meta device, the tests of memory with small tensors in
+awkward places.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xclip_fast.kernels.clip_logits import clip_logits_bwd, clip_logits_fwd
+from xclip_fast.kernels.frame_attention import frame_attention_fwd
+from xclip_fast.kernels.frame_attention_bwd import frame_attention_bwd
+from xclip_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
+from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd, quick_gelu_bwd
+from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd, mean_norm_over_frames_fwd
+from xclip_fast.kernels.message_attention import message_attention_fwd, message_key_value_fwd
+from xclip_fast.kernels.prompt_attention import prompt_attention_bwd, prompt_attention_fwd
+from xclip_fast.kernels.temporal_block import temporal_block_fwd
+
+EPS = 1e-5
+
+
+class Make(Protocol):
+    """A factory of input tensors; without a dtype, in that of the activations."""
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor: ...
+
+
+def layer_norm(
+    make: Make,
+    rows: int,
+    width: int,
+    *,
+    residual: bool = False,
+    constant: bool = False,
+    norm_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """``norm_dtype`` is that of weight and bias: float32 under autocast."""
+    x, weight, bias = make(rows, width), make(width, dtype=norm_dtype), make(width, dtype=norm_dtype)
+    added = make(rows, width) if residual else None
+    shift = make(width) if constant else None
+    normed, stream, mean, rstd = layer_norm_fwd(x, weight, bias, added, shift, EPS)
+    grad_stream = make(rows, width) if residual else None
+    grads = layer_norm_bwd(make(rows, width), grad_stream, stream if residual else x, weight, shift, mean, rstd)
+    return [normed, stream, mean, rstd, *grads]
+
+
+def linear_quick_gelu(make: Make, rows: int, width: int, hidden: int, *, training: bool) -> list[Tensor]:
+    """Only training keeps the pre-activation and has a backward pass."""
+    activated, pre = linear_quick_gelu_fwd(make(rows, width), make(hidden, width), make(hidden), training)
+    if not training:
+        return [activated]
+    grad = make(rows, hidden)
+    return [activated, pre, *quick_gelu_bwd(grad, pre, False)[:1], *quick_gelu_bwd(grad, pre, True)]
+
+
+def mean_norm_over_frames(make: Make, batch: int, frames: int, patches: int, width: int) -> list[Tensor]:
+    """Patches are the tokens behind each frame's class token."""
+    tokens, weight, bias = make(batch, frames, patches + 1, width)[:, :, 1:], make(width), make(width)
+    out = mean_norm_over_frames_fwd(tokens, weight, bias, EPS)
+    return [out, *mean_norm_over_frames_bwd(make(batch, patches, width), tokens, weight, EPS)]
+
+
+def clip_logits(make: Make, batch: int, classes: int, width: int) -> list[Tensor]:
+    """``alpha`` and ``logit_scale`` are parameters in the dtype of the activations."""
+    inputs = make(batch, width), make(classes, width), make(batch, classes, width), make(width), make()
+    return [clip_logits_fwd(*inputs), *clip_logits_bwd(make(batch, classes), *inputs)]
+
+
+def prompt_attention(
+    make: Make, batch: int, classes: int, patches: int, width: int, heads: int, *, shared: bool
+) -> list[Tensor]:
+    """Keys and values are halves of one projection; ``shared`` queries are the same for all videos."""
+    query = make(1 if shared else batch, classes, width)
+    key, value = make(batch, patches, 2 * width).chunk(2, -1)
+    out, lse = prompt_attention_fwd(query, key, value, heads)
+    return [out, lse, *prompt_attention_bwd(make(batch, classes, width), query, key, value, out, lse, heads)]
+
+
+def frame_attention(
+    make: Make, frames: int, tokens: int, heads: int, *, head_dim: int = 64, training: bool
+) -> list[Tensor]:
+    """Only training keeps the log-sum-exp and has a backward pass."""
+    width = heads * head_dim
+    qkv, message_kv = make(frames, tokens, 3 * width), make(frames, 2 * width)
+    out, lse = frame_attention_fwd(qkv, message_kv, heads, training)
+    if not training:
+        return [out]
+    return [out, lse, *frame_attention_bwd(make(frames, tokens, width), qkv, message_kv, out, lse, heads)]
+
+
+def message_attention(
+    make: Make, clips: int, frames: int, heads: int, *, head_dim: int = 64, ragged: bool = False
+) -> list[Tensor]:
+    """Class tokens lie in front of each frame's patches; then the key and value of the messages for the frames."""
+    width = heads * head_dim
+    tokens = make(clips, frames, 2, width)[:, :, 0]
+    weights = (make(width, width), make(width), make(width), make(width), *_attention_weights(make, width))
+    bounds = _bounds(tokens) if ragged else None
+    messages = message_attention_fwd(tokens, *weights, bounds, heads, frames, EPS)
+    key_value = message_key_value_fwd(messages, make(width), make(width), make(2 * width, width), make(2 * width), EPS)
+    return [messages, key_value]
+
+
+def temporal_block(
+    make: Make, clips: int, frames: int, heads: int, *, head_dim: int = 64, ragged: bool = False
+) -> list[Tensor]:
+    """The perceptron is four times as wide as the rows."""
+    width = heads * head_dim
+    x = make(clips, frames, width)
+    attention = (make(width), make(width), *_attention_weights(make, width))
+    perceptron = make(width), make(width), make(4 * width, width), make(4 * width), make(width, 4 * width), make(width)
+    return [temporal_block_fwd(x, *attention, *perceptron, _bounds(x) if ragged else None, heads, frames, EPS)]
+
+
+def _attention_weights(make: Make, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight and bias of the packed projection, then of the out-projection."""
+    return make(3 * width, width), make(3 * width), make(width, width), make(width)
+
+
+def _bounds(clips: Tensor) -> Tensor:
+    """The first row of each clip (clips, frames, ...) and the end, where the clips happen to be equally long."""
+    count, frames = clips.shape[:2]
+    return torch.arange(0, (count + 1) * frames, frames, dtype=torch.int32, device=clips.device)

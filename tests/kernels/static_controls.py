@@ -1,0 +1,85 @@
+"""What the static gate says of builds it must refuse, and of one it must not, as JSON; and what its command prints.
+
+Run as a process of its own, with a folder for budgets: under the interpreter nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.static import calls
+from benchmarks.static.__main__ import main
+from benchmarks.static.build import Build, compile_launch, measure
+from benchmarks.static.capture import captured_launches
+from benchmarks.static.gate import broken_laws, budget_file, read_budgets, write_budgets
+from xclip_fast.kernels import linear_quick_gelu
+from xclip_fast.kernels.linear_quick_gelu import Tiling
+
+ARCH = 90
+
+
+@contextmanager
+def tiles(*sizes: int) -> Iterator[None]:
+    """Another tiling of the product than its default."""
+    original = linear_quick_gelu.tiling
+    linear_quick_gelu.tiling = lambda *_: Tiling(*sizes)
+    try:
+        yield
+    finally:
+        linear_quick_gelu.tiling = original
+
+
+def product(dtype: torch.dtype, width: int = 64) -> Build:
+    """The product compiled for inputs of this dtype."""
+
+    def make(*shape: int, dtype: torch.dtype | None = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    with captured_launches() as launches:
+        calls.linear_quick_gelu(make, 4096, width, 256, training=False)
+    return measure(compile_launch(launches[0], ARCH), launches[0].name, "control", ARCH)
+
+
+def controls() -> dict[str, list[str]]:
+    """What the gate says of each."""
+    found = {}
+    with tiles(64, 64, 16, 4, 2):
+        found["sound"] = list(broken_laws(product(torch.bfloat16)))
+        # exact float32 products have no tensor core
+        found["no tensor cores"] = list(broken_laws(product(torch.float32)))
+    # 256 sums a thread, of 255 registers
+    with tiles(128, 256, 16, 4, 2):
+        found["spills"] = list(broken_laws(product(torch.bfloat16)))
+    with tiles(128, 128, 64, 8, 16):
+        found["too large"] = list(broken_laws(product(torch.bfloat16, 1024)))
+    return found
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """Exit status and output of the command on two small builds."""
+    output = io.StringIO()
+    with redirect_stdout(output):
+        status = main(["--arch", str(ARCH), "--shape", "B/16 8f x8 temporal residual", *arguments])
+    return status, output.getvalue()
+
+
+def commands(folder: Path) -> list[tuple[int, str]]:
+    """The command without budgets, taking them, with one lowered, and taking them again."""
+    to = ("--budgets", str(folder))
+    found = [command(*to), command(*to, "--update")]
+    path = budget_file(folder)
+    budgets = read_budgets(path) or {}
+    write_budgets(path, {name: budget._replace(registers=8) for name, budget in budgets.items()})
+    return [*found, command(*to), command(*to, "--update")]
+
+
+if __name__ == "__main__":
+    print(json.dumps({"controls": controls(), "commands": commands(Path(sys.argv[1]))}))
