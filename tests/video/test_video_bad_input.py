@@ -182,6 +182,13 @@ def test_a_small_file_that_claims_a_huge_picture(make_clip, backend):
     refuse(path, backend, "16000x9000 pixels, at most 8192|or over 8192 pixels a side|cannot be decoded")
 
 
+def test_a_picture_larger_than_its_header_says_is_not_decoded(make_clip):
+    path = make_clip("inner.mp4", "mjpeg", pixels="yuvj420p", frames=2)
+    path.write_bytes(path.read_bytes().replace(struct.pack(">HH", 96, 128), struct.pack(">HH", 9000, 16000)))
+    # had one been decoded, its size would be named
+    refuse(path, "pyav", "no frame comes out")
+
+
 def test_a_picture_without_a_size(tmp_path, clip, backend):
     path = tmp_path / "none.mp4"
     path.write_bytes(clip("h264.mp4").read_bytes().replace(struct.pack(">HH", 128, 96), bytes(4)))
