@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 
 def main() -> None:
@@ -13,8 +14,18 @@ def main() -> None:
     launches = commands.add_parser("launches", help="kernel launches of one forward pass, counted on meta tensors")
     launches.add_argument("--batch", type=int, default=1, help="videos in the batch")
     launches.add_argument("--json", action="store_true", help="variant to launches of the fused model, as JSON")
+    eager = commands.add_parser("eager", help="the fused model beside Hugging Face's on this CPU, interleaved")
+    eager.add_argument("--variant", action="append", help="may be given several times; B/32 without")
+    eager.add_argument("--batch", type=int, action="append", help="may be given several times; 1 and 4 without")
+    eager.add_argument("--blocks", type=int, default=8, help="blocks of eager, ours, ours, eager")
+    eager.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    _launches(arguments.batch, arguments.json)
+    if arguments.command == "launches":
+        _launches(arguments.batch, arguments.json)
+    else:
+        from benchmarks.against_eager import run
+
+        run(arguments.variant or ["B/32"], arguments.batch or [1, 4], arguments.blocks, arguments.out)
 
 
 def _launches(batch: int, as_json: bool) -> None:
