@@ -83,7 +83,11 @@ def kernel_refusal(*tensors: Tensor | None) -> str | None:
         return None
     if kind != "cuda":
         return f"the tensors are on {kind}, and Triton needs a CUDA GPU (TRITON_INTERPRET=1 emulates one, slowly)"
-    return None if torch.cuda.get_device_capability(present[0].device) >= (8, 0) else "it needs compute capability 8.0 or newer"
+    return (
+        None
+        if torch.cuda.get_device_capability(present[0].device) >= (8, 0)
+        else "it needs compute capability 8.0 or newer"
+    )
 
 
 def interpreting() -> bool:
