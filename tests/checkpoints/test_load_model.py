@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import json
 import sys
 from collections import OrderedDict
 from copy import deepcopy
@@ -192,11 +191,9 @@ def test_hf_shards(tmp_path: Path):
 
 def test_hf_old_configuration_with_repeated_sections(tmp_path: Path):
     hf_model(**{"vision_config.num_attention_heads": 4}).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["vision_config"]["num_attention_heads"]
     edit_json(
         tmp_path / "config.json",
-        vision_config=config["vision_config"],
+        **{"vision_config.num_attention_heads": 8},
         vision_config_dict={"num_attention_heads": 4},
         text_config_dict=None,
     )
