@@ -90,7 +90,7 @@ def _layer_norm_bwd_kernel(
     grad_bias = tl.zeros((BLOCK_WIDTH,), tl.float32)
     grad_constant = tl.zeros((BLOCK_WIDTH,), tl.float32)
     for block in range(program, tl.cdiv(rows, BLOCK_ROWS), programs):
-        row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         in_row = row < rows
         inside = in_row[:, None] & in_width[None, :]
         mean = tl.load(mean_ptr + row, mask=in_row, other=0.0)

@@ -87,7 +87,7 @@ def _mean_norm_over_frames_bwd_kernel(
     grad_weight = tl.zeros((BLOCK_WIDTH,), tl.float32)
     grad_bias = tl.zeros((BLOCK_WIDTH,), tl.float32)
     for block in range(program, tl.cdiv(rows, BLOCK_ROWS), programs):
-        patch = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        patch = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         inside = (patch < rows)[:, None] & in_width[None, :]
         row = _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride)
         # [BLOCK_ROWS, BLOCK_WIDTH]

@@ -22,9 +22,10 @@ class OutOfBoundsError(AssertionError):
 
 @dataclass
 class Launches:
-    """Names of the kernels launched, in order."""
+    """Names of the kernels launched, in order, and the largest stride each kernel was given."""
 
     names: list[str] = field(default_factory=list)
+    strides: dict[str, int] = field(default_factory=dict)
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
@@ -65,7 +66,10 @@ def checked_pointers() -> Iterator[Launches]:
         return original[1](self, pointers, value, mask, *args)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launches.names.append(self.fn.__name__)
+        name = self.fn.__name__
+        launches.names.append(name)
+        strides = [value for key, value in kwargs.items() if key.endswith("_stride")]
+        launches.strides[name] = max([launches.strides.get(name, 0), *strides])
         spans[:] = [span(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         return original[2](self, *args, **kwargs)
 

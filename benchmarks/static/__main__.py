@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budgets = updated
     lines = violations(found, budgets)
     if not _is_partial(options):
-        missing = kernels() - {build.kernel for build in found}
+        missing = kernels().keys() - {build.kernel for build in found}
         lines += [f"{name}: no shape of production launches it" for name in sorted(missing)]
     for line in lines:
         console.print(line, style="red", highlight=False, soft_wrap=True)

@@ -123,6 +123,6 @@ def _attention_weights(make: Make, width: int) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _bounds(clips: Tensor) -> Tensor:
-    """The first row of each clip (clips, frames, ...) and the end, where the clips happen to be equally long."""
+    """The first row of each clip (clips, frames, ...) and the end: one clip lacks a frame, one frame has no clip."""
     count, frames = clips.shape[:2]
-    return torch.arange(0, (count + 1) * frames, frames, dtype=torch.int32, device=clips.device)
+    return torch.arange(0, (count + 1) * frames, frames, dtype=torch.int32, device=clips.device).sub(1).clamp(min=0)

@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 
@@ -101,15 +101,15 @@ def violations(builds: Iterable[Build], budgets: Budgets | None) -> list[str]:
     return found
 
 
-def kernels() -> set[str]:
-    """Names of all kernels in the package: the jitted functions whose name ends in ``_kernel``."""
-    names = set()
+def kernels() -> dict[str, Any]:
+    """All kernels of the package by name: the jitted functions whose name ends in ``_kernel``."""
+    found = {}
     for module in pkgutil.iter_modules(xclip_fast.kernels.__path__):
         for value in vars(import_module(f"xclip_fast.kernels.{module.name}")).values():
             name = getattr(getattr(value, "fn", None), "__name__", "")
             if name.endswith("_kernel"):
-                names.add(name)
-    return names
+                found[name] = value
+    return found
 
 
 def budget_file(folder: Path = BUDGETS) -> Path:
