@@ -161,7 +161,7 @@ def test_transformers_reads_the_preprocessor(tmp_path: Path):
 
 def test_weights_that_are_views_do_not_drag_their_base_along(tmp_path: Path):
     model = tiny_model()
-    whole = torch.randn(10, *model.visual.proj.shape)
+    whole = torch.randn(100, *model.visual.proj.shape)
     model.visual.proj = torch.nn.Parameter(whole[3])
     model.text_projection = torch.nn.Parameter(torch.randn(64, 64).T)
     for format, place in PLACES.items():
