@@ -101,7 +101,7 @@ def each_file(
         except (MemoryError, RuntimeError) as failed:
             if not _is_out_of_memory(failed):
                 raise
-            error = InputError(f"{path}: not enough memory: use fewer --views or --frames, or another --device")
+            error = InputError(f"{path}: not enough memory: use fewer views or frames, or another device")
         yield path, result, error
 
 
@@ -134,5 +134,5 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _finite(values: Tensor) -> Tensor:
     if not values.isfinite().all():
-        raise InputError("the model gave values that are not numbers: check the weights, or use --dtype float32")
+        raise InputError("the model gave values that are not numbers: check the weights, or compute in float32")
     return values
