@@ -206,6 +206,15 @@ def test_large_scores_do_not_overflow() -> None:
     assert all(grad.isfinite().all() for grad in run(inputs))
 
 
+@pytest.mark.parametrize("tokens", [18, 66])
+def test_scores_far_below_zero(tokens: int) -> None:
+    # the padding scores zero, above all keys: a weight of it would overflow
+    inputs = arguments((2, tokens, 1, 32), torch.float32)
+    inputs["qkv"][..., 0] = -40.0
+    inputs["qkv"][..., 32] = inputs["message_kv"][..., 0] = 60.0
+    check_op(frame_attention, inputs, what="frame_attention low scores", ceiling=1e-3)
+
+
 def test_repeats_are_bit_equal() -> None:
     inputs = arguments((2, 66, 1, 32), torch.float16)
     first, *rest = (run(inputs) for _ in range(3))
