@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     console = Console(width=135 if options.all else 100)
     compile_part = partial(builds, part=options.shape, first=options.first)
-    with console.status("compiling"), ProcessPoolExecutor(min(len(options.arch), os.cpu_count() or 1)) as pool:
+    with console.status("compiling"), ProcessPoolExecutor(options.jobs) as pool:
         found = [build for part in pool.map(compile_part, options.arch) for build in part]
     console.print(table(found, every=options.all))
     if options.json:
@@ -94,6 +94,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="a row for each build, not the worst of each kernel")
     parser.add_argument("--update", action="store_true", help="accept the figures as budgets, and say what changed")
     parser.add_argument("--budgets", type=Path, default=BUDGETS, metavar="FOLDER", help="another folder of budgets")
+    parser.add_argument("--jobs", type=int, default=min(len(SHARED), os.cpu_count() or 1), help="processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser.parse_args(arguments)
 

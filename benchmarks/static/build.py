@@ -55,29 +55,33 @@ class Build:
     spills: int
     shared: int
     blocks: int
-    instructions: Counter[str]
+    instructions: dict[str, int]
     rows: tuple[int, ...]
     exponentials: bool
 
     @property
     def size(self) -> int:
         """Instructions in all."""
-        return self.instructions.total()
+        return sum(self.instructions.values())
 
     @property
     def wide(self) -> int:
         """Percent of the accesses to global memory that move 128 bits a thread."""
-        names = [name for name in self.instructions.elements() if name.split(".")[0] in ("LDG", "STG", "LDGSTS")]
-        return 100 * sum("128" in name.split(".") for name in names) // max(1, len(names))
+        moves = {name: count for name, count in self.instructions.items() if _stem(name) in ("LDG", "STG", "LDGSTS")}
+        wide = sum(count for name, count in moves.items() if "128" in name.split("."))
+        return 100 * wide // max(1, sum(moves.values()))
 
     @cached_property
     def features(self) -> tuple[str, ...]:
         """The instructions that matter and are there: tensor cores, asynchronous copies, fast exponentials."""
-        present = {
-            ".".join(name.split(".")[:2]) if name.startswith("MUFU") else name.split(".")[0]
-            for name in self.instructions
-        }
+        present = {_stem(name) for name in self.instructions}
         return tuple(name for name in ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "MUFU.EX2") if name in present)
+
+
+def _stem(instruction: str) -> str:
+    """Its name without suffixes, but with the function that MUFU computes."""
+    parts = instruction.split(".")
+    return ".".join(parts[:2]) if parts[0] == "MUFU" else parts[0]
 
 
 class _Compiler:
@@ -118,7 +122,7 @@ def measure(compiled: Any, kernel: str, shape: str, arch: int) -> Build:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     assert usage is not None, listing
     registers, stack = map(int, usage.groups())
-    instructions = Counter(_INSTRUCTION.findall(listing))
+    instructions = dict(Counter(_INSTRUCTION.findall(listing)))
     metadata = compiled.metadata
     source = compiled.asm["ttir"]
     return Build(
@@ -127,7 +131,7 @@ def measure(compiled: Any, kernel: str, shape: str, arch: int) -> Build:
         arch=arch,
         registers=registers,
         stack=stack,
-        spills=sum(count for name, count in instructions.items() if name.split(".")[0] in ("LDL", "STL")),
+        spills=sum(count for name, count in instructions.items() if _stem(name) in ("LDL", "STL")),
         shared=metadata.shared,
         blocks=blocks(arch, registers, metadata.num_warps, metadata.shared, getattr(metadata, "tmem_size", None) or 0),
         instructions=instructions,

@@ -17,10 +17,10 @@ def table(builds: Iterable[Build], *, every: bool) -> Table:
     """A row for each kernel and architecture with the worst figures of its builds, or a row for each build."""
     found = Table(
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
-        caption="n builds; regs of a thread; spill: bytes of stack + loads and stores of it; KB shared;\n"
-        "CTAs on a multiprocessor; 128b: wide accesses to memory; code in instructions; (has): some builds",
+        caption="n: builds; regs: of a thread; spill: bytes of stack + loads and stores of it; KB: shared; "
+        "CTAs: on a multiprocessor; 128b: wide accesses to memory; code: instructions; (has): some builds",
         caption_justify="left",
     )
     found.add_column("kernel", no_wrap=True)
