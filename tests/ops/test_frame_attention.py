@@ -10,7 +10,7 @@ from pointer_check import Launches
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from xclip_fast.kernels.frame_attention import Plan, forward_plan, padded_work
+from xclip_fast.kernels.frame_attention import Plan, forward_plan, frame_attention_fwd, padded_work
 from xclip_fast.kernels.frame_attention_bwd import key_gradient_plan, query_gradient_plan
 from xclip_fast.ops import explain, frame_attention
 from xclip_fast.reference.vision import FrameAttention, attend_within_frame
@@ -129,14 +129,17 @@ def test_strides_beyond_32_bits(far: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(apart), run(inputs), strict=True))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_layout_of_the_upstream_gradient(transposed: bool) -> None:
+@pytest.mark.parametrize("layout", ["expanded", "apart", "transposed"])
+def test_layout_of_the_upstream_gradient(layout: str) -> None:
     qkv, message_kv = leaves(arguments((2, 18, 1, 32), torch.float16))
     out = frame_attention(qkv, message_kv, 1, backend="triton")
-    upstream = random(2, 18, 32, dtype=torch.float16)
-    other = upstream.transpose(0, 2).contiguous().transpose(0, 2) if transposed else upstream[:, :1].expand(-1, 18, -1)
-    found = torch.autograd.grad(out, [qkv, message_kv], other, retain_graph=True)
-    expected = torch.autograd.grad(out, [qkv, message_kv], other.contiguous())
+    upstream = random(2, 40, 64, dtype=torch.float16)[:, 3:21, 16:48]
+    if layout == "expanded":
+        upstream = upstream[:, :1].expand(-1, 18, -1)
+    elif layout == "transposed":
+        upstream = upstream.transpose(0, 2).contiguous().transpose(0, 2)
+    found = torch.autograd.grad(out, [qkv, message_kv], upstream, retain_graph=True)
+    expected = torch.autograd.grad(out, [qkv, message_kv], upstream.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -321,6 +324,22 @@ def test_log_sum_exp(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     without, nothing = torch.ops.xclip_fast.frame_attention(qkv, message_kv, 2, False)
     assert torch.equal(without, out)
     assert nothing.numel() == 0
+
+
+def test_log_sum_exp_is_kept_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spy(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool) -> tuple[Tensor, Tensor]:
+        asked.append(with_lse)
+        return frame_attention_fwd(qkv, message_kv, heads, with_lse)
+
+    monkeypatch.setattr("xclip_fast.kernels.frame_attention.frame_attention_fwd", spy)
+    qkv, message_kv, heads = arguments((1, 5, 1, 32), torch.float32).values()
+    frame_attention(qkv, message_kv, heads, backend="triton")
+    frame_attention(qkv, message_kv.requires_grad_(), heads, backend="triton")
+    with torch.no_grad():
+        frame_attention(qkv, message_kv, heads, backend="triton")
+    assert asked == [False, True, False]
 
 
 def test_without_log_sum_exp_there_is_no_backward_pass() -> None:
