@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,14 @@ def test_a_signal_interrupts_the_real_process(bikes: Path, tmp_path: Path) -> No
     labels = tmp_path / "labels"
     os.mkfifo(labels)
     command = [sys.executable, "-m", "xclip_fast.cli", "classify", bikes, "--labels-file", labels]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell that runs the tests in the background has them ignore the signal, and a child would inherit that
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     # opening the pipe waits until the process reads its labels
     with process, labels.open("w"):
         process.send_signal(signal.SIGINT)

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -45,7 +46,10 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    logging.getLogger("xclip_fast").handlers = [StderrHandler(logging.WARNING)]
+    log = logging.getLogger("xclip_fast")
+    before, log.handlers = log.handlers, [StderrHandler(logging.WARNING)]
+    # a program that calls main keeps its own logging
+    context.call_on_close(partial(setattr, log, "handlers", before))
     # a failed download is one line of ours, not forty of theirs
     logging.basicConfig(handlers=[logging.NullHandler()])
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
