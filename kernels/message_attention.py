@@ -19,11 +19,11 @@ from xclip_fast.kernels.skinny_linear import (
     skinny_linear,
 )
 
-HEAD_DIMS = (32, 64, 128)
-# each clip reads the weights once more, and its scores stay in registers
+# every clip reads the weights anew
 FUSED_CLIPS = 16
+# the scores of a clip, frames by frames, stay in registers
 FUSED_FRAMES = 64
-# frames times head_dim, by bytes of an element: so do query, key and value of one head
+# and so do its queries, keys and values of one head: frames times head_dim, by bytes of an element
 FUSED_TILE = {2: 64 * 128, 4: 64 * 32}
 LOG2_E = 1.4426950408889634
 
@@ -210,8 +210,8 @@ def attend_launches(x: Tensor, cu_frames: Tensor | None, heads: int, longest: in
 def launches(class_tokens: Tensor, *arguments: Any) -> int:
     """Kernels that ``message_attention_fwd`` launches for its arguments, whose data it does not read (meta tensors do).
 
-    Three up to MAX_ROWS rows in clips of up to FUSED_FRAMES frames; one more for longer or more than FUSED_CLIPS clips,
-    one more for ragged clips; above MAX_ROWS one more for the residual and, where not fused, for the norm.
+    Three up to MAX_ROWS rows; one more for clips that ``is_fused`` does not take, and one more for ragged ones. Above
+    MAX_ROWS one more for the residual and, where not fused, for the norm.
     """
     cu_frames, heads, longest, _ = arguments[-4:]
     rows = class_tokens.numel() // class_tokens.shape[-1]
@@ -240,11 +240,8 @@ def attend_frames(
     rows, width = x.shape
     clips = clip_count(x, cu_frames, longest)
     # a frame that belongs to no clip attends to nothing
-    out = (
-        torch.empty(rows, width, dtype=x.dtype, device=x.device)
-        if cu_frames is None
-        else torch.zeros(rows, width, dtype=x.dtype, device=x.device)
-    )
+    allocate = torch.empty if cu_frames is None else torch.zeros
+    out = allocate(rows, width, dtype=x.dtype, device=x.device)
     bounds = None if cu_frames is None else cu_frames.contiguous()
     if rows and clips:
         with on_device_of(x):

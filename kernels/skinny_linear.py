@@ -124,10 +124,12 @@ def _skinny_linear_fwd_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def tile(rows: int, out_width: int, itemsize: int) -> Tile:
+def tile(rows: int, width: int, out_width: int, itemsize: int) -> Tile:
     """The tallest tile that still gives every multiprocessor work: tall tiles read the weights less often."""
     columns = 32
-    height = min(64, max(16, triton.next_power_of_2(rows)))
+    # rows off the 16-byte grid are read number by number, which takes registers
+    aligned = width * itemsize % 16 == 0
+    height = min(64, max(16, triton.next_power_of_2(rows))) if aligned else 16
     while height > 16 and triton.cdiv(rows, height) * triton.cdiv(out_width, columns) < ENOUGH_PROGRAMS:
         height //= 2
     wide = itemsize > 2
@@ -170,7 +172,7 @@ def _launch(
     out_width = weight.shape[0]
     out = torch.empty(rows, out_width, dtype=x.dtype, device=x.device)
     added = None if residual is None else as_rows(residual)
-    shape = tile(rows, out_width, x.element_size())
+    shape = tile(rows, width, out_width, x.element_size())
     if rows:
         with on_device_of(x):
             _skinny_linear_fwd_kernel[(triton.cdiv(rows, shape.rows) * triton.cdiv(out_width, shape.columns),)](
