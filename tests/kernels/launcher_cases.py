@@ -1,9 +1,10 @@
-"""Every launcher at a size the interpreter is quick with: more than one program, odd sizes, masked edges."""
+"""Every launcher at sizes the interpreter is quick with: chosen ones with several programs, and random ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from random import Random
 from typing import Any
 
 import torch
@@ -44,3 +45,44 @@ CASES: dict[str, Callable[..., Any]] = {
     ),
     "temporal_block": partial(calls.temporal_block, clips=2, frames=9, heads=1, head_dim=32),
 }
+
+
+def random_cases(launcher: str, count: int, longest: int) -> Iterator[Callable[..., Any]]:
+    """Calls of a launcher with random sizes up to ``longest``, the same ones in every run."""
+    draw = Random(launcher)
+
+    def size(least: int = 1) -> int:
+        # as many small sizes as large ones
+        return min(longest, int(least * (longest / least) ** draw.random()))
+
+    def flag() -> bool:
+        return draw.random() < 0.5
+
+    for _ in range(count):
+        attention = {"heads": draw.choice([1, 2]), "head_dim": draw.choice([32, 64])}
+        sizes: dict[str, dict[str, Any]] = {
+            "layer_norm": {"rows": size(), "width": size(), "residual": flag(), "constant": flag()},
+            "linear_quick_gelu": {"rows": size(), "width": size(), "hidden": size(), "training": flag()},
+            "mean_norm_over_frames": {
+                "batch": draw.randint(1, 3),
+                "frames": draw.randint(1, 5),
+                "patches": size(),
+                "width": size(),
+            },
+            "clip_logits": {"batch": draw.randint(1, 4), "classes": size(), "width": size()},
+            "prompt_attention": {
+                "batch": draw.randint(1, 2),
+                "classes": size(),
+                "patches": size(),
+                "width": 32 * attention["heads"],
+                "heads": attention["heads"],
+                "shared": flag(),
+            },
+            "frame_attention": {"frames": draw.randint(1, 2), "tokens": size(), "training": flag(), **attention},
+            "message_attention": {"clips": draw.randint(1, 4), "frames": size(), "ragged": flag(), **attention},
+            "temporal_block": {"clips": draw.randint(1, 3), "frames": size(), "ragged": flag(), **attention},
+        }
+        yield partial(getattr(calls, launcher), **sizes[launcher])
+
+
+LAUNCHERS = sorted({name.split()[0] for name in CASES})

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from launcher_cases import LAUNCHERS, random_cases
+
 from benchmarks.static import calls
 from benchmarks.static.capture import captured_launches
 from benchmarks.static.cases import make
@@ -37,8 +39,8 @@ LARGEST: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("call", LARGEST.values(), ids=LARGEST)
-def test_grid_is_within_the_limits(call: Callable[[], Any]) -> None:
+def check(call: Callable[[], Any]) -> None:
+    """Every launch has programs, within the limits, and along one axis."""
     with captured_launches() as launches:
         call()
     assert launches
@@ -46,6 +48,17 @@ def test_grid_is_within_the_limits(call: Callable[[], Any]) -> None:
         # only x goes beyond 65535
         assert len(launch.grid) == 1, launch.name
         assert 0 < launch.grid[0] <= MOST_PROGRAMS, launch.name
+
+
+@pytest.mark.parametrize("call", LARGEST.values(), ids=LARGEST)
+def test_grid_is_within_the_limits(call: Callable[[], Any]) -> None:
+    check(call)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_random_grids_are_within_the_limits(launcher: str) -> None:
+    for call in random_cases(launcher, count=200, longest=2**20):
+        check(partial(call, make))
 
 
 def test_every_kernel_is_under_this_test() -> None:
