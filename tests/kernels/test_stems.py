@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
 from pathlib import Path
 
@@ -37,3 +38,13 @@ def test_stem_has_all_its_rooms(stem: str) -> None:
 
 def test_every_backend_is_named() -> None:
     assert set(BACKENDS) == {"reference", "torch", "triton"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def test_what_is_launched_is_named_a_kernel(path: Path) -> None:
+    # by that name the static gate and the tests of memory find it
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    launched = [call.value for call in calls if isinstance(call, ast.Subscript)]
+    for kernel in launched:
+        assert isinstance(kernel, ast.Name), f"line {kernel.lineno}: launched under another name"
+        assert kernel.id.endswith("_kernel"), kernel.id
