@@ -29,11 +29,26 @@ def blocks(width: int) -> Blocks:
 
 
 @triton.jit
-def _adapted_texts(text_ptr, prompts_ptr, alpha, row, column, inside, text_stride, prompt_stride):
-    """``text + alpha * prompts`` and the prompts, both [BLOCK_CLASSES, BLOCK_WIDTH] in float32."""
+def _adapted_texts(
+    text_ptr,
+    prompts_ptr,
+    residual_ptr,
+    alpha,
+    row,
+    column,
+    inside,
+    text_stride,
+    prompt_stride,
+    residual_stride,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """``text + alpha * prompts`` and the prompts with their residual, both [BLOCK_CLASSES, BLOCK_WIDTH] in float32."""
     text = tl.load(text_ptr + row[:, None] * text_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     prompts = tl.load(prompts_ptr + row[:, None] * prompt_stride + column[None, :], mask=inside, other=0.0)
     prompts = prompts.to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = residual_ptr + row[:, None] * residual_stride + column[None, :]
+        prompts += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
     return text + alpha[None, :] * prompts, prompts
 
 
@@ -51,6 +66,7 @@ def _clip_logits_fwd_kernel(
     prompts_ptr,
     alpha_ptr,
     logit_scale_ptr,
+    residual_ptr,
     logits_ptr,
     classes,
     class_blocks,
@@ -58,9 +74,12 @@ def _clip_logits_fwd_kernel(
     text_stride,
     prompt_batch_stride,
     prompt_stride,
+    residual_batch_stride,
+    residual_stride,
     WIDTH: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     batch = program // class_blocks
@@ -72,8 +91,19 @@ def _clip_logits_fwd_kernel(
     video = tl.load(video_ptr + batch * video_stride + column, mask=in_width, other=0.0).to(tl.float32)
     video = video / _length(tl.sum(video * video, axis=0))
     # [BLOCK_CLASSES, BLOCK_WIDTH]
-    prompts_ptr += batch * prompt_batch_stride
-    texts, _ = _adapted_texts(text_ptr, prompts_ptr, alpha, row, column, inside, text_stride, prompt_stride)
+    texts, _ = _adapted_texts(
+        text_ptr,
+        prompts_ptr + batch * prompt_batch_stride,
+        residual_ptr + batch * residual_batch_stride,
+        alpha,
+        row,
+        column,
+        inside,
+        text_stride,
+        prompt_stride,
+        residual_stride,
+        HAS_RESIDUAL,
+    )
     cosine = tl.sum(texts * video[None, :], axis=1) / _length(tl.sum(texts * texts, axis=1))
     scale = tl.exp(tl.load(logit_scale_ptr).to(tl.float32))
     logits = (scale * cosine).to(logits_ptr.dtype.element_ty)
@@ -88,6 +118,7 @@ def _clip_logits_bwd_kernel(
     prompts_ptr,
     alpha_ptr,
     logit_scale_ptr,
+    residual_ptr,
     grad_text_ptr,
     grad_prompts_ptr,
     partial_video_ptr,
@@ -99,9 +130,12 @@ def _clip_logits_bwd_kernel(
     text_stride,
     prompt_batch_stride,
     prompt_stride,
+    residual_batch_stride,
+    residual_stride,
     WIDTH: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
     # a program keeps a block of classes and walks over the videos, so that sums over videos need no atomics
     program = tl.program_id(0).to(tl.int64)
@@ -123,12 +157,15 @@ def _clip_logits_bwd_kernel(
         texts, prompts = _adapted_texts(
             text_ptr,
             prompts_ptr + video_index * prompt_batch_stride,
+            residual_ptr + video_index * residual_batch_stride,
             alpha,
             row,
             column,
             inside,
             text_stride,
             prompt_stride,
+            residual_stride,
+            HAS_RESIDUAL,
         )
         length = _length(tl.sum(texts * texts, axis=1))
         direction = texts / length[:, None]
@@ -150,9 +187,13 @@ def _clip_logits_bwd_kernel(
     tl.store(partial_scale_ptr + program, tl.sum(grad_scale, axis=0))
 
 
-def clip_logits_fwd(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> Tensor:
+def clip_logits_fwd(
+    video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
+) -> Tensor:
     """Launch the forward pass: (B, K)."""
-    video, text, prompts = (x if x.stride(-1) == 1 else x.contiguous() for x in (video, text, prompts))
+    # without a residual the prompts stand in for it, unread
+    parts = (video, text, prompts, prompts if residual is None else residual)
+    video, text, prompts, added = (x if x.stride(-1) == 1 else x.contiguous() for x in parts)
     batch, classes, width = prompts.shape
     logits = torch.empty(batch, classes, dtype=video.dtype, device=video.device)
     block = blocks(width)
@@ -165,6 +206,7 @@ def clip_logits_fwd(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor,
                 prompts_ptr=prompts,
                 alpha_ptr=alpha.contiguous(),
                 logit_scale_ptr=logit_scale,
+                residual_ptr=added,
                 logits_ptr=logits,
                 classes=classes,
                 class_blocks=class_blocks,
@@ -172,24 +214,34 @@ def clip_logits_fwd(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor,
                 text_stride=text.stride(0),
                 prompt_batch_stride=prompts.stride(0),
                 prompt_stride=prompts.stride(1),
+                residual_batch_stride=added.stride(0),
+                residual_stride=added.stride(1),
                 WIDTH=width,
                 BLOCK_CLASSES=block.classes,
                 BLOCK_WIDTH=block.width,
+                HAS_RESIDUAL=residual is not None,
                 num_warps=4,
             )
     return logits
 
 
 def clip_logits_bwd(
-    grad: Tensor, video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor
+    grad: Tensor,
+    video: Tensor,
+    text: Tensor,
+    prompts: Tensor,
+    alpha: Tensor,
+    logit_scale: Tensor,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward pass.
 
     Returns:
-        The gradients of the normalised videos (B, E) in float32, text, prompts, alpha and logit_scale, the last two
-        in float32.
+        The gradients of the normalised videos (B, E) in float32, text, prompts (the residual's is the same), alpha and
+        logit_scale, the last two in float32.
     """
-    video, text, prompts = (x if x.stride(-1) == 1 else x.contiguous() for x in (video, text, prompts))
+    parts = (video, text, prompts, prompts if residual is None else residual)
+    video, text, prompts, added = (x if x.stride(-1) == 1 else x.contiguous() for x in parts)
     batch, classes, width = prompts.shape
     block = blocks(width)
     programs = triton.cdiv(classes, block.classes)
@@ -207,6 +259,7 @@ def clip_logits_bwd(
                 prompts_ptr=prompts,
                 alpha_ptr=alpha.contiguous(),
                 logit_scale_ptr=logit_scale,
+                residual_ptr=added,
                 grad_text_ptr=grad_text,
                 grad_prompts_ptr=grad_prompts,
                 partial_video_ptr=partial_video,
@@ -218,9 +271,12 @@ def clip_logits_bwd(
                 text_stride=text.stride(0),
                 prompt_batch_stride=prompts.stride(0),
                 prompt_stride=prompts.stride(1),
+                residual_batch_stride=added.stride(0),
+                residual_stride=added.stride(1),
                 WIDTH=width,
                 BLOCK_CLASSES=block.classes,
                 BLOCK_WIDTH=block.width,
+                HAS_RESIDUAL=residual is not None,
                 num_warps=4,
             )
     return partial_video.sum(0), grad_text, grad_prompts, partial_alpha.sum(0), partial_scale.sum(0)

@@ -18,6 +18,18 @@ def _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride):
 
 
 @triton.jit
+def _frame_rows(
+    token_row, residual_row, frame, token_stride, residual_stride, column, inside, HAS_RESIDUAL: tl.constexpr
+):
+    """Rows of one frame with their residual, in float32: [BLOCK_ROWS, BLOCK_WIDTH]."""
+    x = tl.load((token_row + frame * token_stride)[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = (residual_row + frame * residual_stride)[:, None] + column[None, :]
+        x += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _normalise(x, in_width, eps, WIDTH: tl.constexpr):
     """Rows [BLOCK_ROWS, BLOCK_WIDTH] without mean, at unit variance, and their 1 / deviation; padding stays zero."""
     centred = tl.where(in_width[None, :], x - (tl.sum(x, axis=1) / WIDTH)[:, None], 0.0)
@@ -30,6 +42,7 @@ def _mean_norm_over_frames_fwd_kernel(
     tokens_ptr,
     weight_ptr,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     rows,
     frames,
@@ -37,21 +50,25 @@ def _mean_norm_over_frames_fwd_kernel(
     batch_stride,
     frame_stride,
     patch_stride,
+    residual_batch_stride,
+    residual_frame_stride,
+    residual_patch_stride,
     eps,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
     patch = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_WIDTH)
     in_width = column < WIDTH
     inside = (patch < rows)[:, None] & in_width[None, :]
     row = _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride)
+    added = _patch_rows(residual_ptr, patch, patches, residual_batch_stride, residual_patch_stride)
     total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-    for frame in range(frames):
-        # [BLOCK_ROWS, BLOCK_WIDTH]
-        start = row + tl.cast(frame, tl.int64) * frame_stride
-        x = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    for index in range(frames):
+        frame = tl.cast(index, tl.int64)
+        x = _frame_rows(row, added, frame, frame_stride, residual_frame_stride, column, inside, HAS_RESIDUAL)
         normalised, _ = _normalise(x, in_width, eps, WIDTH)
         total += normalised
     weight = tl.load(weight_ptr + column, mask=in_width, other=0.0).to(tl.float32)
@@ -66,6 +83,7 @@ def _mean_norm_over_frames_bwd_kernel(
     grad_ptr,
     tokens_ptr,
     weight_ptr,
+    residual_ptr,
     grad_tokens_ptr,
     partial_ptr,
     rows,
@@ -74,11 +92,15 @@ def _mean_norm_over_frames_bwd_kernel(
     batch_stride,
     frame_stride,
     patch_stride,
+    residual_batch_stride,
+    residual_frame_stride,
+    residual_patch_stride,
     eps,
     programs,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_WIDTH)
@@ -90,14 +112,15 @@ def _mean_norm_over_frames_bwd_kernel(
         patch = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         inside = (patch < rows)[:, None] & in_width[None, :]
         row = _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride)
+        added = _patch_rows(residual_ptr, patch, patches, residual_batch_stride, residual_patch_stride)
         # [BLOCK_ROWS, BLOCK_WIDTH]
         grad = tl.load(grad_ptr + patch[:, None] * WIDTH + column[None, :], mask=inside, other=0.0).to(tl.float32)
         weighted = grad * weight[None, :] / frames
         along_mean = tl.sum(weighted, axis=1) / WIDTH
         total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-        for frame in range(frames):
-            start = row + tl.cast(frame, tl.int64) * frame_stride
-            x = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        for index in range(frames):
+            frame = tl.cast(index, tl.int64)
+            x = _frame_rows(row, added, frame, frame_stride, residual_frame_stride, column, inside, HAS_RESIDUAL)
             normalised, rstd = _normalise(x, in_width, eps, WIDTH)
             total += normalised
             along_x = tl.sum(weighted * normalised, axis=1) / WIDTH
@@ -111,9 +134,11 @@ def _mean_norm_over_frames_bwd_kernel(
     tl.store(partial + WIDTH, grad_bias, mask=in_width)
 
 
-def mean_norm_over_frames_fwd(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def mean_norm_over_frames_fwd(
+    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> Tensor:
     """Launch the forward pass: (B, T, N, D) to (B, N, D)."""
-    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    tokens, added = _addressable(tokens, residual)
     batch, frames, patches, width = tokens.shape
     out = torch.empty(batch, patches, width, dtype=tokens.dtype, device=tokens.device)
     block_rows, block_width = block_shape(width)
@@ -123,6 +148,7 @@ def mean_norm_over_frames_fwd(tokens: Tensor, weight: Tensor, bias: Tensor, eps:
                 tokens_ptr=tokens,
                 weight_ptr=weight.contiguous(),
                 bias_ptr=bias.contiguous(),
+                residual_ptr=added,
                 out_ptr=out,
                 rows=batch * patches,
                 frames=frames,
@@ -130,18 +156,24 @@ def mean_norm_over_frames_fwd(tokens: Tensor, weight: Tensor, bias: Tensor, eps:
                 batch_stride=tokens.stride(0),
                 frame_stride=tokens.stride(1),
                 patch_stride=tokens.stride(2),
+                residual_batch_stride=added.stride(0),
+                residual_frame_stride=added.stride(1),
+                residual_patch_stride=added.stride(2),
                 eps=eps,
                 WIDTH=width,
                 BLOCK_ROWS=block_rows,
                 BLOCK_WIDTH=block_width,
+                HAS_RESIDUAL=residual is not None,
                 num_warps=4,
             )
     return out
 
 
-def mean_norm_over_frames_bwd(grad: Tensor, tokens: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Launch the backward pass: gradient of the tokens, and of weight and bias as float32 (2, D)."""
-    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+def mean_norm_over_frames_bwd(
+    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward pass: gradient of tokens and residual, and of weight and bias as float32 (2, D)."""
+    tokens, added = _addressable(tokens, residual)
     batch, frames, patches, width = tokens.shape
     block_rows, block_width = backward_block_shape(width)
     programs = min(triton.cdiv(batch * patches, block_rows), BACKWARD_PROGRAMS)
@@ -153,6 +185,7 @@ def mean_norm_over_frames_bwd(grad: Tensor, tokens: Tensor, weight: Tensor, eps:
                 grad_ptr=grad.contiguous(),
                 tokens_ptr=tokens,
                 weight_ptr=weight.contiguous(),
+                residual_ptr=added,
                 grad_tokens_ptr=grad_tokens,
                 partial_ptr=partial,
                 rows=batch * patches,
@@ -161,11 +194,23 @@ def mean_norm_over_frames_bwd(grad: Tensor, tokens: Tensor, weight: Tensor, eps:
                 batch_stride=tokens.stride(0),
                 frame_stride=tokens.stride(1),
                 patch_stride=tokens.stride(2),
+                residual_batch_stride=added.stride(0),
+                residual_frame_stride=added.stride(1),
+                residual_patch_stride=added.stride(2),
                 eps=eps,
                 programs=programs,
                 WIDTH=width,
                 BLOCK_ROWS=block_rows,
                 BLOCK_WIDTH=block_width,
+                HAS_RESIDUAL=residual is not None,
                 num_warps=4,
             )
     return grad_tokens, partial.sum(0)
+
+
+def _addressable(tokens: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens and residual with unit stride along D; without a residual the tokens stand in for it, unread."""
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    if residual is None:
+        return tokens, tokens
+    return tokens, residual if residual.stride(-1) == 1 else residual.contiguous()

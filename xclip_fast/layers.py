@@ -173,12 +173,14 @@ class CrossFrameTransformer(reference.vision.CrossFrameTransformer):
 
     block = CrossFrameBlock
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T, S, D) to tokens of the same shape."""
+    def forward(self, tokens: Tensor, *, closed: bool = True):  # type: ignore[no-untyped-def]
+        """Tokens (B, T, S, D) to tokens of the same shape; ``closed`` as in ``CrossFrameBlock``."""
         stream: Tensor = tokens
         branch: Tensor | None = None
         for block in self.resblocks:
             stream, branch = block(stream, branch, closed=False)
+        if not closed:
+            return stream, branch
         return stream if branch is None else stream + branch
 
 
@@ -187,10 +189,21 @@ class VisionTower(reference.VisionTower):
 
     blocks = CrossFrameTransformer
 
-    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Normalised video (B, T, 3, H, W) to frame features (B, T, E) and patch tokens (B, T, N, D)."""
-        tokens = self.transformer(self.embed(video))
-        return _norm(tokens[:, :, 0], self.ln_post)[0] @ self.proj, tokens[:, :, 1:]
+    def forward(self, video: Tensor, *, closed: bool = True):  # type: ignore[no-untyped-def, override]
+        """Normalised video (B, T, 3, H, W) to frame features (B, T, E) and patch tokens (B, T, N, D).
+
+        Args:
+            video: frames of each video.
+            closed: return features and tokens; otherwise the features, the patches' stream and the branch still to be
+                added to it, or None, for the op that reads both.
+        """
+        stream, branch = self.transformer(self.embed(video), closed=False)
+        normed, _ = _join(stream[:, :, 0], None if branch is None else branch[:, :, 0], self.ln_post)
+        features, patches = normed @ self.proj, stream[:, :, 1:]
+        branch = None if branch is None else branch[:, :, 1:].to(patches.dtype)
+        if not closed:
+            return features, patches, branch
+        return features, patches if branch is None else patches + branch
 
 
 class MultiframeIntegration(reference.MultiframeIntegration):
@@ -250,10 +263,14 @@ class VideoPrompts(reference.VideoPrompts):
 
     def forward(self, texts: Tensor, patches: Tensor) -> Tensor:
         """Texts (B, K, E), or (K, E) shared by all videos, and patch features (B, N, E) to texts (B, K, E)."""
-        return texts + self.alpha * self.prompt(texts, patches)
+        stream, branch = self.prompt(texts, patches)
+        return texts + self.alpha * (stream if branch is None else stream + branch)
 
-    def prompt(self, texts: Tensor, patches: Tensor) -> Tensor:
-        """What the prompts add, before ``alpha``: (B, K, E). Shared texts ask their first query once."""
+    def prompt(self, texts: Tensor, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the prompts add, before ``alpha``: (B, K, E) and, where not None, the same again to be added to it.
+
+        Shared texts ask their first query once.
+        """
         patches, _ = _norm(patches, self.norm)
         # one product makes the keys and values of all layers
         decoder: Any = self.decoder
@@ -264,7 +281,7 @@ class VideoPrompts(reference.VideoPrompts):
         for index, layer in enumerate(decoder):
             key, value = keys_values[2 * index : 2 * index + 2]
             stream, branch = _prompt_layer(stream, branch, key, value, layer)
-        return stream if branch is None else stream + branch
+        return stream, None if branch is None else branch.to(stream.dtype)
 
 
 def _prompt_layer(

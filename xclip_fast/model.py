@@ -22,15 +22,16 @@ class XCLIP(reference.XCLIP):
 
     def encode_video(self, video: Tensor) -> VideoFeatures:
         """Features of videos, as ``reference.XCLIP.encode_video``; patches are averaged before their projection."""
-        frame_features, patches = self.visual(self.normalise(video))
+        frame_features, patches, branch = self.visual(self.normalise(video), closed=False)
         norm = self.prompts_visual_ln
-        patches = mean_norm_over_frames(patches, norm.weight, norm.bias, eps=norm.eps)
+        patches = mean_norm_over_frames(patches, norm.weight, norm.bias, residual=branch, eps=norm.eps)
         return VideoFeatures(self.mit(frame_features), patches @ self.prompts_visual_proj)
 
     def logits(self, features: VideoFeatures, text: Tensor) -> Tensor:
         """Scaled cosine similarities (B, K) of encoded videos and encoded texts (K, E)."""
-        prompts = self.prompts_generator.prompt(text, features.patches)
-        return clip_logits(features.video, text, prompts, self.prompts_generator.alpha, self.logit_scale)
+        generator = self.prompts_generator
+        prompts, branch = generator.prompt(text, features.patches)
+        return clip_logits(features.video, text, prompts, generator.alpha, self.logit_scale, residual=branch)
 
 
 def create_model(variant_or_config: str | XCLIPConfig, *, frames: int | None = None, seed: int | None = None) -> XCLIP:

@@ -58,16 +58,21 @@ def linear_quick_gelu(make: Make, rows: int, width: int, hidden: int, *, trainin
     return [activated, pre, *quick_gelu_bwd(grad, pre, False)[:1], *quick_gelu_bwd(grad, pre, True)]
 
 
-def mean_norm_over_frames(make: Make, batch: int, frames: int, patches: int, width: int) -> list[Tensor]:
+def mean_norm_over_frames(
+    make: Make, batch: int, frames: int, patches: int, width: int, *, residual: bool = False
+) -> list[Tensor]:
     """Patches are the tokens behind each frame's class token."""
     tokens, weight, bias = make(batch, frames, patches + 1, width)[:, :, 1:], make(width), make(width)
-    out = mean_norm_over_frames_fwd(tokens, weight, bias, EPS)
-    return [out, *mean_norm_over_frames_bwd(make(batch, patches, width), tokens, weight, EPS)]
+    # the branch is the tight result of a product
+    added = make(batch, frames, patches, width) if residual else None
+    out = mean_norm_over_frames_fwd(tokens, weight, bias, added, EPS)
+    return [out, *mean_norm_over_frames_bwd(make(batch, patches, width), tokens, weight, added, EPS)]
 
 
-def clip_logits(make: Make, batch: int, classes: int, width: int) -> list[Tensor]:
+def clip_logits(make: Make, batch: int, classes: int, width: int, *, residual: bool = False) -> list[Tensor]:
     """``alpha`` and ``logit_scale`` are parameters in the dtype of the activations."""
-    inputs = make(batch, width), make(classes, width), make(batch, classes, width), make(width), make()
+    inputs: list[Tensor | None] = [make(batch, width), make(classes, width), make(batch, classes, width)]
+    inputs += [make(width), make(), make(batch, classes, width) if residual else None]
     return [clip_logits_fwd(*inputs), *clip_logits_bwd(make(batch, classes), *inputs)]
 
 

@@ -56,8 +56,10 @@ def _model(shape: str, config: XCLIPConfig, frames: int, batch: int) -> Iterator
     yield Case(f"{shape} constant", partial(norm, constant=True))
     yield Case(f"{shape} both", partial(norm, residual=True, constant=True))
     yield Case(f"{shape} autocast", partial(norm, norm_dtype=torch.float32))
-    yield Case(shape, partial(calls.mean_norm_over_frames, make, batch, frames, config.patches, wide))
-    yield Case(shape, partial(calls.clip_logits, make, batch, CLASSES, narrow))
+    for name, residual in ((shape, False), (f"{shape} residual", True)):
+        mean = partial(calls.mean_norm_over_frames, make, batch, frames, config.patches, wide)
+        yield Case(name, partial(mean, residual=residual))
+        yield Case(name, partial(calls.clip_logits, make, batch, CLASSES, narrow, residual=residual))
     attention = partial(calls.frame_attention, make, images, tokens, config.vision_heads)
     yield Case(shape, partial(attention, training=False))
     yield Case(f"{shape} training", partial(attention, training=True))

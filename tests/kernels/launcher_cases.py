@@ -25,6 +25,10 @@ CASES: dict[str, Callable[..., Any]] = {
     "linear_quick_gelu tiles": partial(calls.linear_quick_gelu, rows=64, width=64, hidden=128, training=True),
     "mean_norm_over_frames": partial(calls.mean_norm_over_frames, batch=2, frames=3, patches=5, width=40),
     "mean_norm_over_frames one": partial(calls.mean_norm_over_frames, batch=3, frames=1, patches=2, width=33),
+    "mean_norm_over_frames residual": partial(
+        calls.mean_norm_over_frames, batch=2, frames=2, patches=3, width=40, residual=True
+    ),
+    "clip_logits residual": partial(calls.clip_logits, batch=2, classes=5, width=33, residual=True),
     "clip_logits": partial(calls.clip_logits, batch=2, classes=7, width=40),
     "clip_logits wide": partial(calls.clip_logits, batch=3, classes=2, width=1030),
     "prompt_attention": partial(
@@ -68,8 +72,14 @@ def random_cases(launcher: str, count: int, longest: int) -> Iterator[Callable[.
                 "frames": draw.randint(1, 5),
                 "patches": size(),
                 "width": size(),
+                "residual": flag(),
             },
-            "clip_logits": {"batch": draw.randint(1, 4), "classes": size(), "width": size()},
+            "clip_logits": {
+                "batch": draw.randint(1, 4),
+                "classes": size(),
+                "width": size(),
+                "residual": flag(),
+            },
             "prompt_attention": {
                 "batch": draw.randint(1, 2),
                 "classes": size(),

@@ -117,14 +117,14 @@ LONG = {
     )[0],
     "quick_gelu": quick_gelu_of_tail,
     "mean_norm_over_frames": lambda count: mean_norm_over_frames_fwd(
-        repeated(count, 1, 2, 32), VECTORS[32], VECTORS[32], EPS
+        repeated(count, 1, 2, 32), VECTORS[32], VECTORS[32], None, EPS
     ),
     "frame_attention": lambda count: frame_attention_fwd(repeated(count, 2, 96), repeated(count, 64), 1, True)[0],
     "prompt_attention": lambda count: prompt_attention_fwd(
         repeated(1, 2, 32), repeated(count, 3, 32), repeated(count, 3, 32), 1
     )[0],
     "clip_logits": lambda count: clip_logits_fwd(
-        repeated(count, 32), repeated(64, 32), repeated(count, 64, 32), VECTORS[32], torch.tensor(0.5).half()
+        repeated(count, 32), repeated(64, 32), repeated(count, 64, 32), VECTORS[32], torch.tensor(0.5).half(), None
     ),
 }
 

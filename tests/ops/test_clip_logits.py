@@ -80,6 +80,18 @@ def test_layouts(name: str, layout: str, dtype: torch.dtype) -> None:
     check_op(clip_logits, inputs, what="clip_logits layouts", fixed=SCALE, ceiling=2e-2)
 
 
+@kernel_dtypes
+@pytest.mark.parametrize("shape", SHAPES[3::3], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "padded", "strided"])
+def test_residual(layout: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    inputs = arguments(shape, dtype)
+    residual = random(*inputs["prompts"].shape, dtype=dtype)
+    inputs["residual"] = residual if layout == "contiguous" else layouts(residual)[layout]
+    check_op(clip_logits, inputs, what="clip_logits residual", fixed=SCALE, ceiling=2e-2)
+    if dtype == torch.float32:
+        check_op(clip_logits, inputs, what="clip_logits torch residual", backend="torch", fixed=SCALE, ceiling=2e-2)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8)])
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_empty(shape: tuple[int, int, int], backend: str) -> None:
@@ -117,12 +129,15 @@ def test_torch_formulation(dtype: torch.dtype) -> None:
 def test_registered_op() -> None:
     for shape in ((2, 3, 24), (1, 1, 5)):
         inputs = [x.requires_grad_() for x in arguments(shape, torch.float32).values()]
-        torch.library.opcheck(torch.ops.xclip_fast.clip_logits, tuple(inputs))
+        torch.library.opcheck(torch.ops.xclip_fast.clip_logits, (*inputs, None))
+        residual = torch.randn_like(inputs[2]).requires_grad_()
+        torch.library.opcheck(torch.ops.xclip_fast.clip_logits, (*inputs, residual))
 
 
 def test_registered_op_without_kernels_has_exact_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     inputs = [x.cpu().requires_grad_() for x in arguments((2, 3, 7), torch.float64).values()]
+    inputs.append(torch.randn_like(inputs[2]).requires_grad_())
     assert torch.autograd.gradcheck(torch.ops.xclip_fast.clip_logits, inputs)
 
 

@@ -60,6 +60,26 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     check_op(mean_norm_over_frames, inputs, what="mean_norm_over_frames layouts", ceiling=4e-3)
 
 
+@kernel_dtypes
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "without class token", "strided"])
+def test_residual(layout: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = arguments(shape, dtype)
+    batch, frames, patches, width = shape
+    residual = random(batch, frames, patches + 1, width, dtype=dtype, mean=0.5)[:, :, 1:]
+    inputs["residual"] = residual if layout == "without class token" else residual.contiguous()
+    if layout == "strided":
+        inputs["residual"] = layouts(inputs["residual"])["strided"]
+    check_op(mean_norm_over_frames, inputs, what="mean_norm_over_frames residual", ceiling=4e-3)
+    if dtype == torch.float32:
+        check_op(mean_norm_over_frames, inputs, what="mean_norm_over_frames torch residual", backend="torch")
+
+
+def test_residual_must_be_like_tokens() -> None:
+    with pytest.raises(ValueError, match=r"residual must be torch.float32 \(1, 2, 3, 4\) like tokens, found .*3, 5"):
+        mean_norm_over_frames(**arguments((1, 2, 3, 4), torch.float32), residual=torch.zeros(1, 2, 3, 5))
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 3, 8), (2, 2, 0, 8)])
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_empty(shape: tuple[int, ...], backend: str) -> None:
@@ -92,12 +112,15 @@ def test_torch_formulation(dtype: torch.dtype) -> None:
 def test_registered_op() -> None:
     for shape in ((2, 3, 4, 24), (1, 1, 1, 5)):
         inputs = [x.requires_grad_() for x in arguments(shape, torch.float32).values()]
-        torch.library.opcheck(torch.ops.xclip_fast.mean_norm_over_frames, (*inputs, 1e-5))
+        torch.library.opcheck(torch.ops.xclip_fast.mean_norm_over_frames, (*inputs, None, 1e-5))
+        residual = random(*shape, dtype=torch.float32).requires_grad_()
+        torch.library.opcheck(torch.ops.xclip_fast.mean_norm_over_frames, (*inputs, residual, 1e-5))
 
 
 def test_registered_op_without_kernels_has_exact_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     inputs = [x.cpu().requires_grad_() for x in arguments((2, 3, 2, 7), torch.float64).values()]
+    inputs.append(random(2, 3, 2, 7, dtype=torch.float64).cpu().requires_grad_())
     assert torch.autograd.gradcheck(lambda *args: torch.ops.xclip_fast.mean_norm_over_frames(*args, 1e-5), inputs)
 
 

@@ -19,9 +19,10 @@ def clip_logits(
     alpha: Tensor,
     logit_scale: Tensor,
     *,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``exp(logit_scale) * cos(video, text + alpha * prompts)``, without the adapted texts in memory.
+    """``exp(logit_scale) * cos(video, text + alpha * (prompts + residual))``, without the adapted texts in memory.
 
     Args:
         video: (B, E), not normalised.
@@ -29,6 +30,7 @@ def clip_logits(
         prompts: (B, K, E), what the prompt layers made of the texts for each video, in the dtype of ``video``.
         alpha: (E,), scale of the prompts.
         logit_scale: a scalar tensor.
+        residual: like ``prompts``, added to them; the sum is not rounded.
         backend: "reference", "torch", "triton", or the automatic choice.
 
     Returns:
@@ -39,8 +41,8 @@ def clip_logits(
 
     Source: paper, equations 7 and 1, and the end of the official ``forward``.
     """
-    _check(video, text, prompts, alpha, logit_scale)
-    tensors = (video, text, prompts, alpha, logit_scale)
+    _check(video, text, prompts, alpha, logit_scale, residual)
+    tensors = (video, text, prompts, alpha, logit_scale, residual)
     chosen = choose("clip_logits", backend, *tensors, refusal=size_refusal(video))
     if chosen == "reference":
         return clip_logits_ref(*tensors)
@@ -49,47 +51,64 @@ def clip_logits(
     return torch.ops.xclip_fast.clip_logits(*tensors)
 
 
-def clip_logits_ref(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> Tensor:
+def clip_logits_ref(
+    video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
+) -> Tensor:
     """The definition."""
+    prompts = prompts if residual is None else prompts + residual
     adapted = text + alpha * prompts
     cosine = torch.einsum("be,bke->bk", normalize(video, dim=-1), normalize(adapted, dim=-1))
     return logit_scale.exp() * cosine
 
 
-def _clip_logits_torch(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> Tensor:
+def _clip_logits_torch(
+    video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
+) -> Tensor:
     # float32 inside, as the kernels: cosines are differences of large sums
     exact = torch.promote_types(video.dtype, torch.float32)
-    adapted = torch.addcmul(text.to(exact), alpha.to(exact), prompts.to(exact))
+    prompts = prompts.to(exact) if residual is None else prompts.to(exact) + residual
+    adapted = torch.addcmul(text.to(exact), alpha.to(exact), prompts)
     dots = (adapted * normalize(video.to(exact), dim=-1).unsqueeze(1)).sum(-1)
     lengths = torch.linalg.vector_norm(adapted, dim=-1).clamp_min(1e-12)
     return (logit_scale.to(exact).exp() * dots / lengths).to(video.dtype)
 
 
 @custom_op("xclip_fast::clip_logits", mutates_args=())
-def _clip_logits(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> Tensor:
+def _clip_logits(
+    video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
+) -> Tensor:
     if runs_kernels(video):
         from xclip_fast.kernels.clip_logits import clip_logits_fwd
 
-        return clip_logits_fwd(video, text, prompts, alpha, logit_scale)
-    return clip_logits_ref(video, text, prompts, alpha, logit_scale).to(video.dtype)
+        return clip_logits_fwd(video, text, prompts, alpha, logit_scale, residual)
+    return clip_logits_ref(video, text, prompts, alpha, logit_scale, residual).to(video.dtype)
 
 
 @register_fake("xclip_fast::clip_logits")
-def _clip_logits_fake(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> Tensor:
+def _clip_logits_fake(
+    video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
+) -> Tensor:
     return video.new_empty(prompts.shape[:2])
 
 
 @custom_op("xclip_fast::clip_logits_backward", mutates_args=())
 def _clip_logits_backward(
-    grad: Tensor, video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor
+    grad: Tensor,
+    video: Tensor,
+    text: Tensor,
+    prompts: Tensor,
+    alpha: Tensor,
+    logit_scale: Tensor,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the normalised videos, text, prompts, alpha and logit_scale; all but the texts' not rounded."""
     if runs_kernels(video):
         from xclip_fast.kernels.clip_logits import clip_logits_bwd
 
-        return clip_logits_bwd(grad, video, text, prompts, alpha, logit_scale)
+        return clip_logits_bwd(grad, video, text, prompts, alpha, logit_scale, residual)
     exact = torch.promote_types(video.dtype, torch.float32)
-    adapted = text.to(exact) + alpha * prompts.to(exact)
+    prompted = prompts.to(exact) if residual is None else prompts.to(exact) + residual
+    adapted = text.to(exact) + alpha * prompted
     length = torch.linalg.vector_norm(adapted, dim=-1, keepdim=True).clamp_min(1e-12)
     direction = adapted / length
     unit = normalize(video.to(exact), dim=-1).unsqueeze(1)
@@ -100,14 +119,20 @@ def _clip_logits_backward(
         (scaled * direction).sum(1),
         grad_adapted.sum(0).to(text.dtype),
         (grad_adapted * alpha).to(prompts.dtype),
-        (grad_adapted * prompts).sum((0, 1)),
+        (grad_adapted * prompted).sum((0, 1)),
         (scaled * cosine).sum(),
     )
 
 
 @register_fake("xclip_fast::clip_logits_backward")
 def _clip_logits_backward_fake(
-    grad: Tensor, video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor
+    grad: Tensor,
+    video: Tensor,
+    text: Tensor,
+    prompts: Tensor,
+    alpha: Tensor,
+    logit_scale: Tensor,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     exact = torch.promote_types(video.dtype, torch.float32)
     return (
@@ -124,7 +149,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    video, _, _, alpha, logit_scale = ctx.saved_tensors
+    video, _, _, alpha, logit_scale, residual = ctx.saved_tensors
     grad_unit, grad_text, grad_prompts, grad_alpha, grad_scale = torch.ops.xclip_fast.clip_logits_backward(
         grad, *ctx.saved_tensors
     )
@@ -139,6 +164,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_prompts,
         grad_alpha.to(alpha.dtype),
         grad_scale.to(logit_scale.dtype),
+        None if residual is None else grad_prompts,
     )
 
 
@@ -158,11 +184,21 @@ def _backward_flops(grad_shape, video_shape, text_shape, prompts_shape, *args: o
 
 
 @explains("clip_logits")
-def _refusal(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> str | None:
-    return size_refusal(video) or kernel_refusal(video, text, prompts, alpha, logit_scale)
+def _refusal(
+    video: Tensor,
+    text: Tensor,
+    prompts: Tensor,
+    alpha: Tensor,
+    logit_scale: Tensor,
+    *,
+    residual: Tensor | None = None,
+) -> str | None:
+    return size_refusal(video) or kernel_refusal(video, text, prompts, alpha, logit_scale, residual)
 
 
-def _check(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor) -> None:
+def _check(
+    video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
+) -> None:
     if video.ndim != 2 or not video.is_floating_point() or video.shape[1] == 0:
         raise ValueError(
             f"video must be a floating point (B, E) tensor with E >= 1, found {video.dtype} {tuple(video.shape)}"
@@ -173,11 +209,11 @@ def _check(video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_sc
             f"text must be {video.dtype} (K, {width}) to fit video, found {text.dtype} {tuple(text.shape)}"
         )
     expected = (batch, text.shape[0], width)
-    if prompts.shape != expected or prompts.dtype != video.dtype:
-        raise ValueError(
-            f"prompts must be {video.dtype} {expected} to fit video and text, "
-            f"found {prompts.dtype} {tuple(prompts.shape)}"
-        )
+    for name, part in (("prompts", prompts), ("residual", residual)):
+        if part is not None and (part.shape != expected or part.dtype != video.dtype):
+            raise ValueError(
+                f"{name} must be {video.dtype} {expected} to fit video and text, found {part.dtype} {tuple(part.shape)}"
+            )
     if alpha.shape != (width,):
         raise ValueError(f"alpha must have shape ({width},) to fit video, found {tuple(alpha.shape)}")
     if logit_scale.numel() != 1 or logit_scale.ndim != 0:

@@ -12,15 +12,22 @@ from xclip_fast.ops.layer_norm import size_refusal
 
 
 def mean_norm_over_frames(
-    tokens: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, backend: str | None = None
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
 ) -> Tensor:
-    """``layer_norm(tokens).mean(frames)`` in one pass over the tokens.
+    """``layer_norm(tokens + residual).mean(frames)`` in one pass over the tokens.
 
     The projection that follows is linear, so taking the mean first is exact and costs T times less.
 
     Args:
         tokens: (B, T, N, D) with T >= 1, usually the view without the class token; any strides.
         weight, bias: (D,).
+        residual: like ``tokens``, added first; the sum is not rounded.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 
@@ -32,51 +39,61 @@ def mean_norm_over_frames(
 
     Source: ``prompts_visual_ln`` and the mean over frames of the official ``encode_video`` and ``forward``.
     """
-    _check(tokens, weight, bias)
+    _check(tokens, weight, bias, residual)
     refusal = size_refusal(tokens)
-    chosen = choose("mean_norm_over_frames", backend, tokens, weight, bias, refusal=refusal)
+    chosen = choose("mean_norm_over_frames", backend, tokens, weight, bias, residual, refusal=refusal)
     if chosen == "reference":
-        return mean_norm_over_frames_ref(tokens, weight, bias, eps)
+        return mean_norm_over_frames_ref(tokens, weight, bias, residual, eps)
     if chosen == "torch":
-        return _mean_norm_over_frames_torch(tokens, weight, bias, eps)
-    return torch.ops.xclip_fast.mean_norm_over_frames(tokens, weight, bias, eps)
+        return _mean_norm_over_frames_torch(tokens, weight, bias, residual, eps)
+    return torch.ops.xclip_fast.mean_norm_over_frames(tokens, weight, bias, residual, eps)
 
 
-def mean_norm_over_frames_ref(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def mean_norm_over_frames_ref(
+    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> Tensor:
     """The definition."""
+    tokens = tokens if residual is None else tokens + residual
     centred = tokens - tokens.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     return (centred / deviation * weight + bias).mean(1)
 
 
-def _mean_norm_over_frames_torch(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _mean_norm_over_frames_torch(
+    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> Tensor:
+    tokens = tokens if residual is None else tokens + residual
     weight, bias = weight.to(tokens.dtype), bias.to(tokens.dtype)
     return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps).mean(1)
 
 
 @custom_op("xclip_fast::mean_norm_over_frames", mutates_args=())
-def _mean_norm_over_frames(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _mean_norm_over_frames(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> Tensor:
     if runs_kernels(tokens):
         from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_fwd
 
-        return mean_norm_over_frames_fwd(tokens, weight, bias, eps)
-    return _mean_norm_over_frames_torch(tokens, weight, bias, eps)
+        return mean_norm_over_frames_fwd(tokens, weight, bias, residual, eps)
+    return _mean_norm_over_frames_torch(tokens, weight, bias, residual, eps)
 
 
 @register_fake("xclip_fast::mean_norm_over_frames")
-def _mean_norm_over_frames_fake(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _mean_norm_over_frames_fake(
+    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> Tensor:
     return tokens.new_empty(tokens.shape[0], tokens.shape[2], tokens.shape[3])
 
 
 @custom_op("xclip_fast::mean_norm_over_frames_backward", mutates_args=())
-def _mean_norm_over_frames_backward(grad: Tensor, tokens: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradient of the tokens, and of weight and bias as (2, D) not rounded; the statistics are computed again."""
+def _mean_norm_over_frames_backward(
+    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the tokens and the residual, and of weight and bias as (2, D) not rounded; statistics anew."""
     if runs_kernels(tokens):
         from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd
 
-        return mean_norm_over_frames_bwd(grad, tokens, weight, eps)
+        return mean_norm_over_frames_bwd(grad, tokens, weight, residual, eps)
     exact = torch.promote_types(tokens.dtype, torch.float32)
-    x = tokens.to(exact)
+    x = tokens.to(exact) if residual is None else tokens.to(exact) + residual
     centred = x - x.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     normalised = centred * rstd
@@ -90,22 +107,23 @@ def _mean_norm_over_frames_backward(grad: Tensor, tokens: Tensor, weight: Tensor
 
 @register_fake("xclip_fast::mean_norm_over_frames_backward")
 def _mean_norm_over_frames_backward_fake(
-    grad: Tensor, tokens: Tensor, weight: Tensor, eps: float
+    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     exact = torch.promote_types(tokens.dtype, torch.float32)
     return tokens.new_empty(tokens.shape), tokens.new_empty(2, tokens.shape[-1], dtype=exact)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    tokens, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(tokens, weight)
+    tokens, weight, bias, residual, ctx.eps = inputs
+    ctx.save_for_backward(tokens, weight, residual)
     ctx.bias_dtype = bias.dtype
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    tokens, weight = ctx.saved_tensors
-    grad_tokens, vectors = torch.ops.xclip_fast.mean_norm_over_frames_backward(grad, tokens, weight, ctx.eps)
-    return grad_tokens, vectors[0].to(weight.dtype), vectors[1].to(ctx.bias_dtype), None
+    tokens, weight, residual = ctx.saved_tensors
+    grad_tokens, vectors = torch.ops.xclip_fast.mean_norm_over_frames_backward(grad, tokens, weight, residual, ctx.eps)
+    grad_residual = None if residual is None else grad_tokens
+    return grad_tokens, vectors[0].to(weight.dtype), vectors[1].to(ctx.bias_dtype), grad_residual, None
 
 
 register_autograd("xclip_fast::mean_norm_over_frames", _backward, setup_context=_setup_context)
@@ -120,11 +138,13 @@ def _flops(*args: object, **kwargs: object) -> int:
 
 
 @explains("mean_norm_over_frames")
-def _refusal(tokens: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> str | None:
-    return size_refusal(tokens) or kernel_refusal(tokens, weight, bias)
+def _refusal(
+    tokens: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None, eps: float = 1e-5
+) -> str | None:
+    return size_refusal(tokens) or kernel_refusal(tokens, weight, bias, residual)
 
 
-def _check(tokens: Tensor, weight: Tensor, bias: Tensor) -> None:
+def _check(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     if tokens.ndim != 4 or not tokens.is_floating_point() or tokens.shape[1] == 0 or tokens.shape[3] == 0:
         raise ValueError(
             "tokens must be a floating point (B, T, N, D) tensor with T >= 1 and D >= 1, "
@@ -133,3 +153,8 @@ def _check(tokens: Tensor, weight: Tensor, bias: Tensor) -> None:
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector.shape != tokens.shape[-1:]:
             raise ValueError(f"{name} must have shape ({tokens.shape[-1]},) to fit tokens, found {tuple(vector.shape)}")
+    if residual is not None and (residual.shape != tokens.shape or residual.dtype != tokens.dtype):
+        raise ValueError(
+            f"residual must be {tokens.dtype} {tuple(tokens.shape)} like tokens, "
+            f"found {residual.dtype} {tuple(residual.shape)}"
+        )
