@@ -37,7 +37,7 @@ def test_stem_has_all_its_rooms(stem: str) -> None:
 
 
 def test_every_backend_is_named() -> None:
-    assert set(BACKENDS) == {"reference", "torch", "triton"}
+    assert set(BACKENDS) == {"reference", "torch", "triton", "extension"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)

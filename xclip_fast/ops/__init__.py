@@ -7,6 +7,7 @@ from xclip_fast.ops.layer_norm import layer_norm
 from xclip_fast.ops.linear_quick_gelu import feed_forward, linear_quick_gelu
 from xclip_fast.ops.mean_norm_over_frames import mean_norm_over_frames
 from xclip_fast.ops.message_attention import message_attention, message_key_value
+from xclip_fast.ops.patch_embed import patch_embed
 from xclip_fast.ops.prompt_attention import prompt_attention
 from xclip_fast.ops.temporal_block import temporal_block
 
@@ -22,6 +23,7 @@ __all__ = [
     "mean_norm_over_frames",
     "message_attention",
     "message_key_value",
+    "patch_embed",
     "prompt_attention",
     "temporal_block",
 ]

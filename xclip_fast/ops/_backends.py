@@ -10,13 +10,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "triton", "extension")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+NO_EXTENSION = "this op has no part in the compiled extension"
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _asked: str | None = None
 _refusals: dict[str, Callable[..., str | None]] = {}
+_extension_refusals: dict[str, Callable[..., str | None]] = {}
 
 
 @contextmanager
@@ -24,7 +27,8 @@ def backend(name: str) -> Iterator[None]:
     """Run every op inside the context on one backend; like the flags of ``torch.backends`` it holds process-wide.
 
     Args:
-        name: "reference" (a few plain lines), "torch" (the fused formulation, any device) or "triton" (the kernels).
+        name: "reference" (a few plain lines), "torch" (the fused formulation, any device), "triton" (the kernels) or
+            "extension" (compiled C++ and CUDA, which serves ``patch_embed`` alone).
 
     Raises:
         ValueError: there is no such backend.
@@ -38,7 +42,13 @@ def backend(name: str) -> Iterator[None]:
         _asked = before
 
 
-def choose(op: str, asked: str | None, *tensors: Tensor | None, refusal: str | None = None) -> str:
+def choose(
+    op: str,
+    asked: str | None,
+    *tensors: Tensor | None,
+    refusal: str | None = None,
+    extension: str | None = NO_EXTENSION,
+) -> str:
     """The backend that serves a call.
 
     Args:
@@ -46,20 +56,23 @@ def choose(op: str, asked: str | None, *tensors: Tensor | None, refusal: str | N
         asked: the caller's ``backend`` argument.
         tensors: all tensors of the call.
         refusal: why the kernels cannot serve this call's sizes, or nothing.
+        extension: why the compiled extension cannot serve this call, or nothing.
 
     Raises:
-        ValueError: there is no such backend, or "triton" was asked for and cannot serve this call.
+        ValueError: there is no such backend, or "triton" or "extension" was asked for and cannot serve this call.
     """
     name = asked or _asked
     if name in ("reference", "torch"):
         return name
-    reason = refusal or kernel_refusal(*tensors)
+    if name is None and extension is None:
+        return "extension"
+    reason = extension if name == "extension" else refusal or kernel_refusal(*tensors)
     if name is None:
         on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
         return "triton" if on_gpu and reason is None else "torch"
     _check_name(name)
     if reason is not None:
-        raise ValueError(f"{op}: the triton backend was asked for, but {reason}; use backend='torch'")
+        raise ValueError(f"{op}: the {name} backend was asked for, but {reason}; use backend='torch'")
     return name
 
 
@@ -100,11 +113,11 @@ def runs_kernels(tensor: Tensor) -> bool:
     return kernel_refusal(tensor) is None and tensor.device.type != "meta"
 
 
-def explains(op: str) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
-    """Register the function that tells why the kernels of an op cannot serve a call; it takes the op's arguments."""
+def explains(op: str, *, extension: bool = False) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
+    """Register the function that tells why the kernels, or the extension, cannot serve a call with these arguments."""
 
     def register(function: Callable[..., str | None]) -> Callable[..., str | None]:
-        _refusals[op] = function
+        (_extension_refusals if extension else _refusals)[op] = function
         return function
 
     return register
@@ -125,7 +138,13 @@ def explain(op: str, *args: object, **kwargs: object) -> dict[str, str | None]:
     """
     if op not in _refusals:
         raise ValueError(f"unknown op {op!r}: choose one of {', '.join(sorted(_refusals))}")
-    return {"reference": None, "torch": None, "triton": _refusals[op](*args, **kwargs)}
+    compiled = _extension_refusals.get(op)
+    return {
+        "reference": None,
+        "torch": None,
+        "triton": _refusals[op](*args, **kwargs),
+        "extension": compiled(*args, **kwargs) if compiled else NO_EXTENSION,
+    }
 
 
 def _check_name(name: str) -> None:

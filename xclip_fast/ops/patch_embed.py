@@ -1,0 +1,321 @@
+"""Frames to first tokens: pixels normalised, cut into patches, projected, with class token, positions and norm."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd, register_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from xclip_fast.ops import _patch_extension
+from xclip_fast.ops._autocast import autocast_dtype
+from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._patch_contract import affine, channels_last, check, exact_dtype, pixel_statistics
+
+_TRITON_KERNEL = importlib.util.find_spec("xclip_fast.kernels.patch_embed") is not None
+
+
+def patch_embed(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positions: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The tokens of frames, from decoded bytes in one pass: normalise, project, prepend the class, add positions, norm.
+
+    Args:
+        frames: uint8 (F, H, W, 3) or (F, 3, H, W), any strides, so a crop needs no copy; where both readings fit it is
+            the former. Or floating point (F, 3, H, W), already normalised, computed in the dtype of ``weight``.
+        weight: (D, 3, P, P); H and W are multiples of P.
+        class_embedding: (D,).
+        positions: (1 + N, D) for this grid of N = (H / P) (W / P) patches, that of the class first.
+        norm_weight, norm_bias: (D,) each, of a layer norm of the tokens; both or neither.
+        eps: added to the variance of the norm.
+        mean, std: three numbers each, of pixels from 0 to 1, for uint8 frames alone; by default OpenAI CLIP's.
+        dtype: of the result; by default that of ``weight``, or of autocast.
+        backend: "reference", "torch", "triton", "extension", or the automatic choice.
+
+    Returns:
+        (F, 1 + N, D). Sums and the norm are in float32 where the kernels or the extension compute them. The extension
+        rounds weights of uint8 frames to 24 bits (float32) or 16 bits (half precision) beside the largest of their row.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, frames or tokens have 2^31 elements or more, mean or std are
+            given for floating point frames, or the backend asked for cannot serve the call.
+
+    Source: ``visual.conv1``, ``class_embedding``, ``positional_embedding`` and ``ln_pre``.
+    """
+    computed = autocast_dtype(frames.device.type)
+    if computed is not None and weight.is_floating_point():
+        weight = weight.to(computed)
+    dtype = weight.dtype if dtype is None else dtype
+    check(frames, weight, class_embedding, positions, norm_weight, norm_bias, dtype)
+    mean, std = pixel_statistics(frames, mean, std)
+    extension = _patch_extension.refusal(frames, weight)
+    tensors = frames, weight, class_embedding, positions, norm_weight, norm_bias
+    refusal = None if _TRITON_KERNEL else "there is no Triton kernel for it"
+    chosen = choose("patch_embed", backend, *tensors, refusal=refusal, extension=extension)
+    if chosen == "reference":
+        return patch_embed_ref(*tensors, eps, mean, std, dtype)
+    if chosen == "torch":
+        return _patch_embed_torch(*tensors, eps, mean, std, dtype)
+    parameters = [x for x in tensors if x is not None and x.requires_grad]
+    save_embedded = norm_weight is not None and torch.is_grad_enabled() and bool(parameters)
+    return torch.ops.xclip_fast.patch_embed(*tensors, eps, mean, std, dtype, save_embedded, chosen == "extension")[0]
+
+
+def patch_embed_ref(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positions: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The definition."""
+    pixels = channels_last(frames)
+    if frames.dtype == torch.uint8:
+        exact = exact_dtype(weight.dtype)
+        pixels = (pixels.to(exact) / 255 - pixels.new_tensor(mean, dtype=exact)) / pixels.new_tensor(std, dtype=exact)
+    pixels = pixels.permute(0, 3, 1, 2).to(weight.dtype)
+    patches = torch.nn.functional.conv2d(pixels, weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    classes = class_embedding.to(weight.dtype).expand(len(frames), 1, -1)
+    tokens = torch.cat([classes, patches], dim=1).to(torch.promote_types(weight.dtype, dtype))
+    tokens = tokens + positions.to(tokens.dtype)
+    if norm_weight is not None and norm_bias is not None:
+        centred = tokens - tokens.mean(-1, keepdim=True)
+        deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        tokens = centred / deviation * norm_weight.to(tokens.dtype) + norm_bias.to(tokens.dtype)
+    return tokens.to(dtype)
+
+
+def _patch_embed_torch(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positions: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    embedded = _embedded_torch(frames, weight, class_embedding, positions, mean, std, dtype)
+    return _normed_torch(embedded, norm_weight, norm_bias, eps).to(dtype)
+
+
+def _embedded_torch(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positions: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The tokens before their norm, in the wider of the dtypes of the weights and the result."""
+    rows = _rows_torch(frames, weight.shape[-1], mean, std, weight.dtype)
+    wide = torch.promote_types(weight.dtype, dtype)
+    patches = torch.nn.functional.linear(rows, weight.flatten(1)).to(wide)
+    positions = positions.to(wide)
+    classes = (class_embedding.to(wide) + positions[0]).expand(len(frames), 1, -1)
+    return torch.cat([classes, patches.view(len(frames), -1, len(weight)) + positions[1:]], dim=1)
+
+
+def _normed_torch(embedded: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if weight is None or bias is None:
+        return embedded
+    weight, bias = weight.to(embedded.dtype), bias.to(embedded.dtype)
+    return torch.nn.functional.layer_norm(embedded, embedded.shape[-1:], weight, bias, eps)
+
+
+def _rows_torch(frames: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Patches as rows (F N, 3 P P), their pixels normalised, in the order of the weights."""
+    pixels = channels_last(frames)
+    count, height, width, _ = pixels.shape
+    if frames.dtype == torch.uint8:
+        exact = exact_dtype(dtype)
+        scale, offset = pixels.new_tensor(affine(mean, std), dtype=exact).unbind(0)
+        pixels = torch.addcmul(offset, pixels.to(exact), scale)
+    grid = pixels.to(dtype).view(count, height // patch, patch, width // patch, patch, 3)
+    return grid.permute(0, 1, 3, 5, 2, 4).reshape(count * (height // patch) * (width // patch), 3 * patch * patch)
+
+
+@custom_op("xclip_fast::patch_embed", mutates_args=())
+def _patch_embed(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positions: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    save_embedded: bool,
+    extension: bool,
+) -> tuple[Tensor, Tensor]:
+    """The tokens, and what they were before their norm if that is to be saved."""
+    tensors = frames, weight, class_embedding, positions
+    norm = norm_weight, norm_bias, eps
+    if extension:
+        return _patch_extension.patch_embed_fwd(*tensors, *norm, affine(mean, std), dtype, save_embedded)
+    if _TRITON_KERNEL and runs_kernels(weight):
+        from xclip_fast.kernels.patch_embed import patch_embed_fwd
+
+        return patch_embed_fwd(*tensors, *norm, mean, std, dtype, save_embedded)
+    embedded = _embedded_torch(*tensors, mean, std, dtype)
+    tokens = _normed_torch(embedded, *norm).to(dtype)
+    return tokens, embedded if save_embedded else embedded.new_empty(0)
+
+
+@register_fake("xclip_fast::patch_embed")
+def _patch_embed_fake(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positions: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    save_embedded: bool,
+    extension: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (frames.shape[0], *positions.shape)
+    saved = shape if save_embedded else (0,)
+    return (
+        weight.new_empty(shape, dtype=dtype),
+        weight.new_empty(saved, dtype=torch.promote_types(weight.dtype, dtype)),
+    )
+
+
+@custom_op("xclip_fast::patch_rows", mutates_args=())
+def _patch_rows(frames: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Patches as rows (F N, 3 P P), their pixels normalised: what the gradient of the weights multiplies."""
+    if _patch_extension.serves_rows(frames):
+        return _patch_extension.patch_rows(frames, patch, affine(mean, std), dtype)
+    return _rows_torch(frames, patch, mean, std, dtype).clone()
+
+
+@register_fake("xclip_fast::patch_rows")
+def _patch_rows_fake(
+    frames: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    count, height, width, _ = channels_last(frames).shape
+    return frames.new_empty(count * (height // patch) * (width // patch), 3 * patch * patch, dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    frames, weight, class_embedding, positions, norm_weight, norm_bias, ctx.eps, ctx.mean, ctx.std, dtype, saved, _ = (
+        inputs
+    )
+    ctx.dtypes = class_embedding.dtype, positions.dtype, None if norm_bias is None else norm_bias.dtype
+    # without a norm only their dtypes matter, which embedded has
+    embedding = (class_embedding, positions) if norm_weight is not None and not saved else (None, None)
+    ctx.save_for_backward(frames, weight, norm_weight, output[1] if saved else None, *embedding)
+    ctx.dtype = dtype
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    frames, weight, norm_weight, embedded, class_embedding, positions = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 12
+    class_dtype, positions_dtype, bias_dtype = ctx.dtypes
+    grad_norm_weight = grad_norm_bias = None
+    grad = grad.to(torch.promote_types(weight.dtype, ctx.dtype))
+    if norm_weight is not None:
+        if embedded is None:
+            embedded = _embedded_torch(frames, weight, class_embedding, positions, ctx.mean, ctx.std, ctx.dtype)
+        variance, mean = torch.var_mean(embedded.to(exact_dtype(embedded.dtype)), dim=-1, correction=0)
+        grad, vectors = torch.ops.xclip_fast.layer_norm_backward(
+            grad, None, embedded, norm_weight, None, mean.flatten(), (variance + ctx.eps).rsqrt().flatten()
+        )
+        grad_norm_weight, grad_norm_bias = vectors[0].to(norm_weight.dtype), vectors[1].to(bias_dtype)
+    wants_frames, wants_weight = ctx.needs_input_grad[:2]
+    patch = weight.shape[-1]
+    rows = grad[:, 1:].reshape(-1, len(weight)).to(weight.dtype)
+    grad_frames = grad_weight = None
+    if wants_weight:
+        pixels = torch.ops.xclip_fast.patch_rows(frames, patch, ctx.mean, ctx.std, weight.dtype)
+        grad_weight = (rows.T @ pixels).view(weight.shape)
+    if wants_frames:
+        count, _, height, width = frames.shape
+        blocks = (rows @ weight.flatten(1)).view(count, height // patch, width // patch, 3, patch, patch)
+        grad_frames = blocks.permute(0, 3, 1, 4, 2, 5).reshape(frames.shape).to(frames.dtype)
+    grad_positions = grad.sum(0, dtype=exact_dtype(grad.dtype))
+    return (
+        grad_frames,
+        grad_weight,
+        grad_positions[0].to(class_dtype),
+        grad_positions.to(positions_dtype),
+        grad_norm_weight,
+        grad_norm_bias,
+        *[None] * 6,
+    )
+
+
+register_autograd("xclip_fast::patch_embed", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.xclip_fast.patch_embed)
+def _flops(frames_shape, weight_shape, class_shape, positions_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
+    """One product; normalising, the sums and the norm are not counted, like PyTorch's own."""
+    return 2 * frames_shape[0] * (positions_shape[0] - 1) * torch.Size(weight_shape).numel()
+
+
+@register_flop_formula(torch.ops.xclip_fast.patch_rows)
+def _row_flops(*args: object, **kwargs: object) -> int:
+    """No product."""
+    return 0
+
+
+@explains("patch_embed")
+def _refusal(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positions: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    **kwargs: object,
+) -> str | None:
+    if not _TRITON_KERNEL:
+        return "there is no Triton kernel for it"
+    return kernel_refusal(frames, weight, class_embedding, positions, norm_weight, norm_bias)
+
+
+@explains("patch_embed", extension=True)
+def _no_extension(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positions: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    **kwargs: object,
+) -> str | None:
+    return _patch_extension.refusal(frames, weight)
