@@ -1,0 +1,173 @@
+"""Every op checked where it is installed: the yes or no behind ``xclip-fast verify``.
+
+The rule is ``xclip_fast.numerics.allowance``. Kernels are held to twice plain torch's error and a rounding; the "torch"
+backend, which is PyTorch's own operators in another order, to what its dtype may err at most.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from xclip_fast.errors import InputError
+
+DTYPES = ("float32", "float16", "bfloat16")
+BACKENDS = ("triton", "torch")
+PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+DEADLINE = 300.0  # seconds for all cases of one op
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case of one op on one backend.
+
+    Attributes:
+        op, case, backend, device, dtype, seed: what was run; the same ones give the same numbers again.
+        status: "passed", "failed" or "skipped".
+        worst: the output or gradient closest to its allowance, or beyond it.
+        error, torch_error, allowance: relative, of that one; None where nothing was compared, or a result was not
+            finite.
+        seconds: how long it took.
+        reason: why it was skipped or failed.
+    """
+
+    op: str
+    case: str
+    backend: str
+    device: str
+    dtype: str
+    seed: int
+    status: str
+    worst: str | None = None
+    error: float | None = None
+    torch_error: float | None = None
+    allowance: float | None = None
+    seconds: float = 0.0
+    reason: str | None = None
+
+
+def verify(
+    ops: Sequence[str] = (),
+    device: str = "cpu",
+    dtypes: Sequence[str] = DTYPES,
+    backends: Sequence[str] = BACKENDS,
+    seed: int = 0,
+    gradients: bool = True,
+    wrapper: Sequence[str] = (),
+) -> Iterator[Result]:
+    """Check every case of the ops, forward and backward; a crash is a failed case, and the next op follows.
+
+    Each op is checked in a process of its own: on the CPU Triton's interpreter stands in for a GPU, which has to be
+    said before torch is imported, and kernels that crash end that process alone.
+
+    Args:
+        ops: names in ``cases.OPS``; all of them without.
+        device: "cpu" or a CUDA device.
+        dtypes: of ``DTYPES``.
+        backends: of ``BACKENDS``.
+        seed: of the random inputs.
+        gradients: check the backward pass too.
+        wrapper: a command in front of each process, such as compute-sanitizer with its options.
+
+    Raises:
+        InputError: a name is unknown.
+    """
+    from xclip_fast.bench.cases import OPS
+
+    for asked, known, what in ((ops, OPS, "op"), (dtypes, DTYPES, "dtype"), (backends, BACKENDS, "backend")):
+        for name in asked:
+            if name not in known:
+                raise InputError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+    for op in ops or OPS:
+        cases = [
+            Result(op, case, backend, device, dtype, seed, FAILED)
+            for case in OPS[op].small
+            for backend in backends
+            for dtype in dtypes
+        ]
+        yield from _in_child(cases, gradients, wrapper)
+
+
+def _in_child(cases: list[Result], gradients: bool, wrapper: Sequence[str]) -> Iterator[Result]:
+    spec = json.dumps({"cases": [asdict(case) for case in cases], "gradients": gradients})
+    environment = dict(os.environ)
+    if cases[0].device == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
+    else:
+        environment.pop("TRITON_INTERPRET", None)
+    command = [*wrapper, sys.executable, "-m", "xclip_fast.bench.verify"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        output, _ = child.communicate(spec, timeout=DEADLINE)
+        end = f"the process ended with code {child.returncode}"
+    except subprocess.TimeoutExpired:
+        child.kill()
+        output, _ = child.communicate()
+        end = f"no answer within {DEADLINE:.0f} s"
+    finally:
+        child.kill()
+    # what a wrapper says stands between the lines
+    found = [Result(**json.loads(line)) for line in output.splitlines() if line.startswith('{"op"')]
+    yield from found
+    missing = cases[len(found) :]
+    yield from (replace(case, reason=end) for case in missing)
+    if not missing and child.returncode:
+        yield replace(cases[-1], case="whole process", reason=end)
+
+
+def check(case: Result, gradients: bool) -> Result:
+    """Run one case here; whatever it raises is its result."""
+    import torch
+
+    from xclip_fast.bench.cases import OPS, find_op
+    from xclip_fast.bench.inputs import Draw
+    from xclip_fast.bench.parity import compare
+    from xclip_fast.numerics import TOLERANCES
+    from xclip_fast.ops import explain
+
+    start = time.perf_counter()
+    op = OPS[case.op]
+    dtype = getattr(torch, case.dtype)
+    ceiling = TOLERANCES[dtype].ceiling * op.conditioning
+    try:
+        function = find_op(case.op)
+        arguments = op.small[case.case](Draw(dtype, case.device, case.seed))
+        if refusal := explain(case.op, **arguments).get(case.backend):
+            return replace(case, status=SKIPPED, reason=refusal)
+        rows = list(compare(function, arguments, case.backend, gradients=gradients, ceiling=ceiling))
+    except ImportError as error:
+        return replace(case, status=SKIPPED, reason=str(error))
+    except Exception as error:
+        # a verification goes on whatever one op does
+        reason = f"{type(error).__name__}: {error}"[:400]
+        return replace(case, seconds=time.perf_counter() - start, reason=reason)
+    allowed = {row.name: ceiling if case.backend == "torch" else row.allowance for row in rows}
+    worst = max(rows, key=lambda row: row.error / allowed[row.name] if row.error == row.error else math.inf)
+    failed = [row.name for row in rows if not row.error <= allowed[row.name]]
+    return replace(
+        case,
+        status=FAILED if failed else PASSED,
+        worst=worst.name,
+        error=worst.error if math.isfinite(worst.error) else None,
+        torch_error=worst.torch_error if math.isfinite(worst.torch_error) else None,
+        allowance=allowed[worst.name],
+        seconds=time.perf_counter() - start,
+        reason=f"beyond the allowance: {', '.join(failed)}" if failed else None,
+    )
+
+
+def answer() -> None:
+    """Be the child: cases on stdin, a line of JSON for each on stdout."""
+    spec = json.load(sys.stdin)
+    for case in spec["cases"]:
+        print(json.dumps(asdict(check(Result(**case), spec["gradients"]))), flush=True)
+
+
+if __name__ == "__main__":
+    answer()
