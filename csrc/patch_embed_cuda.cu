@@ -9,8 +9,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "patch_embed_cuda.h"
 
 namespace xclip_fast {
@@ -85,7 +83,7 @@ __device__ __forceinline__ void load_pixels(uint8_t* slots, const PatchRow* rows
 #pragma unroll
   for (int first = 0; first < SomeTile::kRows * kCopies; first += SomeTile::kThreads) {
     const int index = first + static_cast<int>(threadIdx.x);
-    if (index >= SomeTile::kRows * kCopies) break;
+    if (first + SomeTile::kThreads > SomeTile::kRows * kCopies && index >= SomeTile::kRows * kCopies) break;
     const int row = index / kCopies;
     const PixelCopy copy = pixel_copy<kPath>(rows[row], row, index % kCopies, stage);
     if constexpr (kPath == PixelPath::kAligned) {
@@ -122,7 +120,7 @@ __device__ __forceinline__ void load_weights(__half* slots, const __half* weight
 #pragma unroll
   for (int first = 0; first < SomeTile::kColumns * kWeightCopies; first += SomeTile::kThreads) {
     const int index = first + static_cast<int>(threadIdx.x);
-    if (index >= SomeTile::kColumns * kWeightCopies) break;
+    static_assert(SomeTile::kColumns * kWeightCopies % SomeTile::kThreads == 0);
     const int column = index / kWeightCopies;
     const int value = index % kWeightCopies * 8;
     const int64_t source = min(first_column + column, token_width - 1);
@@ -176,18 +174,6 @@ struct alignas(16) Eight {
   Value values[8];
 };
 
-template <class Value>
-__device__ __forceinline__ void round_pair(Value* rounded, float first, float second) {
-  if constexpr (sizeof(Value) == 4) {
-    rounded[0] = first;
-    rounded[1] = second;
-  } else if constexpr (std::is_same_v<Value, __half>) {
-    *reinterpret_cast<__half2*>(rounded) = __floats2half2_rn(first, second);
-  } else {
-    *reinterpret_cast<__nv_bfloat162*>(rounded) = __floats2bfloat162_rn(first, second);
-  }
-}
-
 // eight values, or as many as are left
 template <class Value>
 __device__ __forceinline__ void copy_eight(Value* destination, const Value* source, int64_t count, bool vectors) {
@@ -201,34 +187,41 @@ __device__ __forceinline__ void copy_eight(Value* destination, const Value* sour
   }
 }
 
-template <class Value>
-__device__ __forceinline__ void write_eight(const Problem& problem, int64_t at, const float (&values)[8], int64_t count) {
-  Eight<Value> rounded;
-#pragma unroll
-  for (int i = 0; i < 8; i += 2) round_pair(rounded.values + i, values[i], values[i + 1]);
-  copy_eight(static_cast<Value*>(problem.tokens) + at, rounded.values, count, problem.vectors);
+__device__ __forceinline__ uint32_t rounded_pair(TokenType type, float first, float second) {
+  if (type == TokenType::kFloat16) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 // row `token` of the tokens = sums / kWeightScale + row `entry` of the table, for eight columns from `column`
 __device__ __forceinline__ void write_token(
     const Problem& problem, int64_t token, int64_t entry, int64_t column, const float (&sums)[8]) {
   const int64_t count = problem.token_width - column;
-  Eight<float> added = {};
-  copy_eight(added.values, problem.table + entry * problem.token_width + column, count, problem.vectors);
-  float values[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = sums[i] / kWeightScale + added.values[i];
   const int64_t at = token * problem.token_width + column;
-  switch (problem.token_type) {
-    case TokenType::kFloat16: return write_eight<__half>(problem, at, values, count);
-    case TokenType::kBFloat16: return write_eight<__nv_bfloat16>(problem, at, values, count);
-    case TokenType::kFloat32: return write_eight<float>(problem, at, values, count);
+  Eight<float> values = {};
+  copy_eight(values.values, problem.table + entry * problem.token_width + column, count, problem.vectors);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values.values[i] += sums[i] / kWeightScale;
+  if (problem.token_type == TokenType::kFloat32) {
+    copy_eight(static_cast<float*>(problem.tokens) + at, values.values, count, problem.vectors);
+    return;
   }
+  Eight<uint16_t> rounded;
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    const uint32_t pair = rounded_pair(problem.token_type, values.values[i], values.values[i + 1]);
+    rounded.values[i] = static_cast<uint16_t>(pair);
+    rounded.values[i + 1] = static_cast<uint16_t>(pair >> 16);
+  }
+  copy_eight(static_cast<uint16_t*>(problem.tokens) + at, rounded.values, count, problem.vectors);
 }
 
-// writes the tokens of a warp, and the class token before the first patch of a frame
+// the patches of a warp
 template <class SomeTile>
-__device__ __forceinline__ void write_tokens(
+__device__ __forceinline__ void write_patches(
     const Problem& problem, const Sums<SomeTile>& sums, const PatchRow* rows, int64_t first_column) {
   const int thread = threadIdx.x, lane = thread % 32;
 #pragma unroll
@@ -245,9 +238,19 @@ __device__ __forceinline__ void write_tokens(
 #pragma unroll
         for (int i = 0; i < 8; ++i) eight[i] = sums[m][4 * group + i / 2][2 * half + i % 2];
         write_token(problem, row.token, row.position + 1, column, eight);
-        if (row.position == 0) write_token(problem, row.token - 1, 0, column, {});
       }
     }
+  }
+}
+
+// the class tokens of the frames whose first patch is in the tile
+template <class SomeTile>
+__device__ __forceinline__ void write_class_tokens(const Problem& problem, const PatchRow* rows, int64_t first_column) {
+  constexpr int kEights = SomeTile::kColumns / 8;
+  const int64_t column = first_column + threadIdx.x % kEights * 8;
+  if (column >= problem.token_width) return;
+  for (int row = threadIdx.x / kEights; row < SomeTile::kRows; row += SomeTile::kThreads / kEights) {
+    if (rows[row].token > 0 && rows[row].position == 0) write_token(problem, rows[row].token - 1, 0, column, {});
   }
 }
 
@@ -304,7 +307,8 @@ __global__ void __launch_bounds__(SomeTile::kThreads, SomeTile::kBlocks)
         now);
     now.advance(problem.grid);
   }
-  write_tokens<SomeTile>(problem, sums, rows, first_column);
+  write_patches<SomeTile>(problem, sums, rows, first_column);
+  write_class_tokens<SomeTile>(problem, rows, first_column);
 }
 
 template <class SomeTile, PixelPath kPath>
