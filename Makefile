@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint kernels-report clean
+.PHONY: demo test lint kernels-report gpu gpu-dry-run clean
 
 demo: $(INSTALLED)
 	$(BIN)/xclip-fast demo
@@ -19,6 +19,13 @@ lint: $(INSTALLED)
 
 kernels-report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.static
+
+# on a machine with one NVIDIA GPU, with its own Python and without network; PART=parity|sanitize|sweep|e2e|train
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(PART)
+
+gpu-dry-run: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu --dry-run --out build/gpu-dry-run $(PART)
 
 $(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "xclip_fast needs Python 3.10 or newer: make PYTHON=...")'

@@ -169,6 +169,8 @@ OPS: dict[str, OpCase] = {
     ),
 }
 
+IN_EXTENSION = ("patch_embed",)  # ops that the compiled extension serves too
+
 
 def find_op(name: str) -> Callable[..., Any]:
     """The public function of an op.

@@ -77,7 +77,7 @@ def patch_embed(draw: Draw, frames: int, image: int, patch: int, width: int) -> 
         "weight": draw(width, 3, patch, patch, scale=(3 * patch**2) ** -0.5),
         "class_embedding": draw(width, scale=0.3),
         "positions": draw((image // patch) ** 2 + 1, width, scale=0.3),
-    }
+    } | draw.norm(width)
 
 
 def layer_norm(draw: Draw, rows: int, width: int, *, residual: bool = True, mean: float = 0.5) -> Inputs:

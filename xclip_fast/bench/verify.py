@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from xclip_fast.errors import InputError
 
 DTYPES = ("float32", "float16", "bfloat16")
-BACKENDS = ("triton", "torch")
+BACKENDS = ("triton", "torch", "extension")
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+_RESULT = '{"op"'  # how the line of a result begins
 DEADLINE = 300.0  # seconds for all cases of one op
 
 
@@ -60,6 +61,7 @@ def verify(
     seed: int = 0,
     gradients: bool = True,
     wrapper: Sequence[str] = (),
+    deadline: float = DEADLINE,
 ) -> Iterator[Result]:
     """Check every case of the ops, forward and backward; a crash is a failed case, and the next op follows.
 
@@ -74,11 +76,12 @@ def verify(
         seed: of the random inputs.
         gradients: check the backward pass too.
         wrapper: a command in front of each process, such as compute-sanitizer with its options.
+        deadline: seconds for the process of one op.
 
     Raises:
         InputError: a name is unknown.
     """
-    from xclip_fast.bench.cases import OPS
+    from xclip_fast.bench.cases import IN_EXTENSION, OPS
 
     for asked, known, what in ((ops, OPS, "op"), (dtypes, DTYPES, "dtype"), (backends, BACKENDS, "backend")):
         for name in asked:
@@ -89,12 +92,14 @@ def verify(
             Result(op, case, backend, device, dtype, seed, FAILED)
             for case in OPS[op].small
             for backend in backends
+            if backend != "extension" or op in IN_EXTENSION
             for dtype in dtypes
         ]
-        yield from _in_child(cases, gradients, wrapper)
+        if cases:
+            yield from _in_child(cases, gradients, wrapper, deadline)
 
 
-def _in_child(cases: list[Result], gradients: bool, wrapper: Sequence[str]) -> Iterator[Result]:
+def _in_child(cases: list[Result], gradients: bool, wrapper: Sequence[str], deadline: float) -> Iterator[Result]:
     spec = json.dumps({"cases": [asdict(case) for case in cases], "gradients": gradients})
     environment = dict(os.environ)
     if cases[0].device == "cpu":
@@ -102,23 +107,26 @@ def _in_child(cases: list[Result], gradients: bool, wrapper: Sequence[str]) -> I
     else:
         environment.pop("TRITON_INTERPRET", None)
     command = [*wrapper, sys.executable, "-m", "xclip_fast.bench.verify"]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen(command, text=True, errors="replace", env=environment, **pipes)  # type: ignore[call-overload]
     try:
-        output, _ = child.communicate(spec, timeout=DEADLINE)
+        output, log = child.communicate(spec, timeout=deadline)
         end = f"the process ended with code {child.returncode}"
     except subprocess.TimeoutExpired:
         child.kill()
-        output, _ = child.communicate()
-        end = f"no answer within {DEADLINE:.0f} s"
+        output, log = child.communicate()
+        end = f"no answer within {deadline:.0f} s"
     finally:
         child.kill()
     # what a wrapper says stands between the lines
-    found = [Result(**json.loads(line)) for line in output.splitlines() if line.startswith('{"op"')]
+    lines = output.splitlines()
+    found = [Result(**json.loads(line)) for line in lines if line.startswith(_RESULT)]
     yield from found
-    missing = cases[len(found) :]
-    yield from (replace(case, reason=end) for case in missing)
-    if not missing and child.returncode:
-        yield replace(cases[-1], case="whole process", reason=end)
+    if child.returncode:
+        said = [line for line in (*lines, *log.splitlines()) if line.strip() and not line.startswith(_RESULT)]
+        reason = "; ".join([end, *said[-8:]])[:800]
+        missing = cases[len(found) :] or [replace(cases[-1], case="whole process")]
+        yield from (replace(case, reason=reason) for case in missing)
 
 
 def check(case: Result, gradients: bool) -> Result:

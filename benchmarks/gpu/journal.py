@@ -1,0 +1,84 @@
+"""The record of one part: written whole after each case, so that a run that is cut off still counts and can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Cases of one part by name, in a JSON file.
+
+    Args:
+        path: the file; cases that an earlier run finished are read from it.
+        facts: what identifies the machine and the code; a file with others is started anew.
+        deadline: seconds that the part may take.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], deadline: float) -> None:
+        self.path = path
+        self.end = time.monotonic() + deadline
+        self.content: dict[str, Any] = {"facts": facts, "complete": False, "cases": {}}
+        before = _read(path)
+        if before.get("facts") == facts:
+            self.content["cases"] = before["cases"]
+            if crashed := before.get("running"):
+                self.cases[crashed] = {"status": "failed", "reason": "the process crashed"}
+        self.write()
+
+    @property
+    def cases(self) -> dict[str, Any]:
+        """Name of each finished case to what was found."""
+        found: dict[str, Any] = self.content["cases"]
+        return found
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.end - time.monotonic()
+
+    def todo(self, names: Iterable[str]) -> Iterator[str]:
+        """The cases that no run has finished, one after the other, until the deadline has passed."""
+        names = list(names)
+        for name in names:
+            if name in self.cases:
+                continue
+            if self.left <= 0:
+                return
+            yield name
+
+    def start(self, name: str) -> None:
+        """Say which case runs in this very process: should it crash, the next process begins behind it."""
+        self.content["running"] = name
+        self.write()
+
+    def add(self, name: str, found: dict[str, Any]) -> None:
+        """Keep what a case found."""
+        self.content.pop("running", None)
+        self.cases[name] = {"utc": datetime.now(timezone.utc).isoformat(timespec="seconds"), **found}
+        self.write()
+
+    def finish(self, names: Iterable[str]) -> bool:
+        """Say in the file whether all these cases are done, and return it."""
+        self.content["complete"] = all(name in self.cases for name in names)
+        self.write()
+        return bool(self.content["complete"])
+
+    def write(self) -> None:
+        """Replace the file in one step."""
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,92 @@
+"""The first step: the package importable as it is installed, kernels included, and the extension built if it can be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+EXTENSION_DEADLINE = 240.0
+
+
+def run(
+    command: list[str], deadline: float, environment: dict[str, str] | None = None, cwd: Path = ROOT
+) -> dict[str, Any]:
+    """Run a command to its end or its deadline: exit code (None: killed), seconds, the end of what it said."""
+    start = time.monotonic()
+    settings = os.environ | (environment or {})
+    try:
+        # a session of its own, so that its children end with it
+        child = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        return {"code": 127, "seconds": 0.0, "output": str(error)}
+    code: int | None
+    try:
+        output, _ = child.communicate(timeout=max(1.0, deadline))
+        code = child.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, 9)
+        output, _ = child.communicate()
+        code = None
+    return {"code": code, "seconds": round(time.monotonic() - start, 1), "output": output[-4000:]}
+
+
+def make_importable() -> dict[str, Any]:
+    """``import xclip_fast.kernels`` works afterwards: by an editable install without network, else by a link."""
+    look = [sys.executable, "-c", "import xclip_fast.kernels; print(xclip_fast.kernels.__file__)"]
+    if (found := run(look, 120))["code"] == 0:
+        return {"how": "it was installed", **found}
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    settings = {"XCLIP_FAST_BUILD_EXT": "0", "PIP_BREAK_SYSTEM_PACKAGES": "1"}
+    installed = run([*command, "--editable", "."], 180, settings)
+    if (found := run(look, 120))["code"] == 0:
+        return {"how": "pip install --editable, without network", **found}
+    # the folder as a part of the package: what the install maps, without an installer
+    link = ROOT / "xclip_fast" / "kernels"
+    if not link.exists():
+        link.symlink_to(Path("..") / "kernels", target_is_directory=True)
+    return {"how": "a link xclip_fast/kernels", "pip": installed["output"], **run(look, 120)}
+
+
+def build_extension() -> dict[str, Any]:
+    """``make ext`` with this Python; the rest goes on without the extension where it cannot be built."""
+    if shutil.which("make") is None or "ext:" not in (ROOT / "Makefile").read_text():
+        return {"code": 127, "seconds": 0.0, "output": "there is no make ext"}
+    folder = Path(sys.executable).parent
+    # this machine's Python instead of an environment of our own, which needs a network
+    return run(["make", "ext", f"BIN={folder}", "INSTALLED="], EXTENSION_DEADLINE)
+
+
+def facts() -> dict[str, Any]:
+    """The code and the machine; cases of another one are not carried on."""
+    import torch
+
+    commit = run(["git", "rev-parse", "--short", "HEAD"], 20)
+    found = {
+        "commit": commit["output"].strip() if commit["code"] == 0 else "unknown",
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    return found
