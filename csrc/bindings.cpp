@@ -1,0 +1,123 @@
+// The operators of the extension, on torch's stable C++ ABI. Arguments are checked in Python, before anything is called.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+
+#include "patch_embed_cpu.h"
+
+#ifdef XCLIP_FAST_CUDA
+#include "patch_embed_cuda.h"
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using xclip_fast::Element;
+
+Element element(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return Element::kUInt8;
+    case ScalarType::Char: return Element::kInt8;
+    case ScalarType::Int: return Element::kInt32;
+    case ScalarType::Half: return Element::kFloat16;
+    case ScalarType::BFloat16: return Element::kBFloat16;
+    case ScalarType::Float: return Element::kFloat32;
+    case ScalarType::Double: return Element::kFloat64;
+    default: STD_TORCH_CHECK(false, "patch_embed takes bytes, float16, bfloat16, float32 and float64");
+  }
+}
+
+const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+Tensor patch_rows(const Tensor& frames, int64_t patch, const Tensor& factors, ScalarType dtype) {
+  const int64_t height = frames.size(1), width = frames.size(2);
+  const int64_t bands = frames.size(0) * (height / patch);
+  const xclip_fast::Frames view{frames.const_data_ptr(), element(frames.scalar_type()), height,          width,
+                                frames.stride(0),        frames.stride(1),              frames.stride(2), frames.stride(3)};
+  Tensor rows = torch::stable::new_empty(frames, {bands * (width / patch), 3 * patch * patch}, dtype);
+  const double* scale = static_cast<const double*>(factors.const_data_ptr());
+  void* out = rows.mutable_data_ptr();
+  torch::stable::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
+    xclip_fast::patch_rows(view, patch, scale, element(dtype), out, begin, end);
+  });
+  return rows;
+}
+
+std::tuple<Tensor, Tensor, Tensor> pack_weights(const Tensor& weight, const Tensor& factors, int64_t pieces) {
+  const int64_t width = weight.size(0), patch = weight.size(3);
+  Tensor packed = torch::stable::new_empty(weight, {pieces * width, 3 * patch * patch}, ScalarType::Char);
+  Tensor unit = torch::stable::new_empty(weight, {width}, ScalarType::Float);
+  Tensor bias = torch::stable::new_empty(weight, {width}, ScalarType::Float);
+  const void* source = weight.const_data_ptr();
+  const double* scale = static_cast<const double*>(factors.const_data_ptr());
+  auto* bytes = static_cast<int8_t*>(packed.mutable_data_ptr());
+  auto* units = static_cast<float*>(unit.mutable_data_ptr());
+  auto* biases = static_cast<float*>(bias.mutable_data_ptr());
+  torch::stable::parallel_for(0, width, 16, [&](int64_t begin, int64_t end) {
+    xclip_fast::pack_weights(source, element(weight.scalar_type()), width, patch, scale, pieces, bytes, units, biases,
+                             begin, end);
+  });
+  return {packed, unit, bias};
+}
+
+std::tuple<Tensor, Tensor> patch_tokens(const Tensor& product, const std::optional<Tensor>& unit,
+                                        const std::optional<Tensor>& bias, const Tensor& class_embedding,
+                                        const Tensor& positions, const std::optional<Tensor>& norm_weight,
+                                        const std::optional<Tensor>& norm_bias, double eps, int64_t frames,
+                                        ScalarType dtype, std::optional<ScalarType> embedded_dtype) {
+  const int64_t count = positions.size(0), width = positions.size(1);
+  Tensor tokens = torch::stable::new_empty(product, {frames, count, width}, dtype);
+  Tensor embedded = embedded_dtype ? torch::stable::new_empty(product, {frames, count, width}, *embedded_dtype)
+                                   : torch::stable::new_empty(product, {0}, dtype);
+  const xclip_fast::Tokens work{
+      .product = product.const_data_ptr(),
+      .product_type = element(product.scalar_type()),
+      .pieces = product.size(1) / width,
+      .unit = static_cast<const float*>(data(unit)),
+      .bias = static_cast<const float*>(data(bias)),
+      .class_embedding = class_embedding.const_data_ptr(),
+      .positions = positions.const_data_ptr(),
+      .norm_weight = data(norm_weight),
+      .norm_bias = data(norm_bias),
+      .eps = eps,
+      .patches = count - 1,
+      .width = width,
+      .tokens = tokens.mutable_data_ptr(),
+      .tokens_type = element(dtype),
+      .embedded = embedded_dtype ? embedded.mutable_data_ptr() : nullptr,
+      .embedded_type = element(embedded_dtype.value_or(dtype)),
+  };
+  torch::stable::parallel_for(0, frames * count, 16, [&](int64_t begin, int64_t end) {
+    xclip_fast::write_tokens(work, begin, end);
+  });
+  return {tokens, embedded};
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 1; }
+
+extern "C" __attribute__((visibility("default"))) const char* xclip_fast_architectures() {
+  return XCLIP_FAST_ARCHITECTURES;
+}
+
+STABLE_TORCH_LIBRARY(xclip_fast_native, m) {
+  m.def("patch_rows(Tensor frames, int patch, Tensor factors, ScalarType dtype) -> Tensor");
+  m.def("pack_weights(Tensor weight, Tensor factors, int pieces) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "patch_tokens(Tensor product, Tensor? unit, Tensor? bias, Tensor class_embedding, Tensor positions, "
+      "Tensor? norm_weight, Tensor? norm_bias, float eps, int frames, ScalarType dtype, ScalarType? embedded_dtype) "
+      "-> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CPU, m) {
+  m.impl("patch_rows", TORCH_BOX(&patch_rows));
+  m.impl("pack_weights", TORCH_BOX(&pack_weights));
+  m.impl("patch_tokens", TORCH_BOX(&patch_tokens));
+}
