@@ -1,0 +1,248 @@
+"""The vision tower on the CPU: a few hundred rows at a time through a whole block, so that they stay in the caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, scaled_dot_product_attention, softmax
+
+from xclip_fast.engine.packing import Packing, exact
+from xclip_fast.engine.products import Product
+from xclip_fast.reference.positions import spatial_positions
+
+CHUNK_ROWS = 512  # their hidden rows of 4 D stay in the last cache, and the allocator keeps the pages
+_SHORT = 320  # keys up to which two batched products beat the fused attention, in bfloat16
+
+
+@dataclass
+class Norm:
+    """A layer norm; without vectors where they are in the product behind it."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+@dataclass
+class Message:
+    """Cross-frame attention of one block. ``fc`` gives the message, or with ``shift`` the message and its QKV."""
+
+    fc: Product
+    norm: Norm
+    qkv: Product | None
+    shift: Tensor | None
+    out: Product
+    heads: int
+
+    def __call__(self, class_tokens: Tensor, frames: int) -> Tensor:
+        """Class tokens (B * T, D) to messages of the same shape."""
+        message = self.fc(class_tokens)
+        if self.qkv is None:
+            message, packed = message.split([class_tokens.shape[1], 3 * class_tokens.shape[1]], dim=-1)
+            variance = message.float().var(dim=-1, correction=0, keepdim=True)
+            packed = packed * (variance + self.norm.eps).rsqrt().to(packed.dtype) + self.shift
+        else:
+            packed = self.qkv(self.norm(message))
+        parts = packed.view(-1, frames, 3, self.heads, packed.shape[1] // (3 * self.heads))
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(message.shape)
+        return self.out.add(message.contiguous(), mixed)
+
+
+@dataclass
+class Block:
+    """One cross-frame block, packed."""
+
+    message: Message | Tensor
+    norm_1: Norm
+    qkv: Product
+    out: Product
+    norm_2: Norm
+    fc: Product
+    projection: Product
+    heads: int
+    scale: float | None
+
+    def __call__(self, rows: Tensor, messages: Tensor, *, class_row: bool = False) -> Tensor:
+        """Rows (F * S, D) of F frames with their messages (F, D) to the same rows, or the class rows (F, D) alone."""
+        mixed = self._attend(rows, messages, class_row)
+        if class_row:
+            rows = rows[:: rows.shape[0] // len(messages)].contiguous()
+        rows = self.out.add(rows, mixed)
+        return self.projection.add(rows, self.fc.activated(self.norm_2(rows)))
+
+    def _attend(self, rows: Tensor, messages: Tensor, class_row: bool) -> Tensor:
+        frames, tokens = len(messages), len(rows) // len(messages)
+        # the queries of the messages come along unused: cheaper than a product of their keys and values alone
+        packed = self.qkv(torch.cat([self.norm_1(rows), self.norm_1(messages)]))
+        packed = packed.view(len(packed), 3, self.heads, -1)
+        own = packed[: len(rows)].view(frames, tokens, 3, self.heads, -1)
+        pair = packed.new_empty(2, frames, self.heads, tokens + 1, packed.shape[-1])
+        pair[:, :, :, :tokens] = own[:, :, 1:].permute(2, 0, 3, 1, 4)
+        pair[:, :, :, tokens] = packed[len(rows) :, 1:].transpose(0, 1)
+        query = own[:, : 1 if class_row else tokens, 0].transpose(1, 2)
+        mixed = attend(query, pair[0], pair[1], self.scale)
+        return mixed.transpose(1, 2).reshape(-1, rows.shape[1])
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """(F, heads, L, head_dim) queries, contiguous keys and values; without a scale of its own for ``scale`` 1."""
+    if query.dtype is not torch.bfloat16 or key.shape[2] > _SHORT or scale != 1.0:
+        return scaled_dot_product_attention(query, key, value, scale=scale)
+    scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
+    # PyTorch's softmax is twice as fast into float32 as into bfloat16
+    weights = softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return torch.bmm(weights, value.flatten(0, 1)).view(query.shape)
+
+
+class CpuTower:
+    """Patch embedding, cross-frame blocks and ``ln_post`` with its projection, from the model's ``visual``.
+
+    Args:
+        visual: ``reference.VisionTower`` or what extends it; it is read, never kept.
+        config: the model's sizes.
+        packing: how its weights become products.
+    """
+
+    def __init__(self, visual: Any, config: Any, packing: Packing) -> None:
+        self.config, self.packing = config, packing
+        self.dtype, self.rewrites = packing.dtype, packing.rewrites
+        self.positions = exact(visual.positional_embedding)
+        self.grids: dict[tuple[int, int], Tensor] = {}
+        self.class_embedding = packing.tensor(visual.class_embedding)
+        norm = visual.ln_pre
+        self.norm_pre = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
+        row = exact(visual.class_embedding) + self.positions[0]
+        row = layer_norm(row, row.shape, exact(norm.weight), exact(norm.bias), norm.eps)
+        self.class_token = packing.tensor(row)
+        self._pack_pixels(exact(visual.conv1.weight))
+        self.blocks = [pack_block(block, f"blocks.{i}", config, packing) for i, block in enumerate(visual.transformer.resblocks)]
+        if "first_message" in self.rewrites:
+            self.blocks[0].message = packing.tensor(first_message(visual.transformer.resblocks[0], row))
+        self.norm_post = Norm(packing.tensor(visual.ln_post.weight), packing.tensor(visual.ln_post.bias), visual.ln_post.eps)
+        self.projection = packing.product(exact(visual.proj).t(), None)
+
+    def __call__(self, video: Tensor, *, patches: bool) -> tuple[Tensor, list[Tensor]]:
+        """A checked video to frame features (B * T, E) and, where wanted, the rows of its chunks.
+
+        A chunk is (frames * S, D): frames of one video, as many in each, the last of a video perhaps fewer.
+        """
+        frames = video.shape[1]
+        chunks = [self._embed(part) for one in video for part in one.split(self._frames_at_once(video))]
+        counts = [len(part) for one in video for part in one.split(self._frames_at_once(video))]
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            if isinstance(block.message, Tensor):
+                messages = block.message.expand(sum(counts), -1)
+            else:
+                classes = [rows.view(count, -1, rows.shape[1])[:, 0] for rows, count in zip(chunks, counts, strict=True)]
+                messages = block.message(torch.cat(classes), frames)
+            class_row = i == last and not patches and "class_row" in self.rewrites
+            for j, message in enumerate(messages.split(counts)):
+                chunks[j] = block(chunks[j], message, class_row=class_row)
+        classes = [rows.view(count, -1, rows.shape[1])[:, 0] for rows, count in zip(chunks, counts, strict=True)]
+        return self.projection(self.norm_post(torch.cat(classes))), chunks
+
+    def _frames_at_once(self, video: Tensor) -> int:
+        height, width = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]
+        tokens = height * width // self.config.patch_size**2 + 1
+        return max(1, CHUNK_ROWS // tokens)
+
+    def _pack_pixels(self, weight: Tensor) -> None:
+        mean, std = (exact(torch.tensor(x)).view(3, 1, 1) for x in (self.config.pixel_mean, self.config.pixel_std))
+        self.mean, self.std = (self.packing.tensor(x.flatten(), torch.float32) for x in (mean, std))
+        self.patch = self.packing.product(weight.flatten(1), None)
+        folded = weight / (255 * std)
+        # bytes less 128 are exact in any dtype and small beside the mean
+        bias = (folded * 128).sum(dim=(1, 2, 3)) - (weight * mean / std).sum(dim=(1, 2, 3))
+        self.byte_patch = self.packing.product(folded.movedim(1, 3).flatten(1), bias)
+
+    def _embed(self, frames: Tensor) -> Tensor:
+        """Frames of one video to rows (frames * S, D) behind the first norm."""
+        side = self.config.patch_size
+        if frames.dtype == torch.uint8 and "pixels" not in self.rewrites:
+            frames = ((frames.to(torch.float32) / 255 - self.mean) / self.std).movedim(-1, 1)
+        if frames.dtype == torch.uint8:
+            grid = frames.shape[1] // side, frames.shape[2] // side
+            cut = frames.reshape(-1, grid[0], side, grid[1], side * 3).transpose(2, 3)
+            pixels = cut.reshape(-1, side * side * 3).to(self.dtype).sub_(128)
+            patches = self.byte_patch(pixels)
+        else:
+            grid = frames.shape[2] // side, frames.shape[3] // side
+            cut = frames.reshape(-1, 3, grid[0], side, grid[1], side).permute(0, 2, 4, 1, 3, 5)
+            patches = self.patch(cut.reshape(-1, 3 * side * side).to(self.dtype))
+        positions = self._positions(grid)
+        patches = patches.view(len(frames), -1, patches.shape[1])
+        rows = patches.new_empty(len(frames), patches.shape[1] + 1, patches.shape[2])
+        if "class_token" in self.rewrites:
+            rows[:, 1:] = self.norm_pre(patches.add_(positions[1:]))
+            rows[:, 0] = self.class_token
+            return rows.flatten(0, 1)
+        rows[:, 0], rows[:, 1:] = self.class_embedding, patches
+        return self.norm_pre(rows.add_(positions)).flatten(0, 1)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid not in self.grids:
+            self.grids[grid] = self.packing.tensor(spatial_positions(self.positions, grid))
+        return self.grids[grid]
+
+
+def pack_block(block: Any, place: str, config: Any, packing: Packing) -> Block:
+    """One cross-frame block of a model, packed."""
+    attention, width = block.attn, config.vision_width
+    weight, bias = packing.behind(block.ln_1, attention.in_proj_weight, attention.in_proj_bias)
+    scale = None
+    if "scores" in packing.rewrites:
+        scale = 1.0
+        share = torch.ones(3 * width, dtype=torch.float64)
+        share[:width] = (width // attention.heads) ** -0.5
+        weight, bias = weight * share[:, None], bias * share
+    fc, projection, activation = packing.perceptron(block.mlp.c_fc, block.mlp.c_proj, block.ln_2, config.activation)
+    return Block(
+        message=pack_message(block, packing),
+        norm_1=Norm(*packing.vectors(block.ln_1), block.ln_1.eps),
+        qkv=packing.product(weight, bias, place=f"{place}.qkv"),
+        out=packing.product(exact(attention.out_proj.weight), exact(attention.out_proj.bias), place=f"{place}.out"),
+        norm_2=Norm(*packing.vectors(block.ln_2), block.ln_2.eps),
+        fc=packing.product(*fc, activation, place=f"{place}.fc"),
+        projection=packing.product(*projection, place=f"{place}.projection"),
+        heads=attention.heads,
+        scale=scale,
+    )
+
+
+def pack_message(block: Any, packing: Packing) -> Message:
+    """The cross-frame attention of one block, packed."""
+    attention, norm = block.message_attn, block.message_ln
+    fc, fc_bias = exact(block.message_fc.weight), exact(block.message_fc.bias)
+    qkv, shift = None, None
+    if "message_product" in packing.rewrites:
+        scaled = exact(attention.in_proj_weight) * exact(norm.weight)
+        both = torch.cat([torch.eye(len(fc_bias), dtype=torch.float64), scaled - scaled.mean(dim=1, keepdim=True)])
+        shift = exact(attention.in_proj_weight) @ exact(norm.bias) + exact(attention.in_proj_bias)
+        fc, fc_bias, shift = both @ fc, both @ fc_bias, packing.tensor(shift)
+    else:
+        qkv = packing.product(*packing.behind(norm, attention.in_proj_weight, attention.in_proj_bias))
+    return Message(
+        fc=packing.product(fc, fc_bias),
+        norm=Norm(*packing.vectors(norm), norm.eps),
+        qkv=qkv,
+        shift=shift,
+        out=packing.product(exact(attention.out_proj.weight), exact(attention.out_proj.bias)),
+        heads=attention.heads,
+    )
+
+
+def first_message(block: Any, class_token: Tensor) -> Tensor:
+    """The first block's message (D,) in float64: attention over T equal messages returns their common value."""
+    message = exact(block.message_fc.weight) @ class_token + exact(block.message_fc.bias)
+    norm, attention, width = block.message_ln, block.message_attn, len(message)
+    normed = layer_norm(message, message.shape, exact(norm.weight), exact(norm.bias), norm.eps)
+    value = exact(attention.in_proj_weight[2 * width :]) @ normed + exact(attention.in_proj_bias[2 * width :])
+    return message + exact(attention.out_proj.weight) @ value + exact(attention.out_proj.bias)

@@ -1,0 +1,121 @@
+"""What the engine computes otherwise than the model: the exact rewrites, and how weights become products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xclip_fast.engine.products import (
+    Float8Product,
+    Int8Product,
+    OneDnnProduct,
+    PlainProduct,
+    Product,
+    onednn_packs,
+)
+from xclip_fast.ops.linear_quick_gelu import SLOPE
+
+REWRITES: Mapping[str, str] = MappingProxyType(
+    {
+        "pixels": "normalisation in the patch weights: bytes go straight into the first product",
+        "class_token": "the class token behind the first norm is a constant: no row of it is added or normed",
+        "norms": "scale and shift of a norm in the product behind it: a norm reads and applies no vectors",
+        "silu": "1.702 of QuickGELU in the weights: the activation is SiLU, which oneDNN runs in the product's last pass",
+        "scores": "the scale of the attention scores in the weights of the queries: one pass over the scores less",
+        "first_message": "the first block's message is a constant: its cross-frame attention is not computed",
+        "message_product": "the message and its query, key and value from one product of the class tokens",
+        "stream": "the residual stream without biases: a branch is one product that adds in place",
+        "class_row": "features without patches: the last block mixes and transforms the class rows alone",
+        "patch_mean": "mean over frames before the projection of the patches: T times less work and no (B, T, N, E) tensor",
+        "mit_mean": "mean over frames before the last product of MIT: T times less work",
+        "text_length": "texts cut behind the longest end of text: about 10 of 77 columns are computed",
+        "prompt_query": "the first query of the prompts once per class set, not once per video",
+    }
+)
+CPU_REWRITES = frozenset(REWRITES) - {"stream", "message_product"}
+CUDA_REWRITES = frozenset(REWRITES) - {"norms", "silu", "scores", "message_product"}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How weights become products.
+
+    Attributes:
+        device: where they run.
+        dtype: of the stream and of every product that is not narrow.
+        rewrites: those in force; all but tests leave the device's own.
+        narrow: "int8" or "float8_e4m3fn" for the large products of the blocks, or nothing.
+        kept: places (see ``product``) whose narrow product is not used, and the dtype used there instead.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rewrites: frozenset[str]
+    narrow: str | None = None
+    kept: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def product(self, weight: Tensor, bias: Tensor | None, activation: str = "silu", *, place: str = "") -> Product:
+        """A product of float64 weights (N, K); one with a place, such as ``blocks.3.fc``, may be narrow."""
+        dtype = self.kept.get(place, self.dtype)
+        if self.narrow and place and place not in self.kept:
+            weight, bias = (None if x is None else x.to(self.device) for x in (weight, bias))
+            narrow = Int8Product if self.narrow == "int8" else Float8Product
+            return narrow(weight, bias, activation, self.dtype)  # type: ignore[arg-type]
+        weight, bias = self.tensor(weight, dtype), None if bias is None else self.tensor(bias, dtype)
+        product: Product
+        if self.device.type == "cpu" and onednn_packs(dtype):
+            product = OneDnnProduct(weight, bias, activation)
+        else:
+            product = PlainProduct(weight, bias, activation)
+        return product if dtype is self.dtype else CastProduct(product, dtype, self.dtype)
+
+    def tensor(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy on the device, in the stream's dtype unless told otherwise."""
+        return x.detach().to(self.device, dtype or self.dtype, copy=True).contiguous()
+
+    def vectors(self, norm: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Weight and bias of a norm, or nothing where they are in the product behind it."""
+        if "norms" in self.rewrites:
+            return None, None
+        return self.tensor(norm.weight), self.tensor(norm.bias)
+
+    def behind(self, norm: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Float64 weight and bias of the product behind a norm."""
+        weight, bias = exact(weight), exact(bias)
+        if "norms" not in self.rewrites:
+            return weight, bias
+        return weight * exact(norm.weight), bias + weight @ exact(norm.bias)
+
+    def perceptron(self, fc: nn.Linear, projection: nn.Linear, norm: Any, activation: str) -> Any:
+        """Float64 (weight, bias) of both products of a perceptron behind a norm, and its activation."""
+        weight, bias = self.behind(norm, fc.weight, fc.bias)
+        last = exact(projection.weight)
+        if activation == "quick_gelu" and "silu" in self.rewrites:
+            return (SLOPE * weight, SLOPE * bias), (last / SLOPE, exact(projection.bias)), "silu"
+        return (weight, bias), (last, exact(projection.bias)), activation
+
+
+class CastProduct:
+    """A product in another dtype than the stream's, where the stream's has not range or precision enough."""
+
+    def __init__(self, product: Product, inner: torch.dtype, outer: torch.dtype) -> None:
+        self.name, self.product, self.inner, self.outer = product.name, product, inner, outer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x.to(self.inner)).to(self.outer)
+
+    def activated(self, x: Tensor) -> Tensor:
+        return self.product.activated(x.to(self.inner)).to(self.outer)
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        return self.product.add(stream.to(self.inner), x.to(self.inner)).to(self.outer)
+
+
+def exact(x: Tensor) -> Tensor:
+    """A weight in float64 on the CPU, where the rewrites are computed."""
+    return x.detach().to("cpu", torch.float64)

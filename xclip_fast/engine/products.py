@@ -1,0 +1,234 @@
+"""The products of the engine: weights packed once, in the precision and for the library that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from math import isfinite
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xclip_fast.ops import linear_quick_gelu
+from xclip_fast.ops.linear_quick_gelu import SLOPE
+
+E4M3_MAX = 448.0
+
+
+class Product(Protocol):
+    """``x @ weight.T + bias`` of rows (M, K); ``add`` may write into the stream, and only its result counts."""
+
+    name: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(M, N)."""
+
+    def activated(self, x: Tensor) -> Tensor:
+        """The activation of (M, N)."""
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        """``stream + x @ weight.T + bias``, (M, N)."""
+
+
+class PlainProduct:
+    """PyTorch's own product, and the only one that takes every dtype and device.
+
+    Args:
+        weight: (N, K).
+        bias: (N,), or nothing.
+        activation: "silu", "quick_gelu" or "gelu", of ``activated``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "silu") -> None:
+        self.name = str(weight.dtype).removeprefix("torch.")
+        self.weight, self.bias, self.activation = weight, bias, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def activated(self, x: Tensor) -> Tensor:
+        if self.activation == "quick_gelu" and self.bias is not None:
+            return linear_quick_gelu(x, self.weight, self.bias)
+        return activate(self(x), self.activation)
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        stream = stream.addmm_(x, self.weight.t())
+        return stream if self.bias is None else stream.add_(self.bias)
+
+
+class OneDnnProduct:
+    """oneDNN's product with the weight in its own layout, bias, activation and residual in its last pass.
+
+    Args:
+        weight: float32 or bfloat16 (N, K) on the CPU.
+        bias, activation: as in ``PlainProduct``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "silu") -> None:
+        self.name = str(weight.dtype).removeprefix("torch.")
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.bias, self.activation = bias, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def activated(self, x: Tensor) -> Tensor:
+        if self.activation == "quick_gelu":
+            return activate(self(x), self.activation)
+        post = ("swish", "") if self.activation == "silu" else ("gelu", "none")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, post[0], [], post[1])
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, stream, self.weight, self.bias, "add")
+
+
+class Int8Product:
+    """oneDNN's product of bytes: a scale for each channel of the weight, one for all rows of a call.
+
+    The rows of a call are those of one video, so what is computed beside a video never changes it.
+
+    Args:
+        weight: (N, K) on the CPU, in any precision.
+        bias, activation: as in ``PlainProduct``.
+        dtype: of the rows and the results, bfloat16 or float32.
+    """
+
+    name = "int8"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> None:
+        quantised, self.scale = int8_channels(weight)
+        self.weight = torch.ops.onednn.qlinear_prepack(quantised, None)
+        self.zero = torch.zeros(len(weight), dtype=torch.int32)
+        self.bias = None if bias is None else bias.float()
+        self.activation, self.dtype = activation, dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(x, "none", "")
+
+    def activated(self, x: Tensor) -> Tensor:
+        if self.activation == "quick_gelu":
+            return activate(self(x), self.activation)
+        return self._run(x, "swish", "") if self.activation == "silu" else self._run(x, "gelu", "none")
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        rows, scale, zero = int8_rows(x)
+        weight = self.weight, self.scale, self.zero
+        result = 1.0, 0, self.dtype, 1.0, 0
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            rows, scale, zero, *weight, stream, self.bias, *result, "sum", 1.0, "none", [], ""
+        )
+
+    def _run(self, x: Tensor, post: str, algorithm: str) -> Tensor:
+        rows, scale, zero = int8_rows(x)
+        weight = self.weight, self.scale, self.zero
+        return torch.ops.onednn.qlinear_pointwise(
+            rows, scale, zero, *weight, self.bias, 1.0, 0, self.dtype, post, [], algorithm
+        )
+
+
+class Float8Product:
+    """``torch._scaled_mm`` with a scale for each row of both sides, on Hopper and newer; never run on a GPU so far.
+
+    Args:
+        weight: (N, K) on the GPU, in any precision.
+        bias, activation: as in ``PlainProduct``.
+        dtype: of the rows and the results.
+    """
+
+    name = "float8_e4m3fn"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> None:
+        self.weight, scale = e4m3_rows(weight.float())
+        self.scale = scale.t().contiguous()
+        self.bias = None if bias is None else bias.to(dtype)
+        self.activation, self.dtype = activation, dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, scale = e4m3_rows(x)
+        return torch._scaled_mm(
+            rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=self.dtype
+        )
+
+    def activated(self, x: Tensor) -> Tensor:
+        return activate(self(x), self.activation)
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        return stream.add_(self(x))
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation of a product's result, which may be overwritten."""
+    if activation == "silu":
+        return functional.silu(x, inplace=True)
+    return functional.gelu(x) if activation == "gelu" else x * torch.sigmoid(SLOPE * x)
+
+
+def int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) as int8 and the float32 scale of each row; a row of zeros has the scale 1."""
+    largest = weight.abs().amax(dim=1)
+    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest)).float()
+    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def int8_rows(x: Tensor) -> tuple[Tensor, float, int]:
+    """Rows as bytes with their scale and zero point, ``x = scale * (bytes - zero)``; a NaN or an infinity spoils all."""
+    low, high = (value.item() for value in x.aminmax())
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255 or 1.0
+    zero = round(-low / scale) if isfinite(scale) else 0
+    # by way of signed bytes: PyTorch's cast to unsigned ones is ten times slower
+    exact = x.to(torch.float32, copy=True)
+    torch.add(exact.new_tensor(zero - 128), exact, alpha=1 / scale, out=exact)
+    return exact.round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128), scale, zero
+
+
+def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, K) in float8 e4m3 and the float32 scale (M, 1) of each row; a row of zeros has the scale 1."""
+    largest = x.abs().amax(dim=1, keepdim=True).float()
+    scale = torch.where(largest > 0, largest / E4M3_MAX, torch.ones_like(largest))
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+@cache
+def onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether this processor and this PyTorch run ``OneDnnProduct`` in a dtype; found out by running a small one."""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    x = torch.arange(32.0).view(4, 8).to(dtype) / 8
+    weight = torch.arange(-64.0, 64.0).view(16, 8).to(dtype) / 64
+    return _agrees(OneDnnProduct, PlainProduct(weight, torch.arange(16.0).to(dtype)), x)
+
+
+@cache
+def onednn_int8() -> bool:
+    """Whether this processor and this PyTorch run ``Int8Product``, and rightly: older ones saturate."""
+    # the largest sums there are, and some of no pattern
+    x = torch.ones(64, 64) - torch.arange(64.0).remainder(7)[:, None] / 8
+    weight = torch.ones(64, 64) - torch.eye(64).cumsum(0) / 2
+    return _agrees(_int8_in_float32, PlainProduct(weight, torch.ones(64)), x)
+
+
+def _int8_in_float32(weight: Tensor, bias: Tensor, activation: str) -> Product:
+    return Int8Product(weight, bias, activation, torch.float32)
+
+
+def _agrees(make: Callable[[Tensor, Tensor, str], Product], plain: PlainProduct, x: Tensor) -> bool:
+    """Whether another product does what the plain one does; not if it cannot run."""
+    weight, bias = plain.weight, plain.bias
+    stream = torch.ones_like(plain(x))
+    for activation in ("silu", "gelu"):
+        plain.activation = activation
+        wanted = plain(x), plain.activated(x), plain.add(stream.clone(), x)
+        try:
+            product = make(weight, bias, activation)
+            found = product(x), product.activated(x), product.add(stream.clone(), x)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+            return False
+        for one, other in zip(found, wanted, strict=True):
+            if not (one.float() - other.float()).norm() <= 0.02 * other.float().norm():
+                return False
+    return True
