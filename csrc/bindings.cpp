@@ -70,11 +70,11 @@ std::tuple<Tensor, Tensor> patch_tokens(const Tensor& product, const std::option
                                         const std::optional<Tensor>& bias, const Tensor& class_embedding,
                                         const Tensor& positions, const std::optional<Tensor>& norm_weight,
                                         const std::optional<Tensor>& norm_bias, double eps, int64_t frames,
-                                        ScalarType dtype, std::optional<ScalarType> embedded_dtype) {
+                                        ScalarType dtype, ScalarType embedded_dtype, bool save_embedded) {
   const int64_t count = positions.size(0), width = positions.size(1);
   Tensor tokens = torch::stable::new_empty(product, {frames, count, width}, dtype);
-  Tensor embedded = embedded_dtype ? torch::stable::new_empty(product, {frames, count, width}, *embedded_dtype)
-                                   : torch::stable::new_empty(product, {0}, dtype);
+  Tensor embedded = save_embedded ? torch::stable::new_empty(product, {frames, count, width}, embedded_dtype)
+                                  : torch::stable::new_empty(product, {0}, embedded_dtype);
   const xclip_fast::Tokens work{
       .product = product.const_data_ptr(),
       .product_type = element(product.scalar_type()),
@@ -90,14 +90,44 @@ std::tuple<Tensor, Tensor> patch_tokens(const Tensor& product, const std::option
       .width = width,
       .tokens = tokens.mutable_data_ptr(),
       .tokens_type = element(dtype),
-      .embedded = embedded_dtype ? embedded.mutable_data_ptr() : nullptr,
-      .embedded_type = element(embedded_dtype.value_or(dtype)),
+      .embedded = save_embedded ? embedded.mutable_data_ptr() : nullptr,
+      .embedded_type = element(embedded_dtype),
   };
   torch::stable::parallel_for(0, frames * count, 16, [&](int64_t begin, int64_t end) {
     xclip_fast::write_tokens(work, begin, end);
   });
   return {tokens, embedded};
 }
+
+#ifdef XCLIP_FAST_CUDA
+// The caller has made the device of the frames current; `stream` is a cudaStream_t of it.
+Tensor patch_embed_cuda(const Tensor& frames, const Tensor& weight, const Tensor& table, int64_t patch,
+                        ScalarType dtype, int64_t stream) {
+  const int64_t count = frames.size(0), width = table.size(1);
+  Tensor tokens = torch::stable::new_empty(frames, {count, table.size(0), width}, dtype);
+  const xclip_fast::PatchEmbedArguments arguments{
+      .pixels = static_cast<const uint8_t*>(frames.const_data_ptr()),
+      .frame_stride = frames.stride(0),
+      .row_stride = frames.stride(1),
+      .column_stride = frames.stride(2),
+      .channel_stride = frames.stride(3),
+      .frames = count,
+      .height = frames.size(1),
+      .width = frames.size(2),
+      .patch = patch,
+      .token_width = width,
+      .weight = weight.const_data_ptr(),
+      .table = static_cast<const float*>(table.const_data_ptr()),
+      .tokens = tokens.mutable_data_ptr(),
+      .token_type = dtype == ScalarType::Half       ? xclip_fast::TokenType::kFloat16
+                    : dtype == ScalarType::BFloat16 ? xclip_fast::TokenType::kBFloat16
+                                                    : xclip_fast::TokenType::kFloat32,
+  };
+  const char* refusal = xclip_fast::patch_embed_launch(arguments, reinterpret_cast<void*>(stream));
+  STD_TORCH_CHECK(refusal == nullptr, refusal);
+  return tokens;
+}
+#endif
 
 }  // namespace
 
@@ -112,8 +142,11 @@ STABLE_TORCH_LIBRARY(xclip_fast_native, m) {
   m.def("pack_weights(Tensor weight, Tensor factors, int pieces) -> (Tensor, Tensor, Tensor)");
   m.def(
       "patch_tokens(Tensor product, Tensor? unit, Tensor? bias, Tensor class_embedding, Tensor positions, "
-      "Tensor? norm_weight, Tensor? norm_bias, float eps, int frames, ScalarType dtype, ScalarType? embedded_dtype) "
+      "Tensor? norm_weight, Tensor? norm_bias, float eps, int frames, ScalarType dtype, ScalarType embedded_dtype, "
+      "bool save_embedded) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "patch_embed_cuda(Tensor frames, Tensor weight, Tensor table, int patch, ScalarType dtype, int stream) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CPU, m) {
@@ -121,3 +154,7 @@ STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
   m.impl("patch_tokens", TORCH_BOX(&patch_tokens));
 }
+
+#ifdef XCLIP_FAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CUDA, m) { m.impl("patch_embed_cuda", TORCH_BOX(&patch_embed_cuda)); }
+#endif

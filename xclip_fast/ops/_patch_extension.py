@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from xclip_fast import _extension
 from xclip_fast.ops._patch_contract import channels_last, exact_dtype
+from xclip_fast.ops.layer_norm import layer_norm
 
+# as in csrc/patch_embed_index.h
+PIXEL_CENTRE = 128
+WEIGHT_SCALE = 256.0
+STAGE_BYTES = 48
+LONGEST_SIDE = 32768
 # the sum of one row of bytes times bytes must fit 32 bits
 MAX_INTEGER_ROW = 2**31 // (128 * 128) - 1
+# with fewer patches than this, splitting the weights into bytes costs more than the product of floats
+MIN_INTEGER_ROWS = 128
 
 
 def refusal(frames: Tensor, weight: Tensor) -> str | None:
@@ -17,7 +27,16 @@ def refusal(frames: Tensor, weight: Tensor) -> str | None:
     kind = frames.device.type
     if kind == "cpu":
         return _extension.refusal()
-    return f"the tensors are on {kind}, and the extension serves the CPU"
+    if kind != "cuda":
+        return f"the tensors are on {kind}, and it serves the CPU and CUDA"
+    if frames.dtype != torch.uint8 or weight.dtype not in (torch.float16, torch.bfloat16):
+        found = f"{frames.dtype} frames and {weight.dtype} weights"
+        return f"on CUDA it takes uint8 frames and float16 or bfloat16 weights, found {found}"
+    if max(channels_last(frames).shape[1:3]) > LONGEST_SIDE:
+        return f"frames on CUDA have sides of up to {LONGEST_SIDE} pixels, found {tuple(frames.shape)}"
+    if torch.cuda.get_device_capability(frames.device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return _extension.cuda_refusal()
 
 
 def serves_rows(frames: Tensor) -> bool:
@@ -30,35 +49,86 @@ def patch_rows(frames: Tensor, patch: int, factors: list[list[float]], dtype: to
     return torch.ops.xclip_fast_native.patch_rows(channels_last(frames), patch, _table(factors), dtype)
 
 
-def patch_embed_fwd(
-    frames: Tensor,
-    weight: Tensor,
-    class_embedding: Tensor,
-    positions: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    factors: list[list[float]],
-    dtype: torch.dtype,
-    save_embedded: bool,
-) -> tuple[Tensor, Tensor]:
+class Call(NamedTuple):
+    """The arguments of the registered op, the normalisation of bytes as factors and summands, one a channel."""
+
+    frames: Tensor
+    weight: Tensor
+    class_embedding: Tensor
+    positions: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    factors: list[list[float]]
+    dtype: torch.dtype
+    save_embedded: bool
+
+
+def patch_embed_fwd(call: Call) -> tuple[Tensor, Tensor]:
     """Tokens, and what they were before their norm if that is to be saved; see ``ops.patch_embed``."""
+    return _on_cuda(call) if call.frames.device.type == "cuda" else _on_cpu(call)
+
+
+def _on_cpu(call: Call) -> tuple[Tensor, Tensor]:
     native = torch.ops.xclip_fast_native
-    patch = weight.shape[-1]
-    if _multiplies_bytes(frames, weight):
+    frames, weight, factors = call.frames, call.weight, call.factors
+    patches = len(frames) * (len(call.positions) - 1)
+    if patches >= MIN_INTEGER_ROWS and _multiplies_bytes(frames, weight):
         # pixels are bytes already: a product of bytes is exact and several times as fast as one of floats
         pieces = 3 if weight.dtype == torch.float32 else 2
-        rows = patch_rows(frames, patch, factors, torch.int8)
+        rows = patch_rows(frames, weight.shape[-1], factors, torch.int8)
         bytes_of_weight, unit, bias = native.pack_weights(weight.contiguous(), _table(factors), pieces)
         product = torch._int_mm(rows, bytes_of_weight.T)
     else:
-        rows = patch_rows(frames, patch, factors, weight.dtype)
+        rows = patch_rows(frames, weight.shape[-1], factors, weight.dtype)
         product, unit, bias = rows @ weight.flatten(1).T, None, None
-    vectors = [class_embedding, positions, norm_weight, norm_bias]
-    exact = exact_dtype(product.dtype if product.is_floating_point() else weight.dtype)
-    vectors = [None if vector is None else vector.to(exact).contiguous() for vector in vectors]
-    wide = torch.promote_types(weight.dtype, dtype) if save_embedded else None
-    return native.patch_tokens(product, unit, bias, *vectors, eps, len(frames), dtype, wide)
+    exact = exact_dtype(weight.dtype)
+    vectors = [
+        None if vector is None else vector.to(exact).contiguous()
+        for vector in (call.class_embedding, call.positions, call.norm_weight, call.norm_bias)
+    ]
+    wide = torch.promote_types(weight.dtype, call.dtype)
+    return native.patch_tokens(
+        product, unit, bias, *vectors, call.eps, len(frames), call.dtype, wide, call.save_embedded
+    )
+
+
+def _on_cuda(call: Call) -> tuple[Tensor, Tensor]:
+    packed, table = pack_for_cuda(call.weight, call.class_embedding, call.positions, call.factors)
+    wide = torch.promote_types(call.weight.dtype, call.dtype)
+    written = call.dtype if call.norm_weight is None else wide
+    if written not in (torch.float16, torch.bfloat16):
+        written = torch.float32
+    # the operator neither looks up the stream nor changes the device: torch's C functions for it differ by version
+    with torch.cuda.device(call.frames.device):
+        tokens = torch.ops.xclip_fast_native.patch_embed_cuda(
+            channels_last(call.frames),
+            packed,
+            table,
+            call.weight.shape[-1],
+            written,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    if call.norm_weight is None or call.norm_bias is None:
+        return tokens.to(call.dtype), tokens.new_empty(0, dtype=wide)
+    normed, _ = layer_norm(tokens, call.norm_weight, call.norm_bias, eps=call.eps)
+    return normed.to(call.dtype), tokens.to(wide) if call.save_embedded else tokens.new_empty(0, dtype=wide)
+
+
+def pack_for_cuda(
+    weight: Tensor, class_embedding: Tensor, positions: Tensor, factors: list[list[float]]
+) -> tuple[Tensor, Tensor]:
+    """Weights and table as ``csrc/patch_embed_cuda.h`` describes them: the normalisation is folded into both."""
+    width, _, patch, _ = weight.shape
+    scale, offset = torch.tensor(factors, dtype=torch.float32, device=weight.device).unbind(0)
+    weight = weight.float()
+    rows = (weight * (WEIGHT_SCALE * scale)[:, None, None]).permute(2, 0, 3, 1).reshape(patch, width, 3 * patch)
+    rows = torch.nn.functional.pad(rows, (0, -3 * patch % STAGE_BYTES))
+    # the four bytes that a lane loads at once belong to columns 2t, 2t + 1, 2t + 8 and 2t + 9 of a matrix fragment
+    packed = rows.unflatten(-1, (-1, STAGE_BYTES // 16, 4, 2, 2)).transpose(-3, -2).flatten(-4).transpose(1, 2)
+    bias = weight.sum((2, 3)) @ (PIXEL_CENTRE * scale + offset)
+    table = torch.cat([class_embedding.float()[None], bias.expand(len(positions) - 1, -1)]) + positions.float()
+    return packed.to(torch.float16).contiguous(), table
 
 
 def _multiplies_bytes(frames: Tensor, weight: Tensor) -> bool:

@@ -176,7 +176,9 @@ def _patch_embed(
     tensors = frames, weight, class_embedding, positions
     norm = norm_weight, norm_bias, eps
     if extension:
-        return _patch_extension.patch_embed_fwd(*tensors, *norm, affine(mean, std), dtype, save_embedded)
+        return _patch_extension.patch_embed_fwd(
+            _patch_extension.Call(*tensors, *norm, affine(mean, std), dtype, save_embedded)
+        )
     if _TRITON_KERNEL and runs_kernels(weight):
         from xclip_fast.kernels.patch_embed import patch_embed_fwd
 
