@@ -60,11 +60,14 @@ def _message_attention_fwd_kernel(
     weight_ptr,
     bias_ptr,
     bounds_ptr,
+    positions_ptr,
+    placed_ptr,
     out_ptr,
     longest,
     total_frames,
     message_stride,
     weight_stride,
+    positions_stride,
     eps,
     scale,
     HEADS: tl.constexpr,
@@ -72,6 +75,7 @@ def _message_attention_fwd_kernel(
     BLOCK_FRAMES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     RAGGED: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
@@ -82,6 +86,20 @@ def _message_attention_fwd_kernel(
     in_clip = frame < length
     channel = head * HEAD_DIM + tl.arange(0, HEAD_DIM)
     start = (first + frame) * message_stride
+    if HAS_POSITIONS:
+        for depth in range(0, WIDTH, BLOCK_DEPTH):
+            column = depth + tl.arange(0, BLOCK_DEPTH)
+            inside = in_clip[:, None] & (column < WIDTH)[None, :]
+            # [BLOCK_FRAMES, BLOCK_DEPTH]
+            x = tl.load(message_ptr + start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            position = positions_ptr + frame.to(tl.int64)[:, None] * positions_stride + column[None, :]
+            x += tl.load(position, mask=inside, other=0.0).to(tl.float32)
+            placed = placed_ptr + (first + frame)[:, None] * WIDTH + column[None, :]
+            tl.store(placed, x.to(placed_ptr.dtype.element_ty), mask=inside)
+        # all heads of a clip write the same rows, and each reads back what its own program wrote
+        tl.debug_barrier()
+        message_ptr = placed_ptr
+        start = (first + frame) * WIDTH
     mean, rstd = row_statistics(message_ptr, start, in_clip, eps, WIDTH, BLOCK_FRAMES, BLOCK_DEPTH)
     query = tl.zeros((BLOCK_FRAMES, HEAD_DIM), tl.float32)
     key = tl.zeros((BLOCK_FRAMES, HEAD_DIM), tl.float32)
@@ -195,7 +213,7 @@ def clip_count(x: Tensor, cu_frames: Tensor | None, longest: int) -> int:
     return rows // max(longest, 1) if cu_frames is None else cu_frames.numel() - 1
 
 
-def attend_launches(x: Tensor, cu_frames: Tensor | None, heads: int, longest: int) -> int:
+def attend_launches(x: Tensor, cu_frames: Tensor | None, heads: int, longest: int, *, positions: bool = False) -> int:
     """Kernels that ``attend_frames`` launches; with ragged clips one clears the frames that belong to none."""
     rows, clips = x.numel() // x.shape[-1], clip_count(x, cu_frames, longest)
     if not rows:
@@ -204,7 +222,7 @@ def attend_launches(x: Tensor, cu_frames: Tensor | None, heads: int, longest: in
     if not clips:
         return cleared
     fused = is_fused(clips, longest, x.shape[-1] // heads, x.element_size())
-    return cleared + (1 if fused else skinny_launches(rows, norm=True) + 1)
+    return cleared + (1 if fused else positions + skinny_launches(rows, norm=True) + 1)
 
 
 def launches(class_tokens: Tensor, *arguments: Any) -> int:
@@ -225,8 +243,15 @@ def key_value_launches(messages: Tensor, *arguments: Any) -> int:
 
 
 def attend_frames(
-    x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, cu_frames: Tensor | None, heads: int, longest: int
-) -> Tensor:
+    x: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor,
+    cu_frames: Tensor | None,
+    heads: int,
+    longest: int,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Multi-head attention of normalised rows (F, D) among the frames of their clip, before the out-projection.
 
     Args:
@@ -236,6 +261,10 @@ def attend_frames(
         cu_frames: (clips + 1,) int32, or nothing: then each ``longest`` rows are a clip.
         heads: attention heads.
         longest: no clip has more frames.
+        positions: (longest, D), added to the frames of each clip first; not with ``cu_frames``.
+
+    Returns:
+        The attended rows (F, D), and the rows with their positions.
     """
     rows, width = x.shape
     clips = clip_count(x, cu_frames, longest)
@@ -243,13 +272,18 @@ def attend_frames(
     allocate = torch.empty if cu_frames is None else torch.zeros
     out = allocate(rows, width, dtype=x.dtype, device=x.device)
     bounds = None if cu_frames is None else cu_frames.contiguous()
-    if rows and clips:
-        with on_device_of(x):
-            if is_fused(clips, longest, width // heads, x.element_size()):
-                _launch_fused(x, norm, as_rows(weight), bias.contiguous(), bounds, heads, clips, longest, out)
-            else:
-                _launch_long(skinny_linear(x, weight, bias, norm=norm), bounds, heads, clips, longest, out)
-    return out
+    if not (rows and clips):
+        return out, x
+    with on_device_of(x):
+        if is_fused(clips, longest, width // heads, x.element_size()):
+            placed = x if positions is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
+            _launch_fused(
+                x, norm, as_rows(weight), bias.contiguous(), bounds, heads, clips, longest, positions, placed, out
+            )
+        else:
+            placed = x if positions is None else (x.view(clips, longest, width) + positions).view(rows, width)
+            _launch_long(skinny_linear(placed, weight, bias, norm=norm), bounds, heads, clips, longest, out)
+    return out, placed
 
 
 def _launch_fused(
@@ -261,9 +295,12 @@ def _launch_fused(
     heads: int,
     clips: int,
     longest: int,
+    positions: Tensor | None,
+    placed: Tensor,
     out: Tensor,
 ) -> None:
     rows, width = x.shape
+    table = None if positions is None else as_rows(positions)
     head_dim = width // heads
     tile = fused_tile(longest, head_dim, x.element_size())
     _message_attention_fwd_kernel[(clips * heads,)](
@@ -273,11 +310,14 @@ def _launch_fused(
         weight_ptr=weight,
         bias_ptr=bias,
         bounds_ptr=bounds,
+        positions_ptr=table,
+        placed_ptr=placed,
         out_ptr=out,
         longest=longest,
         total_frames=rows,
         message_stride=x.stride(0),
         weight_stride=weight.stride(0),
+        positions_stride=0 if table is None else table.stride(0),
         eps=norm.eps,
         scale=head_dim**-0.5 * LOG2_E,
         HEADS=heads,
@@ -285,6 +325,7 @@ def _launch_fused(
         BLOCK_FRAMES=tile.frames,
         BLOCK_DEPTH=tile.depth,
         RAGGED=bounds is not None,
+        HAS_POSITIONS=table is not None,
         PRECISION=dot_precision(x),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -333,7 +374,7 @@ def message_attention_fwd(
     """Launch the forward pass: messages in the shape of the class tokens."""
     message = skinny_linear(as_rows(class_tokens), fc_weight, fc_bias)
     norm = Norm(norm_weight, norm_bias, eps)
-    attended = attend_frames(message, norm, in_proj_weight, in_proj_bias, cu_frames, heads, longest)
+    attended, _ = attend_frames(message, norm, in_proj_weight, in_proj_bias, cu_frames, heads, longest)
     return skinny_linear(attended, out_weight, out_bias, residual=message).view(class_tokens.shape)
 
 

@@ -74,11 +74,13 @@ def _skinny_linear_fwd_kernel(
     weight_ptr,
     bias_ptr,
     residual_ptr,
+    pooled_ptr,
     out_ptr,
     rows,
     x_stride,
     weight_stride,
     residual_stride,
+    pooled_stride,
     eps,
     WIDTH: tl.constexpr,
     OUT_WIDTH: tl.constexpr,
@@ -88,6 +90,7 @@ def _skinny_linear_fwd_kernel(
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     QUICK_GELU: tl.constexpr,
+    POOL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -120,6 +123,14 @@ def _skinny_linear_fwd_kernel(
     if HAS_RESIDUAL:
         residual = residual_ptr + row[:, None] * residual_stride + out_column[None, :]
         total += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+    if POOL > 1:
+        pooled = pooled_ptr + row[:, None] * pooled_stride + out_column[None, :]
+        total += tl.load(pooled, mask=inside, other=0.0).to(tl.float32)
+        # a block holds whole clips: [BLOCK_ROWS / POOL, POOL, BLOCK_COLUMNS]
+        total = tl.sum(tl.reshape(total, (BLOCK_ROWS // POOL, POOL, BLOCK_COLUMNS)), axis=1) / POOL
+        rows //= POOL
+        row = program % row_blocks * (BLOCK_ROWS // POOL) + tl.arange(0, BLOCK_ROWS // POOL)
+        inside = (row < rows)[:, None] & in_out[None, :]
     out = out_ptr + row[:, None] * OUT_WIDTH + out_column[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -141,6 +152,24 @@ def skinny_launches(rows: int, *, norm: bool = False, residual: bool = False, qu
     if rows <= MAX_ROWS:
         return min(rows, 1)
     return 1 + norm + (residual and not quick_gelu)
+
+
+def pools(rows: int, width: int, out_width: int, itemsize: int, frames: int) -> bool:
+    """Whether ``skinny_linear_mean`` means clips of this many frames in the product's own launch."""
+    if rows > MAX_ROWS or frames < 2:
+        return False
+    return tile(rows, width, out_width, itemsize).rows % frames == 0
+
+
+def skinny_linear_mean(
+    x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor, pooled_with: Tensor, frames: int
+) -> Tensor:
+    """Mean over each ``frames`` rows of ``pooled_with + residual + linear(x)``: rows (M, K) to (M / frames, N)."""
+    out_width = weight.shape[0]
+    if pools(x.shape[0], x.shape[1], out_width, x.element_size(), frames):
+        return _launch(as_rows(x), as_rows(weight), bias.contiguous(), None, residual, False, pooled_with, frames)
+    out = skinny_linear(x, weight, bias, residual=residual).add_(pooled_with)
+    return out.view(-1, frames, out_width).mean(1)
 
 
 def skinny_linear(
@@ -166,11 +195,19 @@ def skinny_linear(
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor, norm: Norm | None, residual: Tensor | None, quick_gelu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm: Norm | None,
+    residual: Tensor | None,
+    quick_gelu: bool,
+    pooled_with: Tensor | None = None,
+    pool: int = 1,
 ) -> Tensor:
     rows, width = x.shape
     out_width = weight.shape[0]
-    out = torch.empty(rows, out_width, dtype=x.dtype, device=x.device)
+    out = torch.empty(rows // pool, out_width, dtype=x.dtype, device=x.device)
+    pooled = None if pooled_with is None else as_rows(pooled_with)
     added = None if residual is None else as_rows(residual)
     shape = tile(rows, width, out_width, x.element_size())
     if rows:
@@ -182,11 +219,13 @@ def _launch(
                 weight_ptr=weight,
                 bias_ptr=bias,
                 residual_ptr=added,
+                pooled_ptr=pooled,
                 out_ptr=out,
                 rows=rows,
                 x_stride=x.stride(0),
                 weight_stride=weight.stride(0),
                 residual_stride=0 if added is None else added.stride(0),
+                pooled_stride=0 if pooled is None else pooled.stride(0),
                 eps=0.0 if norm is None else norm.eps,
                 WIDTH=width,
                 OUT_WIDTH=out_width,
@@ -196,6 +235,7 @@ def _launch(
                 HAS_NORM=norm is not None,
                 HAS_RESIDUAL=added is not None,
                 QUICK_GELU=quick_gelu,
+                POOL=pool,
                 PRECISION=dot_precision(x),
                 num_warps=shape.warps,
                 num_stages=shape.stages,

@@ -189,7 +189,7 @@ class VisionTower(reference.VisionTower):
 
     blocks = CrossFrameTransformer
 
-    def forward(self, video: Tensor, *, closed: bool = True):  # type: ignore[no-untyped-def, override]
+    def forward(self, video: Tensor, *, closed: bool = True):  # type: ignore[no-untyped-def]
         """Normalised video (B, T, 3, H, W) to frame features (B, T, E) and patch tokens (B, T, N, D).
 
         Args:
@@ -211,13 +211,16 @@ class MultiframeIntegration(reference.MultiframeIntegration):
 
     def forward(self, features: Tensor) -> Tensor:
         """Frame features (B, T, E) to video features (B, E)."""
-        x = features + temporal_positions(self.positional_embedding, features.shape[1]).to(features.dtype)
-        for block in self.resblocks:
-            x = _temporal_block(x, block)
-        return (features + x).mean(dim=1)
+        table = temporal_positions(self.positional_embedding, features.shape[1])[0]
+        positions: Tensor | None = table.to(features.dtype)
+        x: Tensor = features
+        *inner, last = self.resblocks
+        for block in inner:
+            x, positions = _temporal_block(x, block, positions=positions), None
+        return _temporal_block(x, last, positions=positions, pooled_with=features)
 
 
-def _temporal_block(x: Tensor, block: Any) -> Tensor:
+def _temporal_block(x: Tensor, block: Any, *, positions: Tensor | None, pooled_with: Tensor | None = None) -> Tensor:
     return temporal_block(
         x,
         block.ln_1.weight,
@@ -233,6 +236,8 @@ def _temporal_block(x: Tensor, block: Any) -> Tensor:
         block.mlp.c_proj.weight,
         block.mlp.c_proj.bias,
         block.attn.heads,
+        positions=positions,
+        pooled_with=pooled_with,
         eps=block.ln_1.eps,
     )
 

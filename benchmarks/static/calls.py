@@ -112,14 +112,16 @@ def message_attention(
 
 
 def temporal_block(
-    make: Make, clips: int, frames: int, heads: int, *, head_dim: int = 64, ragged: bool = False
+    make: Make, clips: int, frames: int, heads: int, *, head_dim: int = 64, ragged: bool = False, whole: bool = False
 ) -> list[Tensor]:
-    """The perceptron is four times as wide as the rows."""
+    """The perceptron is four times as wide as the rows; ``whole`` is all of MIT, with positions and mean."""
     width = heads * head_dim
     x = make(clips, frames, width)
+    ends = (make(frames, width), make(clips, frames, width)) if whole else (None, None)
     attention = (make(width), make(width), *_attention_weights(make, width))
     perceptron = make(width), make(width), make(4 * width, width), make(4 * width), make(width, 4 * width), make(width)
-    return [temporal_block_fwd(x, *attention, *perceptron, _bounds(x) if ragged else None, heads, frames, EPS)]
+    bounds = _bounds(x) if ragged else None
+    return [temporal_block_fwd(x, *attention, *perceptron, *ends, bounds, heads, frames, EPS)]
 
 
 def _attention_weights(make: Make, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -67,6 +67,7 @@ def _model(shape: str, config: XCLIPConfig, frames: int, batch: int) -> Iterator
         for ragged in (False, True):
             name = f"{shape} ragged" if ragged else shape
             yield Case(name, partial(call, make, batch, frames, heads, ragged=ragged))
+    yield Case(f"{shape} whole", partial(calls.temporal_block, make, batch, frames, config.embed_heads, whole=True))
     prompts = partial(calls.prompt_attention, make, batch, CLASSES, config.patches, narrow, config.embed_heads)
     yield Case(shape, partial(prompts, shared=True))
     yield Case(shape, partial(prompts, shared=False))

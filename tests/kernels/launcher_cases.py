@@ -48,6 +48,8 @@ CASES: dict[str, Callable[..., Any]] = {
         calls.message_attention, clips=2, frames=66, heads=1, head_dim=32, ragged=True
     ),
     "temporal_block": partial(calls.temporal_block, clips=2, frames=9, heads=1, head_dim=32),
+    "temporal_block whole": partial(calls.temporal_block, clips=3, frames=8, heads=1, head_dim=32, whole=True),
+    "temporal_block whole, odd": partial(calls.temporal_block, clips=2, frames=5, heads=1, head_dim=32, whole=True),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from harness import DEVICE, ON_GPU, check_op, kernel_dtypes, layouts, random
@@ -41,6 +43,16 @@ def arguments(
     }
 
 
+def whole(*frames: int, **options: Any) -> dict[str, object]:
+    """The arguments that make one block all of MIT."""
+    inputs = arguments(*frames, **options)
+    dtype = inputs["x"].dtype
+    return inputs | {
+        "positions": random(*inputs["x"].shape[1:], dtype=dtype),
+        "pooled_with": random(*inputs["x"].shape, dtype=dtype),
+    }
+
+
 def boundaries(*frames: int) -> Tensor:
     return torch.tensor(frames, dtype=torch.int32, device=DEVICE)
 
@@ -70,6 +82,27 @@ def tensors_of(inputs: dict[str, object]) -> list[Tensor]:
 def test_parity(clips: int, frames: int, heads: int, head_dim: int, hidden: int, dtype: torch.dtype) -> None:
     inputs = arguments(clips, frames, heads=heads, head_dim=head_dim, hidden=hidden, dtype=dtype)
     check_op(temporal_block, inputs, what="temporal_block", ceiling=CEILING)
+
+
+@kernel_dtypes
+@pytest.mark.parametrize(
+    ("clips", "frames", "heads"),
+    [(1, 1, 1), (1, 8, 2), (2, 8, 1), (5, 2, 1), (3, 4, 1), (1, 16, 1), (2, 32, 1), (2, 5, 2), (17, 2, 1), (2, 66, 1)],
+)
+def test_all_of_mit(clips: int, frames: int, heads: int, dtype: torch.dtype) -> None:
+    inputs = whole(clips, frames, heads=heads, dtype=dtype)
+    check_op(temporal_block, inputs, what="temporal_block whole", ceiling=CEILING)
+    for name in ("positions", "pooled_with"):
+        part = {key: x for key, x in inputs.items() if key != name}
+        check_op(temporal_block, part, what=f"temporal_block without {name}", ceiling=CEILING, gradients=False)
+
+
+@pytest.mark.parametrize("layout", ["offset", "padded", "strided", "transposed"])
+@pytest.mark.parametrize("name", ["positions", "pooled_with"])
+def test_layouts_of_mit(name: str, layout: str) -> None:
+    inputs = whole(2, 8)
+    inputs[name] = layouts(inputs[name])[layout]
+    check_op(temporal_block, inputs, what="temporal_block layouts", ceiling=CEILING)
 
 
 @kernel_dtypes
@@ -141,7 +174,7 @@ def test_torch_formulation(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bounds", [None, [0, 2, 5]], ids=["whole", "ragged"])
 def test_registered_op(bounds: list[int] | None) -> None:
     inputs = tensors_of(arguments(*((2, 3) if bounds is None else (6,))))
-    clips = (None, 1, 3) if bounds is None else (boundaries(*bounds), 1, 6)
+    clips = (None, None, None, 1, 3) if bounds is None else (None, None, boundaries(*bounds), 1, 6)
     torch.library.opcheck(torch.ops.xclip_fast.temporal_block, (*inputs, *clips, 1e-5))
 
 
@@ -151,8 +184,11 @@ def test_registered_op_without_kernels_has_exact_gradients(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     inputs = arguments(*((2, 3) if bounds is None else (6,)), heads=2, head_dim=3, hidden=5, dtype=torch.float64)
-    clips = (None, 2, 3) if bounds is None else (torch.tensor(bounds, dtype=torch.int32), 2, 4)
+    clips = (None, 2, 3) if bounds is None else (None, None, torch.tensor(bounds, dtype=torch.int32), 2, 4)
     tensors = [x.detach().cpu().requires_grad_() for x in tensors_of(inputs)]
+    if bounds is None:
+        ends = random(3, 6, dtype=torch.float64), random(2, 3, 6, dtype=torch.float64)
+        tensors += [x.cpu().requires_grad_() for x in ends]
     assert torch.autograd.gradcheck(
         lambda *args: torch.ops.xclip_fast.temporal_block(*args, *clips, 1e-5), tensors, fast_mode=True
     )
@@ -186,9 +222,21 @@ def test_autocast_as_modules() -> None:
 @pytest.mark.parametrize(("clips", "frames", "expected"), [(1, 8, 4), (2, 64, 4), (1, 65, 5), (17, 2, 5)])
 def test_launches_are_known(clips: int, frames: int, expected: int, launches: Launches) -> None:
     tensors = [x.detach() for x in tensors_of(arguments(clips, frames, dtype=torch.float16))]
-    call = (*tensors, None, 1, frames, 1e-5)
+    call = (*tensors, None, None, None, 1, frames, 1e-5)
     temporal_block_fwd(*call)
     assert len(launches.names) == expected_launches(*call) == expected
+
+
+@pytest.mark.skipif(ON_GPU, reason="the interpreter's pointer check counts the launches")
+@pytest.mark.parametrize(("clips", "frames", "outside"), [(1, 8, 0), (3, 16, 0), (1, 7, 2), (2, 32, 2), (17, 2, 1)])
+def test_all_of_mit_takes_no_more_launches(clips: int, frames: int, outside: int, launches: Launches) -> None:
+    inputs = whole(clips, frames, dtype=torch.float16)
+    tensors = [x.detach() for x in tensors_of(inputs)]
+    call = (*tensors, None, 1, frames, 1e-5)
+    temporal_block_fwd(*call)
+    # PyTorch's own sums and means are not counted here
+    assert len(launches.names) == expected_launches(*call) - outside
+    assert len(launches.names) == (4 if clips <= 16 else 5)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the interpreter's pointer check counts the launches")
@@ -243,6 +291,8 @@ def test_wrong_arguments_are_named() -> None:
         (r"proj_weight must have shape \(64, 48\) to fit x", {"proj_weight": inputs["fc_weight"]}),
         (r"norm2_weight must be torch.float32 like x", {"norm2_weight": inputs["norm2_weight"].half()}),
         ("heads must divide the width 64, found 5", {"heads": 5}),
+        (r"positions must be torch.float32 \(5, 64\) to fit x", {"positions": inputs["x"]}),
+        (r"pooled_with must be torch.float32 \(2, 5, 64\) to fit x", {"pooled_with": inputs["x"].half()}),
     ]
     for message, changed in bad:
         with pytest.raises(ValueError, match=message):

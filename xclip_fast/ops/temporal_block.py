@@ -44,12 +44,17 @@ def temporal_block(
     proj_bias: Tensor,
     heads: int,
     *,
+    positions: Tensor | None = None,
+    pooled_with: Tensor | None = None,
     cu_frames: Tensor | None = None,
     max_frames: int | None = None,
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> Tensor:
     """``y + proj(quick_gelu(fc(LN2(y))))`` of ``y = x + out(MHA(LN1(x)))``, attention among the frames of a clip.
+
+    With ``positions`` they are added to ``x`` first; with ``pooled_with`` the result is added to it and averaged over
+    the frames. One block with both is the whole of MIT.
 
     Args:
         x: (B, T, E), any strides. With ``cu_frames`` (F, E): ragged clips behind each other.
@@ -59,13 +64,15 @@ def temporal_block(
         fc_weight, fc_bias: (M, E) and (M,).
         proj_weight, proj_bias: (E, M) and (E,).
         heads: attention heads; the kernels take E / heads of 32, 64 and 128.
+        positions: (T, E) in the dtype of ``x``; not with ``cu_frames``.
+        pooled_with: (B, T, E) like ``x``, with T >= 1; not with ``cu_frames``.
         cu_frames, max_frames: ragged clips, as in ``message_attention``.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 
     Returns:
-        The shape and dtype of ``x``. The kernels sum, normalise and activate in float32; for the gradient only ``x`` is
-        kept.
+        The shape and dtype of ``x``; (B, E) with ``pooled_with``. The kernels sum, normalise and activate in float32;
+        for the gradient only the inputs are kept.
 
     Raises:
         ValueError: shapes, dtypes or boundaries do not fit, or the backend asked for cannot serve the call.
@@ -96,7 +103,9 @@ def temporal_block(
         "proj_bias": (proj_bias, (width,)),
     }
     check_parameters(x, "x", parameters)
-    tensors: Any = (x, *(tensor for tensor, _ in parameters.values()), cu_frames)
+    x, positions, pooled_with = cast_for_product(x, positions, pooled_with)
+    _check_clips(x, positions, pooled_with, cu_frames)
+    tensors: Any = (x, *(tensor for tensor, _ in parameters.values()), positions, pooled_with, cu_frames)
     chosen = choose("temporal_block", backend, *tensors, refusal=attention_refusal(width, heads))
     if chosen == "reference":
         return temporal_block_ref(*tensors, heads=heads, eps=eps)
@@ -119,16 +128,20 @@ def temporal_block_ref(
     fc_bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
+    positions: Tensor | None,
+    pooled_with: Tensor | None,
     cu_frames: Tensor | None,
     *,
     heads: int,
     eps: float,
 ) -> Tensor:
     """The definition."""
+    x = x if positions is None else x + positions
     attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
     x = frames_attention_ref(x, *attention, cu_frames, heads, eps)
     normed, _ = layer_norm_ref(x, norm2_weight, norm2_bias, None, None, eps)
-    return x + functional.linear(linear_quick_gelu_ref(normed.to(x.dtype), fc_weight, fc_bias), proj_weight, proj_bias)
+    x = x + functional.linear(linear_quick_gelu_ref(normed.to(x.dtype), fc_weight, fc_bias), proj_weight, proj_bias)
+    return x if pooled_with is None else (pooled_with + x).mean(1)
 
 
 def _temporal_block_torch(
@@ -145,18 +158,22 @@ def _temporal_block_torch(
     fc_bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
+    positions: Tensor | None,
+    pooled_with: Tensor | None,
     cu_frames: Tensor | None,
     *,
     heads: int,
     longest: int,
     eps: float,
 ) -> Tensor:
+    x = x if positions is None else x + positions
     attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
     width = x.shape[-1]
     rows = frames_attention_torch(x.reshape(-1, width), *attention, cu_frames, heads, longest, eps)
     normed = functional.layer_norm(rows, (width,), norm2_weight.to(x.dtype), norm2_bias.to(x.dtype), eps)
     pre = functional.linear(normed, fc_weight, fc_bias)
-    return (rows + functional.linear(pre * torch.sigmoid(SLOPE * pre), proj_weight, proj_bias)).view(x.shape)
+    x = (rows + functional.linear(pre * torch.sigmoid(SLOPE * pre), proj_weight, proj_bias)).view(x.shape)
+    return x if pooled_with is None else (pooled_with + x).mean(1)
 
 
 @custom_op("xclip_fast::temporal_block", mutates_args=())
@@ -174,6 +191,8 @@ def _temporal_block(
     fc_bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
+    positions: Tensor | None,
+    pooled_with: Tensor | None,
     cu_frames: Tensor | None,
     heads: int,
     longest: int,
@@ -181,7 +200,7 @@ def _temporal_block(
 ) -> Tensor:
     attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
     perceptron = norm2_weight, norm2_bias, fc_weight, fc_bias, proj_weight, proj_bias
-    tensors = (x, *attention, *perceptron, cu_frames)
+    tensors = (x, *attention, *perceptron, positions, pooled_with, cu_frames)
     if runs_kernels(x):
         from xclip_fast.kernels.temporal_block import temporal_block_fwd
 
@@ -190,8 +209,9 @@ def _temporal_block(
 
 
 @register_fake("xclip_fast::temporal_block")
-def _temporal_block_fake(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape)
+def _temporal_block_fake(x: Tensor, *arguments: Any) -> Tensor:
+    pooled_with = arguments[-5]
+    return x.new_empty(x.shape if pooled_with is None else (x.shape[0], x.shape[2]))
 
 
 @custom_op("xclip_fast::temporal_block_backward", mutates_args=())
@@ -240,17 +260,23 @@ def _temporal_block_backward_fake(grad: Tensor, x: Tensor, *arguments: Any) -> l
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.heads, ctx.longest, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, pooled_with, cu_frames, ctx.heads, ctx.longest, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, cu_frames)
+    ctx.pooled = pooled_with is not None
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    *tensors, _, cu_frames = ctx.saved_tensors
+    x, *tensors, _, positions, cu_frames = ctx.saved_tensors
+    if ctx.pooled:
+        grad = (grad / x.shape[1]).unsqueeze(1).expand(x.shape).contiguous()
+    tensors = [x if positions is None else x + positions, *tensors]
     grads = torch.ops.xclip_fast.temporal_block_backward(grad, *tensors, cu_frames, ctx.heads, ctx.longest, ctx.eps)
     grad_x, norm1_grads, *attention_grads, norm2_grads = grads[:7]
     norm1_grads = split_norm_grads(norm1_grads, *tensors[1:3])
     norm2_grads = split_norm_grads(norm2_grads, *tensors[7:9])
-    return grad_x, *norm1_grads, *attention_grads, *norm2_grads, *grads[7:], None, None, None, None
+    grad_positions = None if positions is None else grad_x.sum(0)
+    clips = grad_positions, grad if ctx.pooled else None, None
+    return grad_x, *norm1_grads, *attention_grads, *norm2_grads, *grads[7:], *clips, None, None, None
 
 
 register_autograd("xclip_fast::temporal_block", _backward, setup_context=_setup_context)
@@ -296,10 +322,27 @@ def _refusal(
     proj_bias: Tensor,
     heads: int,
     *,
+    positions: Tensor | None = None,
+    pooled_with: Tensor | None = None,
     cu_frames: Tensor | None = None,
     max_frames: int | None = None,
     eps: float = 1e-5,
 ) -> str | None:
     attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
     perceptron = norm2_weight, norm2_bias, fc_weight, fc_bias, proj_weight, proj_bias
-    return attention_refusal(x.shape[-1], heads) or kernel_refusal(x, *attention, *perceptron, cu_frames)
+    clips = positions, pooled_with, cu_frames
+    return attention_refusal(x.shape[-1], heads) or kernel_refusal(x, *attention, *perceptron, *clips)
+
+
+def _check_clips(x: Tensor, positions: Tensor | None, pooled_with: Tensor | None, cu_frames: Tensor | None) -> None:
+    if cu_frames is not None:
+        if positions is not None or pooled_with is not None:
+            raise ValueError("positions and pooled_with take clips of one length, found cu_frames: add them outside")
+        return
+    for name, tensor, shape in (("positions", positions, x.shape[1:]), ("pooled_with", pooled_with, x.shape)):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
+            raise ValueError(
+                f"{name} must be {x.dtype} {tuple(shape)} to fit x, found {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    if pooled_with is not None and not x.shape[1]:
+        raise ValueError(f"x must have at least one frame a clip to be averaged, found {tuple(x.shape)}")
