@@ -340,6 +340,9 @@ const char* fault(const PatchEmbedArguments& arguments) {
   if (arguments.height < 1 || arguments.height % arguments.patch != 0) return "patch_embed: height must be a multiple of patch";
   if (arguments.width < 1 || arguments.width % arguments.patch != 0) return "patch_embed: width must be a multiple of patch";
   if (arguments.height > kLongestSide || arguments.width > kLongestSide) return "patch_embed: frames are too large";
+  if (arguments.token_type < TokenType::kFloat16 || arguments.token_type > TokenType::kFloat32) {
+    return "patch_embed: no such token_type";
+  }
   if (reinterpret_cast<uintptr_t>(arguments.weight) % 16 != 0) return "patch_embed: weight must be 16-byte aligned";
   return nullptr;
 }

@@ -438,10 +438,10 @@ void emulate_tiles(const Case& c, Data& data) {
 const std::vector<Case> kCases = {
     // production shapes
     {"b32-224", 32, 3, 224, 224, 72},
-    {"b16-224", 16, 1, 224, 224, 72},
+    {"b16-224", 16, 1, 224, 224, 136},
     {"l14-224", 14, 1, 224, 224, 72},
     {"l14-336", 14, 1, 336, 336, 8},
-    {"b32-336", 32, 1, 320, 320, 16},
+    {"b32-320", 32, 1, 320, 320, 16},
     {"b16-336", 16, 1, 336, 336, 8},
     // widths around the tiles, and one that has no vectors
     {"wide", 16, 1, 32, 64, 264},
