@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint kernels-report gpu gpu-dry-run clean
+.PHONY: demo test ext lint kernels-report gpu gpu-dry-run clean
 
 demo: $(INSTALLED)
 	$(BIN)/xclip-fast demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests
+
+# everything in csrc/, the CUDA part where nvcc is, no GPU needed; a failure is an error
+ext: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" XCLIP_FAST_BUILD_EXT=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -31,7 +35,10 @@ $(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "xclip_fast needs Python 3.10 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[bench,cli,dev,openclip,video]'
+	# pip builds without torch; this takes half a minute, and without a compiler it says so and goes on
+	-PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 clean:
+	rm -f xclip_fast/*.so
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -71,18 +71,36 @@ def extension_arguments() -> dict[str, object]:
             # the operators need no Python, so their library fits every version of it
             return str(Path(filename).with_name("_native.so")) if name.endswith("_native") else filename
 
+        def build_extensions(self) -> None:
+            objects: tuple[str, ...] = ()
+            if nvcc:
+                try:
+                    objects = compile_cuda(nvcc, Path(self.build_temp))
+                except (CompileError, OSError, subprocess.CalledProcessError) as error:
+                    if MODE == "1":
+                        raise
+                    print(f"xclip_fast: an extension without CUDA: {error}", file=sys.stderr)
+            native.extra_objects += objects
+            native.define_macros += [("XCLIP_FAST_CUDA", "1")] * bool(objects)
+            for ext in self.extensions:
+                built_for = ARCHITECTURES.replace(";", " ") if objects else ""
+                ext.define_macros += [("XCLIP_FAST_ARCHITECTURES", f'"{built_for}"')]
+            try:
+                super().build_extensions()
+            except (OSError, subprocess.CalledProcessError) as error:
+                if MODE == "1":
+                    sys.exit(f"xclip_fast: the extension cannot be built: {error}")
+                print(f"xclip_fast: a package without compiled extension: {error}", file=sys.stderr)
+
         def build_extension(self, ext: Extension) -> None:
             try:
-                if nvcc and ext.name.endswith("_native"):
-                    ext.extra_objects += compile_cuda(nvcc, Path(self.build_temp))
                 super().build_extension(ext)
-            except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-                raise CompileError(f"xclip_fast: the extension was not built: {error}") from error
+            except RuntimeError as error:
+                # what setuptools takes for a failure of an optional extension
+                raise CompileError(str(error)) from error
 
-    built_for = ARCHITECTURES.replace(";", " ") if nvcc else ""
     common = {
-        "depends": [str(path) for path in sorted(Path("csrc").glob("*.h"))],
-        "define_macros": [("XCLIP_FAST_ARCHITECTURES", f'"{built_for}"'), *([("XCLIP_FAST_CUDA", "1")] * bool(nvcc))],
+        "depends": [str(path) for path in sorted(Path("csrc").glob("*"))],
         "optional": MODE == "auto",
     }
     native = Extension(
@@ -90,7 +108,7 @@ def extension_arguments() -> dict[str, object]:
         ["csrc/bindings.cpp", "csrc/patch_embed_cpu.cpp"],
         include_dirs=include_paths(),
         library_dirs=library_paths(),
-        libraries=["torch_cpu", *(["dl", "rt", "pthread"] if nvcc else [])],
+        libraries=["torch_cpu", "dl", "rt", "pthread"],
         extra_compile_args=[*CPU, STABLE],
         **common,
     )

@@ -50,7 +50,7 @@ def report() -> dict[str, Any]:
     backends = {name: {"purpose": purpose, **facts[name]} for name, (_, purpose) in LIBRARIES.items()}
     if triton["available"] and "cuda" not in torch:
         backends["triton"] |= _missing("no GPU for it here, torch does the work", triton["version"])
-    backends["extension"] = {"purpose": "CUDA kernels", **extension}
+    backends["extension"] = {"purpose": "patch embedding in C++ and CUDA", **extension}
     return {
         "version": xclip_fast.__version__,
         "python": platform.python_version(),
@@ -80,7 +80,7 @@ def _look_up(name: str) -> dict[str, Any]:
         if name == "torch":
             return _torch()
         if name == "extension":
-            return _missing("this installation has no compiled extension")
+            return _extension()
         if name in VIDEO:
             from xclip_fast.video.backends import BACKENDS
 
@@ -112,6 +112,15 @@ def _torch() -> dict[str, Any]:
         description = f"{device.name}, {memory}, compute capability {device.major}.{device.minor}"
         found["devices"].append({"name": f"cuda:{index}", "description": description})
     return found
+
+
+def _extension() -> dict[str, Any]:
+    from xclip_fast import _extension as extension
+
+    reason = extension.refusal()
+    if reason is not None:
+        return _missing(reason)
+    return {"available": True, "version": ", ".join(["cpu", *extension.architectures()]), "reason": None}
 
 
 def _ask(names: list[str]) -> dict[str, dict[str, Any]]:
