@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def _launches(batch: int, as_json: bool) -> None:
-    from benchmarks.launches import CLASSES, table
+    from xclip_fast.bench.launches import CLASSES, table
 
     rows = table(batch)
     if as_json:

@@ -12,10 +12,36 @@ from typing import Any, NamedTuple
 
 from xclip_fast.bench import inputs
 from xclip_fast.bench.inputs import Draw, Inputs
-from xclip_fast.config import XCLIPConfig
+from xclip_fast.config import VARIANTS, XCLIPConfig, resolve_config
 from xclip_fast.errors import InputError
 
 Make = Callable[[Draw], Inputs]
+
+# sizes to try a command with, and to test it: everything a model has, in a blink
+TINY = XCLIPConfig(
+    image_size=32,
+    patch_size=16,
+    vision_width=64,
+    vision_layers=2,
+    embed_dim=64,
+    text_width=64,
+    text_layers=1,
+    context_length=8,
+    vocab_size=64,
+    frames=4,
+)
+SIZES = VARIANTS | {"tiny": TINY}
+
+
+def config_of(variant: str, frames: int | None = None) -> XCLIPConfig:
+    """The sizes of a variant, or of "tiny", which is no published model.
+
+    Raises:
+        InputError: there is no such variant.
+    """
+    if variant not in SIZES:
+        raise InputError(f"unknown variant {variant!r}: choose one of {', '.join(SIZES)}")
+    return resolve_config(SIZES[variant], frames)
 
 
 class Load(NamedTuple):

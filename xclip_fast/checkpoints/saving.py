@@ -86,12 +86,7 @@ def _write_official(state: State, config: XCLIPConfig, path: Path) -> None:
 
 def _write_hf(state: State, config: XCLIPConfig, folder: Path) -> None:
     _refuse(folder, folder.exists() and not folder.is_dir(), "a folder")
-    renamed: State = {}
-    for name, tensor in state.items():
-        names = hf_names(name)
-        tensor = tensor.T if name in TRANSPOSED else tensor
-        # chunks and transposes are views, which safetensors does not write
-        renamed |= {theirs: part.clone(memory_format=torch.contiguous_format) for theirs, part in _pairs(names, tensor)}
+    renamed = huggingface_state(state)
     dtype = str(state["visual.conv1.weight"].dtype).removeprefix("torch.")
     settings, preprocessor = huggingface.configs_of(config, dtype)
     try:
@@ -103,6 +98,17 @@ def _write_hf(state: State, config: XCLIPConfig, folder: Path) -> None:
     for file, content in ((huggingface.CONFIG_FILE, settings), (huggingface.PREPROCESSOR_FILE, preprocessor)):
         with replacing(folder / file) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def huggingface_state(state: State) -> State:
+    """The same tensors under Hugging Face's names and in its shapes, each in memory of its own."""
+    renamed: State = {}
+    for name, tensor in state.items():
+        names = hf_names(name)
+        tensor = tensor.T if name in TRANSPOSED else tensor
+        # chunks and transposes are views, which safetensors does not write
+        renamed |= {theirs: part.clone(memory_format=torch.contiguous_format) for theirs, part in _pairs(names, tensor)}
+    return renamed
 
 
 _WRITERS: dict[str, Callable[[State, XCLIPConfig, Path], None]] = {

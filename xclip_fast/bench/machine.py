@@ -1,0 +1,139 @@
+"""The machine a run is made on: what it is, what is free, how fast it multiplies and copies, how it is clocked."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import xclip_fast
+from xclip_fast.bench.timing import sampler
+
+LIBRARIES = ("triton", "transformers", "open_clip_torch", "numpy")
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Machine, versions, commit, settings and time, JSON-ready; no user, host or path is in it."""
+    found: dict[str, Any] = {
+        "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "xclip_fast": xclip_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+        "gpu": None,
+    }
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = None
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        found["gpu"] = properties.name
+        found["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = torch.backends.cudnn.version()
+        found["driver"] = _driver()
+        matmul = torch.backends.cuda.matmul
+        found["tf32"] = matmul.allow_tf32
+        found["bf16_reduced_precision_reduction"] = matmul.allow_bf16_reduced_precision_reduction
+    return found
+
+
+def ceilings(device: str, dtypes: tuple[str, ...], seconds: float = 0.5) -> dict[str, float]:
+    """Product rate of each dtype in TFLOP/s (square matrices of random numbers), and of a copy in GB/s, both ways."""
+    on_gpu = device.startswith("cuda")
+    side = 8192 if on_gpu else 2048
+    found = {}
+    for dtype in dtypes:
+        left, right = (torch.randn(side, side).to(device, getattr(torch, dtype)) for _ in range(2))
+        out = torch.empty_like(left)
+        found[f"{dtype}_tflops"] = 2 * side**3 / _best(_product(left, right, out), device, seconds) / 1e12
+    source = torch.randn((1 << 30 if on_gpu else 1 << 28) // 4).to(device)
+    target = torch.empty_like(source)
+    found["copy_gbs"] = 2 * source.nbytes / _best(lambda: target.copy_(source), device, seconds) / 1e9
+    return found
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
+    return lambda: torch.mm(left, right, out=out)
+
+
+def _best(run: Callable[[], object], device: str, seconds: float) -> float:
+    run()
+    sample = sampler(run, device, seconds / 3, graph=False)
+    return min(sample() for _ in range(3))
+
+
+def available_memory(device: str) -> int:
+    """Bytes that a program may still take."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found = int(line.split()[1]) * 1024
+        # a container may allow less
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        return found if limit == "max" else min(found, int(limit) - int(used))
+    except (OSError, ValueError):
+        return found
+
+
+class Clock:
+    """The GPU's clock in MHz, where it can be read."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device if device.startswith("cuda") else None
+
+    def __call__(self) -> float | None:
+        """The clock now, or nothing."""
+        if self.device is None:
+            return None
+        try:
+            return float(torch.cuda.clock_rate(self.device))
+        except (RuntimeError, ModuleNotFoundError):
+            self.device = None
+            return None
+
+
+def _commit() -> str:
+    root = Path(xclip_fast.__file__).parents[1]
+    if not (root / ".git").exists():
+        return "installed"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split("\n")[0] or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

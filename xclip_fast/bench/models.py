@@ -1,0 +1,254 @@
+"""A whole model measured: every provider checked against float64 first, then timed in turn with the baseline."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xclip_fast.bench.cases import config_of
+from xclip_fast.bench.machine import Clock, available_memory
+from xclip_fast.bench.memory import estimate, peak_memory
+from xclip_fast.bench.providers import (
+    BASELINES,
+    PROVIDERS,
+    Classify,
+    Setting,
+    UnavailableError,
+    check_names,
+    setting_of,
+)
+from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Case, Check, Roof, Row, Timing, finite
+from xclip_fast.bench.timing import BLOCK, Sample, alternate, noise_of, sampler, timing_of, wall
+from xclip_fast.errors import InputError
+from xclip_fast.flops import count
+from xclip_fast.numerics import TOLERANCES, poisoned_memory, relative_error
+
+_log = logging.getLogger("xclip_fast")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        blocks: of baseline, provider, provider, baseline.
+        block: seconds of one of these four.
+        memory: measure the peak memory too, in a process of its own.
+    """
+
+    blocks: int = 5
+    block: float = BLOCK
+    memory: bool = True
+
+
+def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings: dict[str, float]) -> Iterator[Row]:
+    """A row (on a GPU two: replayed graph, and as a user sees it) for each provider, as soon as it is known.
+
+    Raises:
+        InputError: an unknown provider, or less memory than the case needs.
+    """
+    check_names(list(providers))
+    setting = setting_of(case)
+    needed, free = estimate(case), available_memory(case.device)
+    if needed > free:
+        raise InputError(
+            f"{case.variant}, {case.frames} frames, batch {case.batch}, {case.dtype} needs about "
+            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: ask for a smaller batch"
+        )
+    inputs = inputs_of(setting)
+    truth = _truth(setting, inputs)
+    name, baseline, torch_error = _baseline(setting, inputs, truth)
+    methods = ("graph", "wall") if case.device != "cpu" and case.direction == "forward" else ("wall",)
+    bases = {
+        method: _Base(name, method, _sample(baseline, inputs, case, method, effort), case, effort) for method in methods
+    }
+    for provider in providers:
+        built: Any = None
+        try:
+            built = baseline if provider == name else prepared(PROVIDERS[provider].build(setting), case)
+            check = _check(provider, built, setting, inputs, truth, torch_error)
+            if not check.passed:
+                yield Row(case, provider, WRONG, "beyond the allowance: nothing is timed", check)
+                continue
+            for method in methods:
+                timing = bases[method].against(
+                    None if provider == name else _sample(built, inputs, case, method, effort)
+                )
+                memory = peak_memory(case, provider) if effort.memory else None
+                yield replace(_row(case, provider, check, timing, ceilings), memory_mb=memory)
+        except UnavailableError as error:
+            yield Row(case, provider, UNAVAILABLE, str(error))
+        except Exception as error:
+            # the other providers still have their turn
+            _log.debug("%s failed", provider, exc_info=True)
+            yield Row(case, provider, FAILED, f"{type(error).__name__}: {error}"[:300])
+        finally:
+            del built
+            _free(case)
+
+
+def inputs_of(setting: Setting) -> tuple[Tensor, Tensor]:
+    """Frames and encoded class texts, random, in the dtype and on the device of the case."""
+    case, config = setting.case, setting.config
+    generator = torch.Generator().manual_seed(1)
+    size = config.image_size
+    video = torch.randn(case.batch, case.frames, 3, size, size, generator=generator)
+    text = torch.randn(case.classes, config.embed_dim, generator=generator)
+    return video.to(case.device, setting.dtype), text.to(case.device, setting.dtype)
+
+
+def step(classify: Classify, inputs: tuple[Tensor, Tensor], train: bool) -> Callable[[], Tensor]:
+    """One call as it is timed: logits, or forward and backward of all parameters."""
+    video, text = inputs
+    if not train:
+
+        def forward() -> Tensor:
+            with torch.inference_mode():
+                return classify(video, text)
+
+        return forward
+    assert isinstance(classify, nn.Module)
+    module = classify
+
+    def train_step() -> Tensor:
+        module.zero_grad(set_to_none=True)
+        logits = classify(video, text)
+        logits.float().square().mean().backward()
+        return logits
+
+    return train_step
+
+
+def prepared(classify: Classify, case: Case) -> Classify:
+    """The classifier in the mode of the case.
+
+    Raises:
+        UnavailableError: it cannot be trained, and is asked to.
+    """
+    if case.direction == "train" and not isinstance(classify, nn.Module):
+        raise UnavailableError("it does not train")
+    if isinstance(classify, nn.Module):
+        classify.train(case.direction == "train").requires_grad_(case.direction == "train")
+    return classify
+
+
+def _answers(classify: Classify, inputs: tuple[Tensor, Tensor], train: bool) -> dict[str, Tensor]:
+    """What is compared: logits, and in training the gradient of the frames, which every layer has passed."""
+    video, text = inputs
+    if not train:
+        with torch.inference_mode():
+            return {"logits": classify(video, text)}
+    video = video.detach().requires_grad_()
+    logits = classify(video, text)
+    (grad,) = torch.autograd.grad(logits.float().square().mean() * logits.numel(), video)
+    return {"logits": logits.detach(), "d video": grad}
+
+
+def _truth(setting: Setting, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """The answers of the definition in float64, a video at a time: it takes eight bytes a number."""
+    exact = Setting(replace(setting.case, dtype="float64"), setting.config, setting.state)
+    model = prepared(PROVIDERS["reference"].build(exact), setting.case)
+    video, text = (x.double() for x in inputs)
+    train = setting.case.direction == "train"
+    found = [_answers(model, (one, text), train) for one in video.split(1)]
+    return {name: torch.cat([answers[name] for answers in found]).cpu() for name in found[0]}
+
+
+def _error(classify: Classify, inputs: tuple[Tensor, Tensor], truth: dict[str, Tensor], train: bool) -> float:
+    # nothing that a provider leaves unwritten may look like a result
+    with poisoned_memory():
+        found = _answers(classify, inputs, train)
+    return max(relative_error(found[name], exact) for name, exact in truth.items())
+
+
+def _baseline(setting: Setting, inputs: tuple[Tensor, Tensor], truth: dict[str, Tensor]) -> tuple[str, Classify, float]:
+    train = setting.case.direction == "train"
+    for name in BASELINES:
+        try:
+            built = prepared(PROVIDERS[name].build(setting), setting.case)
+            return name, built, _error(built, inputs, truth, train)
+        except UnavailableError as error:
+            _log.debug("%s is no baseline here: %s", name, error)
+    raise InputError("no baseline runs here")
+
+
+def _check(
+    provider: str,
+    built: Classify,
+    setting: Setting,
+    inputs: tuple[Tensor, Tensor],
+    truth: dict[str, Tensor],
+    torch_error: float,
+) -> Check:
+    found = PROVIDERS[provider]
+    tolerance = TOLERANCES[setting.dtype]
+    # gradients have passed twice as many roundings
+    model = tolerance.model * (4 if setting.case.direction == "train" else 1)
+    allowed = found.limit or min(2 * torch_error + tolerance.rounding, max(model, torch_error))
+    if not found.same:
+        return Check("none: it computes something else", None, torch_error, allowed, True)
+    error = _error(built, inputs, truth, setting.case.direction == "train")
+    return Check("the definition in float64", finite(error), torch_error, allowed, error <= allowed)
+
+
+def _sample(built: Classify, inputs: tuple[Tensor, Tensor], case: Case, method: str, effort: Effort) -> Sample:
+    run = step(built, inputs, case.direction == "train")
+    run()  # compilers and caches work outside of the time
+    if case.device == "cpu":
+        return sampler(run, case.device, effort.block, graph=False)
+    return sampler(run, case.device, effort.block, graph=True) if method == "graph" else wall(run, effort.block)
+
+
+class _Base:
+    """The baseline by one method, and how far it strays from itself."""
+
+    def __init__(self, name: str, method: str, sample: Sample, case: Case, effort: Effort) -> None:
+        self.name, self.method, self.sample, self.effort = name, method, sample, effort
+        self.clock = Clock(case.device)
+        self.itself = alternate(sample, sample, effort.blocks, self.clock)
+        self.noise = noise_of(self.itself)
+
+    def against(self, other: Sample | None) -> Timing:
+        """The baseline in turn with another provider, or with itself."""
+        blocks = self.itself if other is None else alternate(self.sample, other, self.effort.blocks, self.clock)
+        return timing_of(blocks, self.name, self.noise, method=self.method)
+
+
+def _row(case: Case, provider: str, check: Check, timing: Timing, ceilings: dict[str, float]) -> Row:
+    roof = roof_of(case, timing, ceilings) if PROVIDERS[provider].same else None
+    return Row(case, provider, TIMED, None, check, timing, roof, launches=_launches(case, provider))
+
+
+def roof_of(case: Case, timing: Timing, ceilings: dict[str, float]) -> Roof | None:
+    """What is left after exact rewrites, at the measured product rate; weights and frames read once."""
+    rate = ceilings.get(f"{case.dtype}_tflops")
+    if rate is None:
+        return None
+    config = config_of(case.variant, case.frames)
+    counted = count(config, case.frames, case.classes, case.batch, formulation="fused")
+    flops = 2 * (counted.macs - counted.parts["text"]) * (3 if case.direction == "train" else 1)
+    itemsize = getattr(torch, case.dtype).itemsize
+    moved = itemsize * (counted.parameters + case.batch * case.frames * 3 * config.image_size**2)
+    floor = max(flops / (rate * 1e12), moved / (ceilings["copy_gbs"] * 1e9)) * 1e3
+    return Roof(flops, moved, floor, floor / timing.median_ms)
+
+
+def _launches(case: Case, provider: str) -> int | None:
+    from xclip_fast.bench import launches
+
+    counted = {"layers": launches.ours, "reference": launches.official, "hf-sdpa": launches.huggingface}
+    if case.direction != "forward" or provider not in counted:
+        return None
+    return sum(counted[provider](config_of(case.variant, case.frames), case.batch).values())
+
+
+def _free(case: Case) -> None:
+    gc.collect()
+    if case.device != "cpu":
+        torch.cuda.empty_cache()

@@ -1,0 +1,280 @@
+"""Who computes a model: ours, Hugging Face's in several ways, the plain definition; looked up when it is asked for.
+
+Every provider has the same weights and classifies the same frames against the same encoded class texts. One that cannot
+run here raises ``UnavailableError`` with the reason, which becomes its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from xclip_fast.bench.cases import config_of
+from xclip_fast.bench.inputs import OUTLIER_SCALE, OUTLIERS
+from xclip_fast.bench.record import Case
+from xclip_fast.config import XCLIPConfig
+from xclip_fast.errors import InputError
+
+State = dict[str, Tensor]
+Classify = Callable[[Tensor, Tensor], Tensor]
+
+
+class UnavailableError(Exception):
+    """Why a provider cannot run here."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a provider is built for: the case, the sizes, and the weights in float32 on the CPU."""
+
+    case: Case
+    config: XCLIPConfig
+    state: State
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and frames."""
+        found: torch.dtype = getattr(torch, self.case.dtype)
+        return found
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute the model.
+
+    Attributes:
+        what: a line for a table.
+        build: takes frames (B, T, 3, H, W) and encoded texts (K, E) to logits (B, K); a module can be trained.
+        limit: what it may err instead of twice plain torch's error, where it rounds more on purpose.
+        same: it computes X-CLIP; a floor computes something cheaper, and passes no gate.
+    """
+
+    what: str
+    build: Callable[[Setting], Classify]
+    limit: float | None = None
+    same: bool = True
+
+
+def setting_of(case: Case) -> Setting:
+    """Sizes and weights of a case: random, with outlier channels in the residual stream as trained models have them."""
+    return Setting(case, config_of(case.variant, case.frames), _state(case.variant, case.frames))
+
+
+@lru_cache(maxsize=1)
+def _state(variant: str, frames: int) -> State:
+    from xclip_fast.model import create_model
+
+    model = create_model(config_of(variant, frames), seed=0)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state["visual.ln_pre.weight"][list(OUTLIERS)] *= OUTLIER_SCALE
+    return state
+
+
+class _Ours(nn.Module):
+    """A model of this library as a classifier."""
+
+    def __init__(self, model: Any, setting: Setting) -> None:
+        super().__init__()
+        weights = {name: tensor.to(setting.case.device, setting.dtype) for name, tensor in setting.state.items()}
+        model.load_state_dict(weights, assign=True)
+        self.model = model
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        logits: Tensor = self.model.logits(self.model.encode_video(video), text)
+        return logits
+
+
+class _HuggingFace(nn.Module):
+    """``XCLIPModel`` without its text tower, which is spent once for a set of classes."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        model: Any = self.model
+        batch, frames = video.shape[:2]
+        seen = model.vision_model(pixel_values=video.flatten(0, 1))
+        features = model.visual_projection(seen[1]).unflatten(0, (batch, frames))
+        embedding = model.mit(features)[1]
+        patches = model.prompts_visual_layernorm(seen[0][:, 1:]) @ model.prompts_visual_projection
+        patches = patches.unflatten(0, (batch, frames)).mean(1)
+        texts = text.expand(batch, -1, -1)
+        texts = texts + model.prompts_generator(texts, patches)
+        cosine = torch.einsum("be,bke->bk", normalize(embedding, dim=-1), normalize(texts, dim=-1))
+        return model.logit_scale.exp() * cosine
+
+
+def _reference(setting: Setting) -> Classify:
+    from xclip_fast.reference import XCLIP
+
+    with torch.device("meta"):
+        model = XCLIP(setting.config).eval()
+    return _Ours(model, setting)
+
+
+def _layers(setting: Setting) -> Classify:
+    from xclip_fast.model import XCLIP
+
+    with torch.device("meta"):
+        model = XCLIP(setting.config).eval()
+    return _Ours(model, setting)
+
+
+def _layers_compiled(setting: Setting) -> Classify:
+    return _compiled(_layers(setting), "default")
+
+
+def _huggingface(attention: str) -> Callable[[Setting], Classify]:
+    def build(setting: Setting) -> Classify:
+        try:
+            import transformers
+        except ImportError as error:
+            raise UnavailableError(f"transformers does not import: {error}") from error
+        from xclip_fast.checkpoints.huggingface import configs_of
+        from xclip_fast.checkpoints.saving import huggingface_state
+
+        if not hasattr(transformers, "XCLIPModel"):
+            raise UnavailableError(f"transformers {transformers.__version__} has no XCLIPModel")
+        settings = transformers.XCLIPConfig(**configs_of(setting.config, "float32")[0], attn_implementation=attention)
+        # first values drawn on a GPU are there at once
+        with torch.device(setting.case.device), torch.random.fork_rng(devices=[]):
+            model = transformers.XCLIPModel(settings).eval()
+        lacking = model.load_state_dict(huggingface_state(setting.state), strict=False)
+        if lost := [name for name in lacking.missing_keys if not name.endswith("position_ids")]:
+            raise UnavailableError(f"this version of transformers has other weights: {', '.join(lost[:3])}")
+        return _HuggingFace(model.to(setting.case.device, setting.dtype))
+
+    return build
+
+
+def _optimized(setting: Setting) -> Classify:
+    from xclip_fast.patch import optimize
+
+    found: Any = _huggingface("sdpa")(setting)
+    optimize(found.model)
+    classify: Classify = found
+    return classify
+
+
+class _Compiled(nn.Module):
+    """A compiled module that runs with one backend of PyTorch's attention."""
+
+    def __init__(self, inner: nn.Module, mode: str, attention: str | None) -> None:
+        super().__init__()
+        # a graph of its own is captured around it, so the compiler makes none
+        mode = "max-autotune-no-cudagraphs" if mode == "max-autotune" else mode
+        self.inner = torch.compile(inner, mode=mode)
+        self.attention = attention
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        chosen = getattr(SDPBackend, self.attention) if self.attention else None
+        with sdpa_kernel(chosen) if chosen is not None else nullcontext():
+            found: Tensor = self.inner(video, text)
+        return found
+
+
+def _compiled(inner: Any, mode: str, attention: str | None = None) -> Classify:
+    torch.compiler.reset()
+    return _Compiled(inner, mode, attention)
+
+
+def _huggingface_compiled(mode: str, attention: str | None = None) -> Callable[[Setting], Classify]:
+    def build(setting: Setting) -> Classify:
+        if attention and not setting.case.device.startswith("cuda"):
+            raise UnavailableError("this attention backend needs a GPU")
+        return _compiled(_huggingface("sdpa")(setting), mode, attention)
+
+    return build
+
+
+def _engine(dtype: str | None = None) -> Callable[[Setting], Classify]:
+    def build(setting: Setting) -> Classify:
+        import xclip_fast
+
+        made = getattr(xclip_fast, "Engine", None)
+        if made is None:
+            raise UnavailableError("this version has no engine")
+        if setting.case.direction == "train":
+            raise UnavailableError("the engine is for inference")
+        model: Any = _layers(replace(setting, case=replace(setting.case, dtype="float32")))
+        try:
+            engine = made(model.model, dtype=dtype or setting.case.dtype, device=setting.case.device)
+        except (InputError, ValueError, ImportError) as error:
+            raise UnavailableError(str(error)) from error
+        return lambda video, text: engine.logits(engine.encode_video(video), text)
+
+    return build
+
+
+def _open_clip_frames(setting: Setting) -> Classify:
+    """CLIP's image tower on every frame by itself: what a video model costs over an image model."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UnavailableError(f"open_clip does not import: {error}") from error
+    names = {"B/32": "ViT-B-32-quickgelu", "B/16": "ViT-B-16-quickgelu", "L/14": "ViT-L-14-quickgelu"}
+    names["L/14-336"] = "ViT-L-14-336-quickgelu"
+    if setting.case.variant not in names:
+        raise UnavailableError("open_clip has no image model of these sizes")
+    # random weights: nothing is fetched
+    model = open_clip.create_model(names[setting.case.variant], pretrained=None, load_weights=False)
+    return _Frames(model.visual.to(setting.case.device, setting.dtype))
+
+
+class _Frames(nn.Module):
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        features = self.visual(video.flatten(0, 1)).unflatten(0, video.shape[:2]).mean(1)
+        return normalize(features, dim=-1) @ normalize(text, dim=-1).T
+
+
+# the cosines of quantised models stay above 0.999, which is an error of 0.045
+QUANTISED = 0.05
+
+PROVIDERS: dict[str, Provider] = {
+    "hf-sdpa": Provider("Hugging Face, eager, PyTorch's fused attention", _huggingface("sdpa")),
+    "hf-eager": Provider("Hugging Face, eager, plain attention", _huggingface("eager")),
+    "reference": Provider("the definition, plain PyTorch in the official order", _reference),
+    "layers": Provider("xclip_fast.create_model, the fused layers", _layers),
+    "optimized": Provider("Hugging Face after xclip_fast.optimize", _optimized),
+    "engine": Provider("xclip_fast.Engine in the case's dtype", _engine()),
+    "engine-int8": Provider("xclip_fast.Engine, int8", _engine("int8"), QUANTISED),
+    "engine-float8": Provider("xclip_fast.Engine, float8_e4m3fn", _engine("float8_e4m3fn"), QUANTISED),
+    "hf-compile": Provider("Hugging Face, torch.compile", _huggingface_compiled("default")),
+    "hf-compile-max": Provider("Hugging Face, torch.compile max-autotune", _huggingface_compiled("max-autotune")),
+    "hf-compile-max-flash": Provider(
+        "the same with flash attention", _huggingface_compiled("max-autotune", "FLASH_ATTENTION")
+    ),
+    "hf-compile-max-cudnn": Provider(
+        "the same with cuDNN's attention", _huggingface_compiled("max-autotune", "CUDNN_ATTENTION")
+    ),
+    "layers-compile": Provider("the fused layers, torch.compile", _layers_compiled),
+    "open_clip-frames": Provider("CLIP's image tower on single frames, a floor", _open_clip_frames, same=False),
+}
+
+QUICK = ("hf-sdpa", "reference", "layers", "optimized", "engine", "engine-int8", "engine-float8")
+BASELINES = ("hf-sdpa", "reference")  # the first that runs here
+
+
+def check_names(names: list[str]) -> None:
+    """Refuse what is no provider.
+
+    Raises:
+        InputError: with the names that there are.
+    """
+    for name in names:
+        if name not in PROVIDERS:
+            raise InputError(f"unknown provider {name!r}: choose one of {', '.join(PROVIDERS)}")

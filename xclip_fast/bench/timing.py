@@ -1,0 +1,180 @@
+"""How time is taken: calls in blocks of at most half a second, two contenders in turn, medians and their spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from xclip_fast.bench.record import Timing
+
+Sample = Callable[[], float]
+
+BLOCK = 0.5  # seconds of a block at most
+GROUP = 1e-3  # seconds between two GPU events at least: shorter ones measure the events
+CACHE = 256 << 20  # bytes written to make a cache cold
+CLOCK_DRIFT = 0.03  # a block whose clock is further from the median is dropped
+
+
+def sampler(run: Callable[[], object], device: str, block: float = BLOCK, *, graph: bool, cold: bool = False) -> Sample:
+    """A function that runs a block of calls and returns the median seconds of one.
+
+    Args:
+        run: one call; it returns when the work is queued.
+        device: "cpu" or a CUDA device.
+        block: seconds of a block; at least one call is timed.
+        graph: replay a CUDA graph of the call.
+        cold: overwrite the caches before each call, outside of the time.
+
+    Raises:
+        RuntimeError: the call cannot be captured into a graph.
+    """
+    if not device.startswith("cuda"):
+        return _cold_cpu(run, block) if cold else _cpu(run, block)
+    return _events(_captured(run) if graph else run, block, cold)
+
+
+def _cpu(run: Callable[[], object], block: float) -> Sample:
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return lambda: timer.blocked_autorange(min_run_time=block).median
+
+
+def _cold_cpu(run: Callable[[], object], block: float) -> Sample:
+    flush = torch.empty(CACHE, dtype=torch.uint8)
+
+    def sample() -> float:
+        found: list[float] = []
+        end = time.perf_counter() + block
+        while not found or time.perf_counter() < end:
+            flush.fill_(len(found) % 255)
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+        return float(np.median(found))
+
+    return sample
+
+
+def wall(run: Callable[[], object], block: float = BLOCK) -> Sample:
+    """Seconds of one call on a GPU as a user sees them: from the call to the end of its work."""
+
+    def sample() -> float:
+        found: list[float] = []
+        end = time.perf_counter() + block
+        torch.cuda.synchronize()
+        while not found or time.perf_counter() < end:
+            start = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            found.append(time.perf_counter() - start)
+        return float(np.median(found))
+
+    return sample
+
+
+def _captured(run: Callable[[], object]) -> Callable[[], object]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _events(run: Callable[[], object], block: float, cold: bool) -> Sample:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush = torch.empty(CACHE if cold else 0, dtype=torch.uint8, device="cuda")
+
+    def group(calls: int) -> float:
+        if cold:
+            flush.zero_()
+        start.record()
+        for _ in range(calls):
+            run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3 / calls
+
+    def sample() -> float:
+        first = group(1)
+        # one call after each flush: a second one would find the cache warm
+        calls = 1 if cold else max(1, int(GROUP / max(first, 1e-7)) + 1)
+        found: list[float] = []
+        end = time.perf_counter() + block
+        while not found or time.perf_counter() < end:
+            found.append(group(calls))
+        return float(np.median(found))
+
+    return sample
+
+
+@dataclass
+class Blocks:
+    """Blocks of first, second, second, first: the times of both, and the ratio of each block."""
+
+    first: list[float] = field(default_factory=list)
+    second: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    clocks: list[float] = field(default_factory=list)
+
+    @property
+    def kept(self) -> list[int]:
+        """The blocks whose clock is that of the run."""
+        if len(self.clocks) != len(self.ratios):
+            return list(range(len(self.ratios)))
+        usual = float(np.median(self.clocks))
+        return [index for index, clock in enumerate(self.clocks) if abs(clock / usual - 1) <= CLOCK_DRIFT]
+
+
+def alternate(first: Sample, second: Sample, blocks: int, clock: Callable[[], float | None]) -> Blocks:
+    """Take turns: first, second, second, first, so that a drift of the machine falls on both."""
+    found = Blocks()
+    for _ in range(blocks):
+        before, one, two, after = first(), second(), second(), first()
+        found.first += [before, after]
+        found.second += [one, two]
+        found.ratios.append((before + after) / (one + two))
+        if (mhz := clock()) is not None:
+            found.clocks.append(mhz)
+    return found
+
+
+def noise_of(blocks: Blocks) -> float:
+    """How far the ratio of a contender against itself strays from 1."""
+    return float(np.percentile(np.abs(np.array(blocks.ratios) - 1), 90))
+
+
+def timing_of(blocks: Blocks, baseline: str, noise: float, *, method: str, cache: str = "warm") -> Timing:
+    """The figures of the second contender; a gain that does not leave the noise is no difference."""
+    kept = blocks.kept
+    times = np.array([blocks.second[2 * index + half] for index in kept for half in (0, 1)]) * 1e3
+    ratios = np.array([blocks.ratios[index] for index in kept])
+    low, high = (float(np.percentile(ratios, part)) for part in (10, 90))
+    median = float(np.median(times))
+    return Timing(
+        method=method,
+        cache=cache,
+        median_ms=median,
+        p10_ms=float(np.percentile(times, 10)),
+        p90_ms=float(np.percentile(times, 90)),
+        mad_ms=float(np.median(np.abs(times - median))),
+        baseline=baseline,
+        ratio=float(np.median(ratios)),
+        ratio_p10=low,
+        ratio_p90=high,
+        noise=noise,
+        verdict="faster" if low > 1 + noise else "slower" if high < 1 - noise else "no difference",
+        blocks=len(kept),
+        dropped=len(blocks.ratios) - len(kept),
+        clock_mhz=(min(blocks.clocks), max(blocks.clocks)) if blocks.clocks else None,
+    )
