@@ -18,6 +18,7 @@ from xclip_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
 from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd, quick_gelu_bwd
 from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd, mean_norm_over_frames_fwd
 from xclip_fast.kernels.message_attention import message_attention_fwd, message_key_value_fwd
+from xclip_fast.kernels.patch_embed import patch_embed_fwd
 from xclip_fast.kernels.prompt_attention import prompt_attention_bwd, prompt_attention_fwd
 from xclip_fast.kernels.temporal_block import temporal_block_fwd
 
@@ -74,6 +75,18 @@ def clip_logits(make: Make, batch: int, classes: int, width: int, *, residual: b
     inputs: list[Tensor | None] = [make(batch, width), make(classes, width), make(batch, classes, width)]
     inputs += [make(width), make(), make(batch, classes, width) if residual else None]
     return [clip_logits_fwd(*inputs), *clip_logits_bwd(make(batch, classes), *inputs)]
+
+
+def patch_embed(
+    make: Make, frames: int, grid: int, patch: int, width: int, *, pixels: torch.dtype | None = None
+) -> list[Tensor]:
+    """``pixels`` is their dtype: bytes with channels last, or planes of normalised numbers."""
+    side = grid * patch
+    images = make(frames, 3, side, side, dtype=pixels).permute(0, 2, 3, 1)
+    if pixels == torch.uint8:
+        images = make(frames, side, side, 3, dtype=pixels)
+    weights = make(width, 3, patch, patch), make(width), make(1 + grid**2, width), make(width), make(width)
+    return [*patch_embed_fwd(images, *weights, EPS, [[0.02] * 3, [-1.5] * 3], weights[0].dtype)]
 
 
 def prompt_attention(

@@ -68,6 +68,10 @@ def _model(shape: str, config: XCLIPConfig, frames: int, batch: int) -> Iterator
             name = f"{shape} ragged" if ragged else shape
             yield Case(name, partial(call, make, batch, frames, heads, ragged=ragged))
     yield Case(f"{shape} whole", partial(calls.temporal_block, make, batch, frames, config.embed_heads, whole=True))
+    side = config.image_size // config.patch_size
+    patches = partial(calls.patch_embed, make, images, side, config.patch_size, wide)
+    yield Case(f"{shape} bytes", partial(patches, pixels=torch.uint8))
+    yield Case(f"{shape} floats", patches)
     prompts = partial(calls.prompt_attention, make, batch, CLASSES, config.patches, narrow, config.embed_heads)
     yield Case(shape, partial(prompts, shared=True))
     yield Case(shape, partial(prompts, shared=False))

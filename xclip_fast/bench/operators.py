@@ -1,0 +1,174 @@
+"""One op measured at the shape a model gives it: each backend checked against float64, then timed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from xclip_fast.bench.cases import OPS, Load, config_of, find_op
+from xclip_fast.bench.inputs import Draw, Inputs
+from xclip_fast.bench.machine import Clock
+from xclip_fast.bench.models import Effort
+from xclip_fast.bench.parity import compare, floating
+from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Amdahl, Case, Check, Roof, Row, finite
+from xclip_fast.bench.timing import alternate, noise_of, sampler, timing_of
+from xclip_fast.errors import InputError
+from xclip_fast.numerics import TOLERANCES
+from xclip_fast.ops import backend as backend_context
+from xclip_fast.ops import explain
+
+_log = logging.getLogger("xclip_fast")
+
+BASELINE = "reference"
+BACKENDS = (BASELINE, "torch", "triton", "extension", "compile")
+
+
+def inputs_of(case: Case, device: str | None = None) -> Inputs:
+    """The arguments that the model of a case gives the op."""
+    load = Load(config_of(case.variant, case.frames), case.batch, case.classes)
+    return OPS[case.name].in_model(Draw(getattr(torch, case.dtype), device or case.device), load)
+
+
+def measure_op(
+    case: Case,
+    backends: Sequence[str],
+    effort: Effort,
+    ceilings: dict[str, float],
+    *,
+    model_ms: float | None = None,
+    cold: bool = False,
+) -> Iterator[Row]:
+    """A row for each backend of an op.
+
+    Args:
+        case: ``name`` is that of the op.
+        backends: of ``BACKENDS``; "compile" is torch.compile of the definition.
+        effort: how long to measure; the peak memory of an op is not.
+        ceilings: of this machine and run.
+        model_ms: what the whole model takes by the definition here, for the op's share of it.
+        cold: overwrite the caches before each call.
+
+    Raises:
+        InputError: an unknown op or backend.
+    """
+    for name in backends:
+        if name not in BACKENDS:
+            raise InputError(f"unknown provider {name!r} of an op: choose one of {', '.join(BACKENDS)}")
+    try:
+        op = find_op(case.name)
+    except ImportError as error:
+        yield from (Row(case, name, UNAVAILABLE, str(error)) for name in backends)
+        return
+    arguments = inputs_of(case)
+    train = case.direction == "train"
+    clock = Clock(case.device)
+    options = {"graph": case.device != "cpu" and not train, "cold": cold}
+    base = sampler(_step(op, arguments, BASELINE, train), case.device, effort.block, **options)
+    base()
+    itself = alternate(base, base, effort.blocks, clock)
+    noise = noise_of(itself)
+    method = "wall" if case.device == "cpu" else "events" if train else "graph"
+    for name in backends:
+        try:
+            if reason := _refusal(case, name, arguments):
+                yield Row(case, name, UNAVAILABLE, reason)
+                continue
+            check = _gate(case, op, arguments, name)
+            if not check.passed:
+                yield Row(case, name, WRONG, "beyond the allowance: nothing is timed", check)
+                continue
+            blocks = itself
+            if name != BASELINE:
+                other = sampler(_step(op, arguments, name, train), case.device, effort.block, **options)
+                other()
+                blocks = alternate(base, other, effort.blocks, clock)
+            timing = timing_of(blocks, BASELINE, noise, method=method, cache="cold" if cold else "warm")
+            roof = _roof(case, arguments, timing.median_ms, ceilings)
+            yield Row(
+                case, name, TIMED, None, check, timing, roof, _amdahl(case, timing.median_ms, timing.ratio, model_ms)
+            )
+        except Exception as error:
+            # the other backends still have their turn
+            _log.debug("%s %s failed", case.name, name, exc_info=True)
+            yield Row(case, name, FAILED, f"{type(error).__name__}: {error}"[:300])
+
+
+def _refusal(case: Case, name: str, arguments: Inputs) -> str | None:
+    if name in (BASELINE, "torch", "compile"):
+        return None
+    if name == "triton" and case.device == "cpu":
+        return "the interpreter is no measure of a kernel"
+    return explain(case.name, **arguments).get(name, "it does not serve this op")
+
+
+def _step(op: Callable[..., object], arguments: Inputs, name: str, train: bool) -> Callable[[], object]:
+    if name == "compile":
+        torch.compiler.reset()
+        call = torch.compile(lambda **inputs: op(**inputs, backend=BASELINE))
+    else:
+
+        def call(**inputs: object) -> object:
+            return op(**inputs, backend=name)
+
+    if not train:
+
+        def forward() -> object:
+            with torch.inference_mode():
+                return call(**arguments)
+
+        return forward
+    leaves = {key: arguments[key].detach().requires_grad_() for key in floating(arguments)}
+    inputs = arguments | leaves
+
+    def train_step() -> object:
+        result = call(**inputs)
+        outputs = [result] if isinstance(result, Tensor) else [out for out in result if out.requires_grad]  # type: ignore[attr-defined]
+        return torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(out) for out in outputs])
+
+    return train_step
+
+
+def _gate(case: Case, op: Callable[..., object], arguments: Inputs, name: str) -> Check:
+    def call(backend: str, **inputs: object) -> object:
+        if backend == "compile":
+            return torch.compile(lambda **given: op(**given, backend=BASELINE))(**inputs)
+        return op(**inputs, backend=backend)
+
+    ceiling = TOLERANCES[getattr(torch, case.dtype)].ceiling * OPS[case.name].conditioning
+    rows = list(compare(call, arguments, name, gradients=case.direction == "train", ceiling=ceiling))
+    # the kernels are held to torch's own error, other orders of torch's operators to what the dtype may err
+    allowed = {row.name: row.allowance if name in ("triton", "extension") else ceiling for row in rows}
+    if name == BASELINE:
+        allowed = {row.name: max(ceiling, row.torch_error) for row in rows}
+    worst = max(rows, key=lambda row: row.error / allowed[row.name] if row.error == row.error else float("inf"))
+    passed = all(row.error <= allowed[row.name] for row in rows)
+    return Check("the definition in float64", finite(worst.error), worst.torch_error, allowed[worst.name], passed)
+
+
+def _roof(case: Case, arguments: Inputs, median_ms: float, ceilings: dict[str, float]) -> Roof | None:
+    """Products counted on meta tensors; every argument read once, every result written once."""
+    rate = ceilings.get(f"{case.dtype}_tflops")
+    if rate is None or case.direction == "train":
+        return None
+    meta = inputs_of(case, "meta")
+    op = find_op(case.name)
+    with FlopCounterMode(display=False) as counter, backend_context("torch"):
+        result = op(**meta)
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    moved = sum(x.numel() * x.element_size() for x in (*arguments.values(), *outputs) if isinstance(x, Tensor))
+    flops = int(counter.get_total_flops())
+    floor = max(flops / (rate * 1e12), moved / (ceilings["copy_gbs"] * 1e9)) * 1e3
+    return Roof(flops, moved, floor, floor / median_ms)
+
+
+def _amdahl(case: Case, median_ms: float, ratio: float, model_ms: float | None) -> Amdahl | None:
+    if model_ms is None or case.direction == "train":
+        return None
+    calls = OPS[case.name].times(config_of(case.variant, case.frames))
+    share = min(1.0, ratio * median_ms * calls / model_ms)
+    left = 1 - share
+    return Amdahl(share, 1 / (left + share / ratio), 1 / max(left, 1e-9))
