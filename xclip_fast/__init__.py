@@ -12,6 +12,7 @@ from xclip_fast.errors import InputError
 
 if TYPE_CHECKING:
     from xclip_fast.checkpoints import load_model, save_model
+    from xclip_fast.engine import Engine
     from xclip_fast.model import create_model
     from xclip_fast.ops import backend, explain
     from xclip_fast.patch import optimize, restore
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",
+    "Engine",
     "InputError",
     "XCLIPConfig",
     "backend",
@@ -33,6 +35,7 @@ __all__ = [
 
 # lazy public name -> the module it lives in
 _HOME = {
+    "Engine": "engine",
     "backend": "ops",
     "create_model": "model",
     "explain": "ops",
@@ -41,7 +44,7 @@ _HOME = {
     "restore": "patch",
     "save_model": "checkpoints",
 }
-_ROOMS = ("checkpoints", "demo", "flops", "layers", "model", "ops", "pipeline", "reference", "text", "video")
+_ROOMS = ("checkpoints", "demo", "engine", "flops", "layers", "model", "ops", "pipeline", "reference", "text", "video")
 
 
 def __getattr__(name: str) -> Any:

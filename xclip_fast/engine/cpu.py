@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention, softmax
 
-from xclip_fast.engine.packing import Packing, exact
+from xclip_fast.engine.packing import Packing, exact, place_of
 from xclip_fast.engine.products import Product
 from xclip_fast.reference.positions import spatial_positions
 
@@ -108,9 +108,10 @@ class CpuTower:
         visual: ``reference.VisionTower`` or what extends it; it is read, never kept.
         config: the model's sizes.
         packing: how its weights become products.
+        blocks: how many of the first blocks to pack; all of them by default.
     """
 
-    def __init__(self, visual: Any, config: Any, packing: Packing) -> None:
+    def __init__(self, visual: Any, config: Any, packing: Packing, *, blocks: int | None = None) -> None:
         self.config, self.packing = config, packing
         self.dtype, self.rewrites = packing.dtype, packing.rewrites
         self.positions = exact(visual.positional_embedding)
@@ -122,41 +123,37 @@ class CpuTower:
         row = layer_norm(row, row.shape, exact(norm.weight), exact(norm.bias), norm.eps)
         self.class_token = packing.tensor(row)
         self._pack_pixels(exact(visual.conv1.weight))
-        self.blocks = [pack_block(block, f"blocks.{i}", config, packing) for i, block in enumerate(visual.transformer.resblocks)]
-        if "first_message" in self.rewrites:
+        resblocks = list(visual.transformer.resblocks)[:blocks]
+        self.blocks = [pack_block(block, i, config, packing) for i, block in enumerate(resblocks)]
+        if self.blocks and "first_message" in self.rewrites:
             self.blocks[0].message = packing.tensor(first_message(visual.transformer.resblocks[0], row))
-        self.norm_post = Norm(packing.tensor(visual.ln_post.weight), packing.tensor(visual.ln_post.bias), visual.ln_post.eps)
+        norm = visual.ln_post
+        self.norm_post = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
         self.projection = packing.product(exact(visual.proj).t(), None)
 
     def __call__(self, video: Tensor, *, patches: bool) -> tuple[Tensor, list[Tensor]]:
-        """A checked video to frame features (B * T, E) and, where wanted, the rows of its chunks.
-
-        A chunk is (frames * S, D): frames of one video, as many in each, the last of a video perhaps fewer.
-        """
+        """A checked video to frame features (B * T, E), and the tokens of its frames in parts (1, frames, S, D)."""
         frames = video.shape[1]
-        chunks = [self._embed(part) for one in video for part in one.split(self._frames_at_once(video))]
-        counts = [len(part) for one in video for part in one.split(self._frames_at_once(video))]
+        chunks = self.embed(video)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            if isinstance(block.message, Tensor):
-                messages = block.message.expand(sum(counts), -1)
-            else:
-                classes = [rows.view(count, -1, rows.shape[1])[:, 0] for rows, count in zip(chunks, counts, strict=True)]
-                messages = block.message(torch.cat(classes), frames)
             class_row = i == last and not patches and "class_row" in self.rewrites
-            for j, message in enumerate(messages.split(counts)):
-                chunks[j] = block(chunks[j], message, class_row=class_row)
-        classes = [rows.view(count, -1, rows.shape[1])[:, 0] for rows, count in zip(chunks, counts, strict=True)]
-        return self.projection(self.norm_post(torch.cat(classes))), chunks
+            chunks = step(block, chunks, frames, class_row=class_row)
+        return self.projection(self.norm_post(class_tokens(chunks))), chunks
 
-    def _frames_at_once(self, video: Tensor) -> int:
+    def embed(self, video: Tensor) -> list[Tensor]:
+        """The tokens that enter the first block, as many frames of one video in each part as stay in the caches."""
         height, width = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]
-        tokens = height * width // self.config.patch_size**2 + 1
-        return max(1, CHUNK_ROWS // tokens)
+        at_once = max(1, CHUNK_ROWS // (height * width // self.config.patch_size**2 + 1))
+        return [self._embed(part).unsqueeze(0) for one in video for part in one.split(at_once)]
 
     def _pack_pixels(self, weight: Tensor) -> None:
-        mean, std = (exact(torch.tensor(x)).view(3, 1, 1) for x in (self.config.pixel_mean, self.config.pixel_std))
-        self.mean, self.std = (self.packing.tensor(x.flatten(), torch.float32) for x in (mean, std))
+        mean, std = (
+            torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (self.config.pixel_mean, self.config.pixel_std)
+        )
+        self.mean, self.std = (
+            self.packing.tensor(x.flatten(), torch.promote_types(self.dtype, torch.float32)) for x in (mean, std)
+        )
         self.patch = self.packing.product(weight.flatten(1), None)
         folded = weight / (255 * std)
         # bytes less 128 are exact in any dtype and small beside the mean
@@ -164,10 +161,10 @@ class CpuTower:
         self.byte_patch = self.packing.product(folded.movedim(1, 3).flatten(1), bias)
 
     def _embed(self, frames: Tensor) -> Tensor:
-        """Frames of one video to rows (frames * S, D) behind the first norm."""
+        """Frames of one video to tokens (frames, S, D) behind the first norm."""
         side = self.config.patch_size
         if frames.dtype == torch.uint8 and "pixels" not in self.rewrites:
-            frames = ((frames.to(torch.float32) / 255 - self.mean) / self.std).movedim(-1, 1)
+            frames = ((frames.to(self.mean.dtype) / 255 - self.mean) / self.std).movedim(-1, 1)
         if frames.dtype == torch.uint8:
             grid = frames.shape[1] // side, frames.shape[2] // side
             cut = frames.reshape(-1, grid[0], side, grid[1], side * 3).transpose(2, 3)
@@ -183,9 +180,9 @@ class CpuTower:
         if "class_token" in self.rewrites:
             rows[:, 1:] = self.norm_pre(patches.add_(positions[1:]))
             rows[:, 0] = self.class_token
-            return rows.flatten(0, 1)
+            return rows
         rows[:, 0], rows[:, 1:] = self.class_embedding, patches
-        return self.norm_pre(rows.add_(positions)).flatten(0, 1)
+        return self.norm_pre(rows.add_(positions))
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         if grid not in self.grids:
@@ -193,8 +190,25 @@ class CpuTower:
         return self.grids[grid]
 
 
-def pack_block(block: Any, place: str, config: Any, packing: Packing) -> Block:
-    """One cross-frame block of a model, packed."""
+def class_tokens(chunks: list[Tensor]) -> Tensor:
+    """The class tokens (F, D) of all frames."""
+    return torch.cat([chunk[0, :, 0] for chunk in chunks])
+
+
+def step(block: Block, chunks: list[Tensor], frames: int, *, class_row: bool = False) -> list[Tensor]:
+    """One block on the tokens of all frames, in parts (1, frames, S, D); or their class tokens alone, S being 1."""
+    counts = [chunk.shape[1] for chunk in chunks]
+    if isinstance(block.message, Tensor):
+        messages = block.message.expand(sum(counts), -1)
+    else:
+        messages = block.message(class_tokens(chunks), frames)
+    parts = zip(chunks, messages.split(counts), strict=True)
+    rows = [block(chunk.flatten(0, 2), message, class_row=class_row) for chunk, message in parts]
+    return [x.view(1, count, -1, x.shape[1]) for x, count in zip(rows, counts, strict=True)]
+
+
+def pack_block(block: Any, index: int, config: Any, packing: Packing) -> Block:
+    """One cross-frame block of a model, packed; its products have the places of ``place_of``."""
     attention, width = block.attn, config.vision_width
     weight, bias = packing.behind(block.ln_1, attention.in_proj_weight, attention.in_proj_bias)
     scale = None
@@ -207,11 +221,13 @@ def pack_block(block: Any, place: str, config: Any, packing: Packing) -> Block:
     return Block(
         message=pack_message(block, packing),
         norm_1=Norm(*packing.vectors(block.ln_1), block.ln_1.eps),
-        qkv=packing.product(weight, bias, place=f"{place}.qkv"),
-        out=packing.product(exact(attention.out_proj.weight), exact(attention.out_proj.bias), place=f"{place}.out"),
+        qkv=packing.product(weight, bias, place=place_of(index, "qkv")),
+        out=packing.product(
+            exact(attention.out_proj.weight), exact(attention.out_proj.bias), place=place_of(index, "out")
+        ),
         norm_2=Norm(*packing.vectors(block.ln_2), block.ln_2.eps),
-        fc=packing.product(*fc, activation, place=f"{place}.fc"),
-        projection=packing.product(*projection, place=f"{place}.projection"),
+        fc=packing.product(*fc, activation, place=place_of(index, "fc")),
+        projection=packing.product(*projection, place=place_of(index, "projection")),
         heads=attention.heads,
         scale=scale,
     )

@@ -116,6 +116,11 @@ class CastProduct:
         return self.product.add(stream.to(self.inner), x.to(self.inner)).to(self.outer)
 
 
+def place_of(block: int, product: str) -> str:
+    """The name of a product that may be narrow: "qkv", "out", "fc" or "projection" of a block."""
+    return f"blocks.{block}.{product}"
+
+
 def exact(x: Tensor) -> Tensor:
     """A weight in float64 on the CPU, where the rewrites are computed."""
     return x.detach().to("cpu", torch.float64)

@@ -93,7 +93,7 @@ class XCLIP(nn.Module):
         Raises:
             ValueError: the tokens have another shape or dtype, or an id is not in the vocabulary.
         """
-        self._check_tokens(tokens)
+        check_tokens(tokens, self.config)
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.ln_final(self.transformer(x))
         ends = tokens.argmax(dim=-1)
@@ -115,18 +115,8 @@ class XCLIP(nn.Module):
         Raises:
             ValueError: the video has another shape or dtype.
         """
-        if video.ndim != 5 or 0 in video.shape:
-            raise ValueError(
-                "video must be a non-empty uint8 (B, T, H, W, 3) or floating point (B, T, 3, H, W) tensor, "
-                f"found shape {tuple(video.shape)}: group the frames of each video, one row per video"
-            )
+        check_video(video)
         dtype = self.visual.conv1.weight.dtype
-        channels = video.shape[-1] if video.dtype == torch.uint8 else video.shape[2]
-        if channels != 3 or not (video.dtype == torch.uint8 or video.is_floating_point()):
-            raise ValueError(
-                "video must be uint8 (B, T, H, W, 3) or floating point (B, T, 3, H, W), "
-                f"found {video.dtype} {tuple(video.shape)}"
-            )
         if video.is_floating_point():
             return video.to(dtype)
         exact = torch.promote_types(dtype, torch.float32)
@@ -134,18 +124,43 @@ class XCLIP(nn.Module):
         std = torch.tensor(self.config.pixel_std, dtype=exact, device=video.device)
         return ((video.to(exact) / 255 - mean) / std).movedim(-1, 2).to(dtype)
 
-    def _check_tokens(self, tokens: Tensor) -> None:
-        longest = self.config.context_length
-        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32) or not 1 <= tokens.shape[1] <= longest:
+
+def check_video(video: Tensor) -> None:
+    """Refuse what ``encode_video`` cannot take.
+
+    Raises:
+        ValueError: the video has another shape or dtype.
+    """
+    if video.ndim != 5 or 0 in video.shape:
+        raise ValueError(
+            "video must be a non-empty uint8 (B, T, H, W, 3) or floating point (B, T, 3, H, W) tensor, "
+            f"found shape {tuple(video.shape)}: group the frames of each video, one row per video"
+        )
+    channels = video.shape[-1] if video.dtype == torch.uint8 else video.shape[2]
+    if channels != 3 or not (video.dtype == torch.uint8 or video.is_floating_point()):
+        raise ValueError(
+            "video must be uint8 (B, T, H, W, 3) or floating point (B, T, 3, H, W), "
+            f"found {video.dtype} {tuple(video.shape)}"
+        )
+
+
+def check_tokens(tokens: Tensor, config: XCLIPConfig) -> None:
+    """Refuse what ``encode_text`` cannot take.
+
+    Raises:
+        ValueError: the tokens have another shape or dtype, or an id is not in the vocabulary.
+    """
+    longest = config.context_length
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32) or not 1 <= tokens.shape[1] <= longest:
+        raise ValueError(
+            f"tokens must be integers of shape (K, L) with 1 <= L <= {longest}, "
+            f"found {tokens.dtype} {tuple(tokens.shape)}"
+        )
+    # looking at values would halt a GPU, and break a compiled graph
+    if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        low, high = tokens.aminmax()
+        if low < 0 or high >= config.vocab_size:
             raise ValueError(
-                f"tokens must be integers of shape (K, L) with 1 <= L <= {longest}, "
-                f"found {tokens.dtype} {tuple(tokens.shape)}"
+                f"token ids must lie in 0..{config.vocab_size - 1}, found {int(low)}..{int(high)}: "
+                "use the tokenizer this model was trained with"
             )
-        # looking at values would halt a GPU, and break a compiled graph
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
-            low, high = tokens.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"token ids must lie in 0..{self.config.vocab_size - 1}, found {int(low)}..{int(high)}: "
-                    "use the tokenizer this model was trained with"
-                )

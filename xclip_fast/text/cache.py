@@ -75,7 +75,7 @@ class TextCache:
             with self._lock:
                 features = self._entries.pop(key, None)
             if features is None:
-                features = _encode_in_chunks(model, tokens, ends, device)
+                features = encode_in_chunks(model, tokens, ends, device)
             self._keep(key, features)
         return features.clone()
 
@@ -100,8 +100,11 @@ def _check_ids(tokens: Tensor, vocab_size: int) -> None:
         )
 
 
-def _encode_in_chunks(model: Any, tokens: Tensor, ends: Tensor, device: torch.device) -> Tensor:
-    # texts of like length together: ten thousand of them need little memory, and no padding is computed
+def encode_in_chunks(model: Any, tokens: Tensor, ends: Tensor, device: torch.device) -> Tensor:
+    """Text features (K, E) of checked tokens, whose ends are at ``ends`` (K,), texts of like length together.
+
+    Ten thousand texts need little memory, and no padding is computed.
+    """
     order = ends.argsort(stable=True)
     features = [
         model.encode_text(tokens[chunk, : int(ends[chunk[-1]]) + 1].to(device))

@@ -1,0 +1,291 @@
+"""``Engine``: a trained model packed for inference on one device in one precision."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from xclip_fast.engine.budget import ProductError, check_products
+from xclip_fast.engine.cpu import CpuTower
+from xclip_fast.engine.cuda import CudaTower
+from xclip_fast.engine.graphs import GraphCache
+from xclip_fast.engine.heads import Heads
+from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, Packing
+from xclip_fast.engine.products import onednn_int8
+from xclip_fast.engine.texts import EncodedTexts, KeptTexts, TextTower
+from xclip_fast.errors import InputError
+from xclip_fast.reference.model import VideoFeatures, check_tokens, check_video
+from xclip_fast.text import apply_template, clean_labels, get_tokenizer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+_PROBE_FRAMES = 2  # of the random clip that a new engine is checked with
+
+_log = logging.getLogger("xclip_fast")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an engine computes in, and how far that is from float32.
+
+    dtype, device: of the engine.
+    rewrites: the exact rewrites in force.
+    products: the error of each large product of the blocks; none for float32.
+    video_error: relative error of the video features against the model in float32.
+    video_cosine: the smallest cosine of a video feature with the model's.
+    top1_agreement: share of clips whose best class is the model's, among 100 random directions or the texts given.
+
+    The last three are None once the model is gone.
+    """
+
+    dtype: str
+    device: str
+    rewrites: tuple[str, ...]
+    products: tuple[ProductError, ...]
+    video_error: float | None
+    video_cosine: float | None
+    top1_agreement: float | None
+
+    def __str__(self) -> str:
+        lines = [f"engine in {self.dtype} on {self.device}; exact rewrites: {', '.join(self.rewrites)}"]
+        if self.products:
+            lines.append(f"{'product':24}{'precision':15}{'error':>10}{'budget':>10}")
+            lines += map(str, self.products)
+        if self.video_error is not None:
+            lines.append(
+                f"against float32: error {self.video_error:.2e}, cosine {self.video_cosine:.6f}, "
+                f"top-1 agreement {self.top1_agreement:.1%}"
+            )
+        return "\n".join(lines)
+
+
+class Engine:
+    """A model packed once for inference: the same answers, faster. Safe in several threads.
+
+    The model given is read, never changed and never kept: later changes of its weights do not reach the engine, and
+    where nobody else holds it its memory is free.
+
+    Args:
+        model: what ``create_model`` or ``load_model`` returns.
+        dtype: torch.float32, bfloat16 or float16; int8 (on the CPU: the blocks' products in bytes, the rest in
+            bfloat16); float8_e4m3fn (on NVIDIA Hopper and newer: the same, but for the first and last block). By
+            default the model's.
+        device: "cpu", "cuda" or one of several; by default the model's.
+        clips: uint8 (B, T, H, W, 3) that show what the engine will see: products that err beyond their budget on
+            them run in a higher precision, and say so in the log and in ``report``. By default a clip of noise.
+
+    Raises:
+        InputError: there is no such dtype, or it cannot be computed on this device.
+        ValueError: the clips have another shape or dtype.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        *,
+        clips: Tensor | None = None,
+        _rewrites: frozenset[str] | None = None,
+    ) -> None:
+        weight = model.visual.conv1.weight
+        self.device = torch.device(weight.device if device is None else device)
+        self.dtype = weight.dtype if dtype is None else dtype
+        self.config = model.config
+        stream, narrow = _precision(self.dtype, self.device)
+        rewrites = CUDA_REWRITES if self.device.type == "cuda" else CPU_REWRITES
+        self._packing = Packing(self.device, stream, rewrites if _rewrites is None else _rewrites, narrow)
+        self._model = weakref.ref(model)
+        self._kept = KeptTexts()
+        with torch.no_grad(), self._quiet():
+            probe = self._probe(_PROBE_FRAMES) if clips is None else self._checked(clips)
+            self._products = tuple(check_products(model, self._packing, probe))
+            tower = CudaTower if self.device.type == "cuda" else CpuTower
+            self._tower: CpuTower | CudaTower = tower(model.visual, self.config, self._packing)
+            self._heads = Heads(model, self._packing)
+            self._texts = TextTower(model, self._packing)
+        self._graphs = None
+        if self.device.type == "cuda":
+            self._graphs = GraphCache(self._features), GraphCache(lambda video: [self._embedding(video)])
+        for product in self._products:
+            if product.error > product.budget:
+                _log.warning(
+                    "%s: error %.1e in %s, computed in %s", product.place, product.error, product.asked, product.used
+                )
+
+    def encode_video(self, video: Tensor) -> VideoFeatures:
+        """Features of videos, as the model's ``encode_video``.
+
+        Args:
+            video: uint8 (B, T, H, W, 3), or floating point (B, T, 3, H, W) already normalised, on any device. H and W
+                are multiples of the patch size; T and the resolution may differ from the configuration.
+
+        Returns:
+            ``video`` (B, E) and ``patches`` (B, N, E), in the engine's dtype (bfloat16 for int8 and float8).
+
+        Raises:
+            ValueError: the video has another shape or dtype.
+        """
+        with torch.inference_mode(), self._quiet():
+            video = self._checked(video)
+            return VideoFeatures(*(self._features(video) if self._graphs is None else self._graphs[0](video)))
+
+    def embed_video(self, video: Tensor) -> Tensor:
+        """The video features (B, E) alone, as ``encode_video(video).video``: the last block computes class rows only."""
+        with torch.inference_mode(), self._quiet():
+            video = self._checked(video)
+            return self._embedding(video) if self._graphs is None else self._graphs[1](video)[0]
+
+    def encode_texts(self, classes: Sequence[str] | Tensor, template: str = "{}") -> EncodedTexts:
+        """A class set for ``classify`` and ``logits`` of this engine; the sets used last are kept.
+
+        Args:
+            classes: labels, or token ids (K, L) as for the model's ``encode_text``.
+            template: a sentence with ``{}`` in a label's place.
+
+        Raises:
+            InputError: labels or template cannot be used, or the model's tokenizer is missing.
+            ValueError: the tokens have another shape or dtype, or an id is not in the vocabulary.
+        """
+        if isinstance(classes, Tensor):
+            tokens = classes.cpu()
+        else:
+            labels = apply_template(clean_labels(classes), template)
+            tokens = get_tokenizer(self.config)(labels, self.config.context_length)
+        check_tokens(tokens, self.config)
+        with torch.inference_mode(), self._quiet():
+            return self._kept.get(tokens, self._encode_texts)
+
+    def classify(self, video: Tensor, classes: EncodedTexts | Sequence[str] | Tensor) -> Tensor:
+        """Class probabilities, float32 (B, K): the softmax of ``logits``.
+
+        Args:
+            video: as for ``encode_video``.
+            classes: what ``encode_texts`` returns or takes.
+
+        Raises:
+            InputError, ValueError: as ``encode_video`` and ``encode_texts``.
+        """
+        texts = classes if isinstance(classes, EncodedTexts) else self.encode_texts(classes)
+        with torch.inference_mode():
+            return self.logits(self.encode_video(video), texts).softmax(dim=-1)
+
+    def logits(self, features: VideoFeatures, texts: EncodedTexts) -> Tensor:
+        """Scaled cosine similarities, float32 (B, K), of encoded videos and an encoded class set."""
+        with torch.inference_mode(), self._quiet():
+            return self._heads.logits(features, texts)
+
+    def __call__(self, video: Tensor, tokens: Tensor) -> Tensor:
+        """Logits, float32 (B, K), of videos (see ``encode_video``) and class texts (K, L), as the model gives them."""
+        return self.logits(self.encode_video(video), self.encode_texts(tokens))
+
+    def report(
+        self, clips: Tensor | None = None, classes: EncodedTexts | Sequence[str] | Tensor | None = None
+    ) -> Report:
+        """How far the engine is from its model in float32, product by product and as a whole.
+
+        Args:
+            clips: as for ``encode_video``; by default one of noise.
+            classes: the class set whose best is compared; by default 100 random directions of the embedding.
+
+        Raises:
+            ValueError: the clips have another shape or dtype.
+        """
+        model = self._model()
+        error = cosine = agreement = None
+        if model is not None:
+            with torch.inference_mode(), self._quiet():
+                clips = self._probe(self.config.frames) if clips is None else self._checked(clips)
+            error, cosine, agreement = self._compare(model, clips, classes)
+        return Report(
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            rewrites=tuple(sorted(self._packing.rewrites)),
+            products=self._products,
+            video_error=error,
+            video_cosine=cosine,
+            top1_agreement=agreement,
+        )
+
+    def _compare(self, model: Any, clips: Tensor, classes: Any) -> tuple[float, float, float]:
+        exact = Engine(model, torch.float32, self.device)
+        truth, found = exact.encode_video(clips), self.encode_video(clips)
+        error = (found.video.float() - truth.video).norm() / truth.video.norm()
+        cosine = cosine_similarity(found.video.float(), truth.video, dim=-1).min()
+        if classes is None:
+            generator = torch.Generator().manual_seed(0)
+            directions = torch.randn(truth.video.shape[1], 100, generator=generator).to(self.device)
+            best = (truth.video @ directions).argmax(-1), (found.video.float() @ directions).argmax(-1)
+        else:
+            classes = [f"{label}" for label in classes] if not isinstance(classes, Tensor) else classes
+            best = (
+                exact.logits(truth, exact.encode_texts(classes)).argmax(-1),
+                self.logits(found, self.encode_texts(classes)).argmax(-1),
+            )
+        return error.item(), cosine.item(), (best[0] == best[1]).float().mean().item()
+
+    def _features(self, video: Tensor) -> list[Tensor]:
+        frame_features, tokens = self._tower(video, patches=True)
+        frames = video.shape[1]
+        integrated = self._heads.integrate(frame_features.view(-1, frames, frame_features.shape[1]))
+        return [integrated, self._heads.project_patches(tokens, frames)]
+
+    def _embedding(self, video: Tensor) -> Tensor:
+        frame_features, _ = self._tower(video, patches=False)
+        return self._heads.integrate(frame_features.view(-1, video.shape[1], frame_features.shape[1]))
+
+    def _encode_texts(self, tokens: Tensor) -> EncodedTexts:
+        features = self._texts(tokens)
+        kept = "prompt_query" in self._packing.rewrites
+        return EncodedTexts(features, self._heads.first_query(features) if kept else features[:, :0])
+
+    def _checked(self, video: Tensor) -> Tensor:
+        check_video(video)
+        side = self.config.patch_size
+        height, width = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]
+        if height % side or width % side:
+            raise ValueError(f"height and width of the frames must be multiples of {side}, found {height}x{width}")
+        return video.to(self.device, non_blocking=True)
+
+    def _probe(self, frames: int) -> Tensor:
+        size = self.config.image_size
+        generator = torch.Generator().manual_seed(0)
+        shape = 1, frames, size, size, 3
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(self.device)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        # the engine's precision is its own, whatever autocast says
+        with torch.autocast(self.device.type, enabled=False):
+            yield
+
+
+def _precision(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, str | None]:
+    """The dtype of the stream, and the narrow one of the blocks' products, if any."""
+    if dtype not in DTYPES and dtype is not torch.float64:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise InputError(f"an engine in {dtype} was asked for: choose one of {names}")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"an engine on {device} was asked for: it runs on cpu and cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"an engine on {device} was asked for, and this machine has no usable CUDA GPU: use cpu")
+    if dtype is torch.int8:
+        if device.type != "cpu" or not onednn_int8():
+            raise InputError(
+                "an engine in int8 was asked for: it needs a CPU whose oneDNN multiplies bytes; use bfloat16"
+            )
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32, "int8"
+    if dtype is torch.float8_e4m3fn:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+            raise InputError(
+                f"an engine in float8_e4m3fn was asked for on {device}: it needs an NVIDIA Hopper GPU or newer"
+            )
+        return torch.bfloat16, "float8_e4m3fn"
+    return dtype, None

@@ -1,0 +1,110 @@
+"""What each product of the blocks errs in low precision, and which of them stay in a higher one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xclip_fast.engine.cpu import Block, CpuTower, pack_block, step
+from xclip_fast.engine.packing import CPU_REWRITES, Packing, place_of
+from xclip_fast.engine.products import Product
+
+PRODUCTS = ("qkv", "out", "fc", "projection")
+# relative errors of one product on its own inputs; rounding alone gives a third of them or less
+BUDGETS = {"bfloat16": 0.01, "float16": 0.002, "int8": 0.05, "float8_e4m3fn": 0.1}
+
+
+@dataclass(frozen=True)
+class ProductError:
+    """One product of a block in low precision against float32, on the same inputs.
+
+    place: such as ``blocks.3.fc``.
+    asked, used: the precision asked for and the one in use.
+    error: relative, of the precision asked for; infinite where it gave what is not a number.
+    budget: the largest error allowed.
+    """
+
+    place: str
+    asked: str
+    used: str
+    error: float
+    budget: float
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether the product broke its budget, or is kept in a higher precision anyway."""
+        return self.used != self.asked
+
+    def __str__(self) -> str:
+        note = f"  in {self.used} instead" if self.fell_back else ""
+        return f"{self.place:24}{self.asked:15}{self.error:10.2e}{self.budget:10.0e}{note}"
+
+
+class _Recorder:
+    """A product that remembers its rows."""
+
+    def __init__(self, product: Product) -> None:
+        self.name, self.product = product.name, product
+        self.rows: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.rows.append(x)
+        return self.product(x)
+
+    def activated(self, x: Tensor) -> Tensor:
+        self.rows.append(x)
+        return self.product.activated(x)
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        self.rows.append(x)
+        return self.product.add(stream, x)
+
+
+def check_products(model: Any, packing: Packing, clips: Tensor) -> list[ProductError]:
+    """The error of each product on what it meets when the model sees the clips; float32 itself has none.
+
+    Products that break their budget, and for float8 those of the first and the last block, are entered in
+    ``packing.kept``.
+    """
+    asked = packing.narrow or str(packing.dtype).removeprefix("torch.")
+    if asked not in BUDGETS:
+        return []
+    errors = []
+    blocks = len(model.visual.transformer.resblocks)
+    higher = packing.dtype if packing.narrow else torch.float32
+    for index, block, low in _recorded(model, packing, clips):
+        at_the_ends = packing.narrow == "float8_e4m3fn" and index in (0, blocks - 1)
+        for name in PRODUCTS:
+            recorder: Any = getattr(block, name)
+            error = max(_error(getattr(low, name), recorder.product, rows, packing.dtype) for rows in recorder.rows)
+            used = asked
+            if at_the_ends or not error <= BUDGETS[asked]:
+                packing.kept[place_of(index, name)] = higher
+                used = str(higher).removeprefix("torch.")
+            errors.append(ProductError(place_of(index, name), asked, used, error, BUDGETS[asked]))
+    return errors
+
+
+def _recorded(model: Any, packing: Packing, clips: Tensor) -> Iterator[tuple[int, Block, Block]]:
+    """Each block in float32, its products having seen the clips, beside the same block in the packing's precision."""
+    # both forms of the tower have the same products; this one runs on any device
+    low = replace(packing, rewrites=packing.rewrites & CPU_REWRITES)
+    exact = replace(low, dtype=torch.float32, narrow=None, kept={})
+    resblocks = list(model.visual.transformer.resblocks)
+    chunks = CpuTower(model.visual, model.config, exact, blocks=0).embed(clips)
+    for index, resblock in enumerate(resblocks):
+        block = pack_block(resblock, index, model.config, exact)
+        for name in PRODUCTS:
+            setattr(block, name, _Recorder(getattr(block, name)))
+        chunks = step(block, chunks, clips.shape[1])
+        yield index, block, pack_block(resblock, index, model.config, low)
+
+
+def _error(low: Product, exact: Product, rows: Tensor, dtype: torch.dtype) -> float:
+    truth, found = exact(rows), low(rows.to(dtype)).float()
+    error = ((found - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+    return error if error == error else float("inf")

@@ -1,0 +1,203 @@
+"""The vision tower on the fused ops: a residual stream without biases, CFA on a stream of its own. Never run on a GPU.
+
+The ops run anywhere, so the CPU's tests hold this tower to the reference; what a GPU alone has, the second stream, is
+in ``_Side``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from xclip_fast.engine.cpu import first_message
+from xclip_fast.engine.packing import Packing, exact, place_of
+from xclip_fast.engine.products import Product
+from xclip_fast.ops import frame_attention, layer_norm, message_attention, message_key_value, patch_embed
+from xclip_fast.reference.positions import spatial_positions
+
+
+@dataclass
+class _Block:
+    """One cross-frame block; ``lag_1`` and ``lag_2`` are what the stream lacks before each norm."""
+
+    message: list[Tensor] | None
+    message_kv: tuple[Tensor, Tensor]
+    constant_kv: Tensor | None
+    norm_1: tuple[Tensor, Tensor]
+    lag_1: Tensor | None
+    qkv: Product
+    out: Product
+    norm_2: tuple[Tensor, Tensor]
+    lag_2: Tensor | None
+    fc: Product
+    projection: Product
+    heads: int
+    message_heads: int
+    eps: float
+    message_eps: float
+
+    def key_value(self, class_tokens: Tensor) -> Tensor:
+        """The messages' keys and values (F, 2 D) for class tokens (B, T, D)."""
+        if self.message is None:
+            return self.constant_kv.expand(class_tokens.shape[:2].numel(), -1).contiguous()  # type: ignore[union-attr]
+        messages = message_attention(class_tokens, *self.message, self.message_heads, eps=self.message_eps)
+        return message_key_value(messages, *self.norm_1, *self.message_kv, eps=self.eps).flatten(0, 1)
+
+    def __call__(self, tokens: Tensor, side: _Side, class_row: bool) -> Tensor:
+        """Tokens (B, T, S, D), contiguous, to the same or to (B, T, 1, D); they may be written over."""
+        class_tokens = tokens[:, :, 0]
+        message_kv = side.begin(lambda: self.key_value(class_tokens))
+        rows = tokens.flatten(0, 2)
+        normed, _ = layer_norm(rows, *self.norm_1, constant=self.lag_1, eps=self.eps)
+        packed = self.qkv(normed).view(-1, tokens.shape[2], 3 * tokens.shape[3])
+        message_kv = side.join(message_kv)
+        if class_row:
+            mixed = self._mix_class(packed, message_kv)
+            tokens = class_tokens.unsqueeze(2)
+            rows = class_tokens.flatten(0, 1).contiguous()
+        else:
+            mixed = frame_attention(packed, message_kv, self.heads)
+        rows = self.out.add(rows, mixed.reshape(rows.shape))
+        normed, _ = layer_norm(rows, *self.norm_2, constant=self.lag_2, eps=self.eps)
+        return self.projection.add(rows, self.fc.activated(normed)).view(tokens.shape)
+
+    def _mix_class(self, packed: Tensor, message_kv: Tensor) -> Tensor:
+        query, key, value = packed.chunk(3, dim=-1)
+        message_key, message_value = message_kv.unsqueeze(1).chunk(2, dim=-1)
+        parts = query[:, :1], torch.cat([key, message_key], dim=1), torch.cat([value, message_value], dim=1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+class _Side:
+    """Work beside the main stream; on the CPU it is simply done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def begin(self, work: Callable[[], Tensor]) -> Tensor:
+        """Start work that reads what the main stream has made so far."""
+        if self.stream is None:
+            return work()
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            return work()
+
+    def join(self, result: Tensor) -> Tensor:
+        """The result, for the main stream."""
+        if self.stream is not None:
+            main = torch.cuda.current_stream(self.stream.device)
+            main.wait_stream(self.stream)
+            result.record_stream(main)
+        return result
+
+
+class CudaTower:
+    """Patch embedding, cross-frame blocks and ``ln_post`` with its projection, from the model's ``visual``.
+
+    Args:
+        visual: ``reference.VisionTower`` or what extends it; it is read, never kept.
+        config: the model's sizes.
+        packing: how its weights become products.
+    """
+
+    def __init__(self, visual: Any, config: Any, packing: Packing) -> None:
+        self.config, self.packing, self.rewrites = config, packing, packing.rewrites
+        self.positions = exact(visual.positional_embedding)
+        self.grids: dict[tuple[int, int], Tensor] = {}
+        self.patch = packing.tensor(visual.conv1.weight)
+        self.class_embedding = packing.tensor(visual.class_embedding)
+        self.norm_pre = packing.tensor(visual.ln_pre.weight), packing.tensor(visual.ln_pre.bias)
+        self.eps_pre, self.eps_post = visual.ln_pre.eps, visual.ln_post.eps
+        lag = torch.zeros(config.vision_width, dtype=torch.float64) if "stream" in self.rewrites else None
+        self.blocks = []
+        for i, block in enumerate(visual.transformer.resblocks):
+            packed, lag = _pack(block, i, config, packing, lag)
+            self.blocks.append(packed)
+        if "first_message" in self.rewrites:
+            first = visual.transformer.resblocks[0]
+            row = exact(visual.class_embedding) + self.positions[0]
+            row = _normed(row, visual.ln_pre)
+            width = config.vision_width
+            weight, bias = exact(first.attn.in_proj_weight[width:]), exact(first.attn.in_proj_bias[width:])
+            pair = weight @ _normed(first_message(first, row), first.ln_1) + bias
+            self.blocks[0].message, self.blocks[0].constant_kv = None, packing.tensor(pair)
+        self.lag = None if lag is None else packing.tensor(lag)
+        self.norm_post = packing.tensor(visual.ln_post.weight), packing.tensor(visual.ln_post.bias)
+        self.projection = packing.product(exact(visual.proj).t(), None)
+        self.side = _Side(packing.device)
+
+    def __call__(self, video: Tensor, *, patches: bool) -> tuple[Tensor, list[Tensor]]:
+        """A checked video to frame features (B * T, E), and the tokens of its frames in one part (B, T, S, D)."""
+        tokens = self._embed(video)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, self.side, i == last and not patches and "class_row" in self.rewrites)
+        tokens = tokens if self.lag is None else tokens.add_(self.lag)
+        classes, _ = layer_norm(tokens[:, :, 0], *self.norm_post, eps=self.eps_post)
+        return self.projection(classes.flatten(0, 1)), [tokens]
+
+    def _embed(self, video: Tensor) -> Tensor:
+        height, width = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]
+        grid = height // self.config.patch_size, width // self.config.patch_size
+        if grid not in self.grids:
+            self.grids[grid] = self.packing.tensor(spatial_positions(self.positions, grid))
+        whole = video.dtype == torch.uint8
+        tokens = patch_embed(
+            video.flatten(0, 1) if whole else video.flatten(0, 1).to(self.packing.dtype),
+            self.patch,
+            self.class_embedding,
+            self.grids[grid],
+            norm_weight=self.norm_pre[0],
+            norm_bias=self.norm_pre[1],
+            eps=self.eps_pre,
+            mean=self.config.pixel_mean if whole else None,
+            std=self.config.pixel_std if whole else None,
+        )
+        return tokens.unflatten(0, video.shape[:2]).contiguous()
+
+
+def _pack(block: Any, index: int, config: Any, packing: Packing, lag: Tensor | None) -> tuple[_Block, Tensor | None]:
+    """A block, and what the stream lacks behind it."""
+    attention, message, width = block.attn, block.message_attn, config.vision_width
+    fc, projection, activation = packing.perceptron(block.mlp.c_fc, block.mlp.c_proj, block.ln_2, config.activation)
+    out_bias: Tensor | None = exact(attention.out_proj.bias)
+    projection_bias: Tensor | None = projection[1]
+    fc_bias, lag_1, lag_2 = exact(block.message_fc.bias), None, None
+    if lag is not None:
+        # the message is of the class token itself
+        fc_bias = fc_bias + exact(block.message_fc.weight) @ lag
+        lag_1, lag_2 = packing.tensor(lag), packing.tensor(lag + out_bias)
+        lag = lag + out_bias + projection_bias
+        out_bias = projection_bias = None
+    tensors = [block.message_fc.weight, fc_bias, block.message_ln.weight, block.message_ln.bias]
+    tensors += [message.in_proj_weight, message.in_proj_bias, message.out_proj.weight, message.out_proj.bias]
+    weight, bias = exact(attention.in_proj_weight), exact(attention.in_proj_bias)
+    packed = _Block(
+        message=[packing.tensor(x) for x in tensors],
+        message_kv=(packing.tensor(weight[width:]), packing.tensor(bias[width:])),
+        constant_kv=None,
+        norm_1=(packing.tensor(block.ln_1.weight), packing.tensor(block.ln_1.bias)),
+        lag_1=lag_1,
+        qkv=packing.product(weight, bias, place=place_of(index, "qkv")),
+        out=packing.product(exact(attention.out_proj.weight), out_bias, place=place_of(index, "out")),
+        norm_2=(packing.tensor(block.ln_2.weight), packing.tensor(block.ln_2.bias)),
+        lag_2=lag_2,
+        fc=packing.product(*fc, activation, place=place_of(index, "fc")),
+        projection=packing.product(projection[0], projection_bias, place=place_of(index, "projection")),
+        heads=attention.heads,
+        message_heads=message.heads,
+        eps=block.ln_1.eps,
+        message_eps=block.message_ln.eps,
+    )
+    return packed, lag
+
+
+def _normed(row: Tensor, norm: Any) -> Tensor:
+    """The layer norm of one float64 row."""
+    return torch.nn.functional.layer_norm(row, row.shape, exact(norm.weight), exact(norm.bias), norm.eps)

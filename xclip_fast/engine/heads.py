@@ -1,0 +1,158 @@
+"""What follows the vision tower: MIT, the mean of the patches, the video-specific prompts, the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xclip_fast.engine.cpu import Norm
+from xclip_fast.engine.packing import Packing, exact
+from xclip_fast.engine.products import Product
+from xclip_fast.engine.texts import EncodedTexts
+from xclip_fast.ops import clip_logits, mean_norm_over_frames, prompt_attention, temporal_block
+from xclip_fast.reference.model import VideoFeatures
+from xclip_fast.reference.positions import temporal_positions
+
+_ROWS = {"cpu": 2048, "cuda": 65536}  # videos times classes adapted at once: bounds the memory of large label sets
+
+
+@dataclass
+class _PromptLayer:
+    norm_1: Norm
+    query: Product
+    out: Product
+    norm_3: Norm
+    fc: Product
+    projection: Product
+
+
+class Heads:
+    """MIT, prompts and logits of a model. The model is read, never kept."""
+
+    def __init__(self, model: Any, packing: Packing) -> None:
+        self.packing, self.rewrites = packing, packing.rewrites
+        self.mit_positions = exact(model.mit.positional_embedding)
+        self.mit_lengths: dict[int, Tensor] = {}
+        self.mit_blocks = [_temporal_arguments(block, packing) for block in model.mit.resblocks]
+        norm = model.prompts_visual_ln
+        self.patch_norm = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
+        self.patch_projection = packing.product(exact(model.prompts_visual_proj).t(), None)
+        prompts = model.prompts_generator
+        attentions = [layer.cross_attn for layer in prompts.decoder]
+        self.heads = attentions[0].heads
+        # one product makes the keys and values of all layers
+        weights = [exact(part.weight) for attention in attentions for part in (attention.k_proj, attention.v_proj)]
+        self.key_value = packing.product(*_behind(prompts.norm, torch.cat(weights), packing))
+        self.norm = Norm(*packing.vectors(prompts.norm), prompts.norm.eps)
+        self.layers = [_prompt_layer(layer, packing) for layer in prompts.decoder]
+        self.alpha = packing.tensor(prompts.alpha, _wide(packing.dtype))
+        self.logit_scale = packing.tensor(model.logit_scale, _wide(packing.dtype))
+
+    def integrate(self, features: Tensor) -> Tensor:
+        """Frame features (B, T, E) to video features (B, E)."""
+        frames = features.shape[1]
+        if frames not in self.mit_lengths:
+            self.mit_lengths[frames] = self.packing.tensor(temporal_positions(self.mit_positions, frames)[0])
+        positions: Tensor | None = self.mit_lengths[frames]
+        x, last = features, len(self.mit_blocks) - 1
+        for i, (tensors, heads, eps) in enumerate(self.mit_blocks):
+            pooled = features if i == last and "mit_mean" in self.rewrites else None
+            x = temporal_block(x, *tensors, heads, positions=positions, pooled_with=pooled, eps=eps)
+            positions = None
+        return x if "mit_mean" in self.rewrites else (features + x).mean(dim=1)
+
+    def project_patches(self, tokens: list[Tensor], frames: int) -> Tensor:
+        """Tokens of all frames, in parts of (videos, frames, S, D) in their order, to mean patch features (B, N, E)."""
+        videos, mean, seen = [], 0.0, 0
+        for part in tokens:
+            patches = self._mean(part[:, :, 1:])
+            if part.shape[1] == frames:
+                videos.append(patches)
+                continue
+            mean, seen = mean + patches.to(_wide(patches.dtype)) * (part.shape[1] / frames), seen + part.shape[1]
+            if seen == frames:
+                videos.append(mean.to(patches.dtype))
+                mean, seen = 0.0, 0
+        means = torch.cat(videos)
+        return self._project(means) if "patch_mean" in self.rewrites else means
+
+    def _mean(self, patches: Tensor) -> Tensor:
+        norm = self.patch_norm
+        if "patch_mean" in self.rewrites:
+            return mean_norm_over_frames(patches, norm.weight, norm.bias, eps=norm.eps)  # type: ignore[arg-type]
+        return self._project(norm(patches)).mean(dim=1)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self.patch_projection(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    def first_query(self, features: Tensor) -> Tensor:
+        """What the first prompt layer asks for texts (K, E): it depends on them alone."""
+        return self.layers[0].query(self.layers[0].norm_1(features))
+
+    def logits(self, features: VideoFeatures, texts: EncodedTexts) -> Tensor:
+        """float32 logits (B, K); at no time are all videos held with all classes."""
+        video, patches = features
+        rows = patches.flatten(0, 1)
+        key_value = self.key_value(self.norm(rows)).view(*patches.shape[:2], len(self.layers), 2, patches.shape[2])
+        wide = _wide(video.dtype)
+        columns = []
+        for some in self._parts(texts, len(video)):
+            prompts = self._prompts(some, key_value).to(wide)
+            columns.append(clip_logits(video.to(wide), some.features.to(wide), prompts, self.alpha, self.logit_scale))
+        return torch.cat(columns, dim=1)
+
+    def _parts(self, texts: EncodedTexts, videos: int) -> Iterator[EncodedTexts]:
+        size = max(1, _ROWS.get(self.packing.device.type, _ROWS["cpu"]) // videos)
+        for first in range(0, max(1, len(texts.features)), size):
+            yield EncodedTexts(texts.features[first : first + size], texts.query[first : first + size])
+
+    def _prompts(self, texts: EncodedTexts, key_value: Tensor) -> Tensor:
+        """What the prompts add to texts, before ``alpha``: (B, K, E)."""
+        videos, (classes, width) = len(key_value), texts.features.shape
+        rows = texts.features
+        for i, layer in enumerate(self.layers):
+            query = texts.query
+            if i or "prompt_query" not in self.rewrites:
+                query = layer.query(layer.norm_1(rows))
+            mixed = prompt_attention(query.view(-1, classes, width), *key_value[:, :, i].unbind(2), self.heads)
+            if i == 0:
+                rows = rows.repeat(videos, 1)
+            rows = layer.out.add(rows, mixed.reshape(rows.shape))
+            rows = layer.projection.add(rows, layer.fc.activated(layer.norm_3(rows)))
+        return rows.view(videos, classes, width)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _behind(norm: Any, weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
+    if "norms" not in packing.rewrites:
+        return exact(weight), None
+    return packing.behind(norm, weight, torch.zeros(len(weight)))
+
+
+def _prompt_layer(layer: Any, packing: Packing) -> _PromptLayer:
+    attention = layer.cross_attn
+    fc, projection, activation = packing.perceptron(layer.mlp[0], layer.mlp[-1], layer.norm3, "quick_gelu")
+    return _PromptLayer(
+        norm_1=Norm(*packing.vectors(layer.norm1), layer.norm1.eps),
+        query=packing.product(*_behind(layer.norm1, attention.q_proj.weight, packing)),
+        out=packing.product(exact(attention.proj.weight), exact(attention.proj.bias)),
+        norm_3=Norm(*packing.vectors(layer.norm3), layer.norm3.eps),
+        fc=packing.product(*fc, activation),
+        projection=packing.product(*projection),
+    )
+
+
+def _temporal_arguments(block: Any, packing: Packing) -> tuple[list[Tensor], int, float]:
+    modules = block.ln_1, block.attn, block.ln_2, block.mlp
+    norm_1, attention, norm_2, mlp = modules
+    tensors = [norm_1.weight, norm_1.bias, attention.in_proj_weight, attention.in_proj_bias]
+    tensors += [attention.out_proj.weight, attention.out_proj.bias, norm_2.weight, norm_2.bias]
+    tensors += [mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias]
+    return [packing.tensor(x) for x in tensors], attention.heads, norm_1.eps
