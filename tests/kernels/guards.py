@@ -48,8 +48,10 @@ class GuardedMemory(TorchFunctionMode):
         dtype = dtype or self.dtype
         *outer, width = shape or (1,)
         padded = width + GAP if outer else width
-        rows = self._guarded(prod(outer) * padded, dtype).view(*outer, padded).fill_(float("nan"))
-        tensor = rows[..., :width].reshape(shape).copy_(torch.randn(shape))
+        rows = self._guarded(prod(outer) * padded, dtype).view(*outer, padded)
+        # bytes have no poison
+        rows.fill_(float("nan") if dtype.is_floating_point else 255)
+        tensor = rows[..., :width].reshape(shape).copy_(_values(shape, dtype))
         self.inputs.append((rows, rows.clone()))
         return tensor
 
@@ -77,6 +79,13 @@ class GuardedMemory(TorchFunctionMode):
         return buffer[GUARD_BYTES : GUARD_BYTES + size].view(dtype)
 
 
+def _values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """Normal numbers, or any bytes."""
+    if dtype == torch.uint8:
+        return torch.randint(256, shape, dtype=dtype, generator=generator)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
 def factories(axis: int) -> tuple[Make, Make]:
     """Two factories of the same float16 inputs: in blocks of their own, and with a stride along ``axis`` so large that
     its first and last index lie more than an int32 apart. Memory never touched is never allocated.
@@ -87,7 +96,7 @@ def factories(axis: int) -> tuple[Make, Make]:
     used = 0
 
     def values(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype or torch.float16)
+        return _values(shape, dtype or torch.float16, generator)
 
     def far(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
         nonlocal used

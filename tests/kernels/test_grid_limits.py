@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -27,6 +28,8 @@ LARGEST: dict[str, Callable[[], Any]] = {
     "mean_norm_over_frames videos": partial(calls.mean_norm_over_frames, make, 2**28, 1, 1, 32),
     "clip_logits": partial(calls.clip_logits, make, 2**13, 2**15, 32),
     "clip_logits videos": partial(calls.clip_logits, make, 2**28, 1, 32),
+    "patch_embed frames": partial(calls.patch_embed, make, 2**28, 1, 2, 16),
+    "patch_embed pixels": partial(calls.patch_embed, make, 2, 2**12, 9, 16, pixels=torch.uint8),
     "prompt_attention classes": partial(calls.prompt_attention, make, 2**8, 2**20, 49, 32, 1, shared=True),
     "prompt_attention videos": partial(calls.prompt_attention, make, 2**28, 1, 1, 32, 1, shared=False),
     "prompt_attention patches": partial(calls.prompt_attention, make, 2**8, 1, 2**20, 32, 1, shared=True),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +13,6 @@ from xclip_fast.ops import _patch_extension
 from xclip_fast.ops._autocast import autocast_dtype
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
 from xclip_fast.ops._patch_contract import affine, channels_last, check, exact_dtype, pixel_statistics
-
-_TRITON_KERNEL = importlib.util.find_spec("xclip_fast.kernels.patch_embed") is not None
 
 
 def patch_embed(
@@ -64,8 +61,7 @@ def patch_embed(
     mean, std = pixel_statistics(frames, mean, std)
     extension = _patch_extension.refusal(frames, weight)
     tensors = frames, weight, class_embedding, positions, norm_weight, norm_bias
-    refusal = None if _TRITON_KERNEL else "there is no Triton kernel for it"
-    chosen = choose("patch_embed", backend, *tensors, refusal=refusal, extension=extension)
+    chosen = choose("patch_embed", backend, *tensors, extension=extension)
     if chosen == "reference":
         return patch_embed_ref(*tensors, eps, mean, std, dtype)
     if chosen == "torch":
@@ -179,10 +175,13 @@ def _patch_embed(
         return _patch_extension.patch_embed_fwd(
             _patch_extension.Call(*tensors, *norm, affine(mean, std), dtype, save_embedded)
         )
-    if _TRITON_KERNEL and runs_kernels(weight):
+    if runs_kernels(weight):
         from xclip_fast.kernels.patch_embed import patch_embed_fwd
 
-        return patch_embed_fwd(*tensors, *norm, mean, std, dtype, save_embedded)
+        tokens, embedded = patch_embed_fwd(
+            channels_last(frames), weight, class_embedding, positions, *norm, affine(mean, std), dtype
+        )
+        return tokens, embedded if save_embedded else embedded.new_empty(0)
     embedded = _embedded_torch(*tensors, mean, std, dtype)
     tokens = _normed_torch(embedded, *norm).to(dtype)
     return tokens, embedded if save_embedded else embedded.new_empty(0)
@@ -250,7 +249,9 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     if norm_weight is not None:
         if embedded is None:
             embedded = _embedded_torch(frames, weight, class_embedding, positions, ctx.mean, ctx.std, ctx.dtype)
-        variance, mean = torch.var_mean(embedded.to(exact_dtype(embedded.dtype)), dim=-1, correction=0)
+        exact = embedded.to(exact_dtype(embedded.dtype))
+        mean = exact.mean(-1, keepdim=True)
+        variance = (exact - mean).square().mean(-1)
         grad, vectors = torch.ops.xclip_fast.layer_norm_backward(
             grad, None, embedded, norm_weight, None, mean.flatten(), (variance + ctx.eps).rsqrt().flatten()
         )
@@ -304,8 +305,6 @@ def _refusal(
     norm_bias: Tensor | None = None,
     **kwargs: object,
 ) -> str | None:
-    if not _TRITON_KERNEL:
-        return "there is no Triton kernel for it"
     return kernel_refusal(frames, weight, class_embedding, positions, norm_weight, norm_bias)
 
 
