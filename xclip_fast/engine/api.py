@@ -138,7 +138,7 @@ class Engine:
             return VideoFeatures(*(self._features(video) if self._graphs is None else self._graphs[0](video)))
 
     def embed_video(self, video: Tensor) -> Tensor:
-        """The video features (B, E) alone, as ``encode_video(video).video``: the last block computes class rows only."""
+        """``encode_video(video).video`` (B, E) alone: the last block computes nothing but its class rows."""
         with torch.inference_mode(), self._quiet():
             video = self._checked(video)
             return self._embedding(video) if self._graphs is None else self._graphs[1](video)[0]

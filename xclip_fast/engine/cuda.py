@@ -25,7 +25,7 @@ from xclip_fast.reference.positions import spatial_positions
 class _Block:
     """One cross-frame block; ``lag_1`` and ``lag_2`` are what the stream lacks before each norm."""
 
-    message: list[Tensor] | None
+    message: dict[str, Any] | None
     message_kv: tuple[Tensor, Tensor]
     constant_kv: Tensor | None
     norm_1: tuple[Tensor, Tensor]
@@ -37,15 +37,13 @@ class _Block:
     fc: Product
     projection: Product
     heads: int
-    message_heads: int
     eps: float
-    message_eps: float
 
     def key_value(self, class_tokens: Tensor) -> Tensor:
         """The messages' keys and values (F, 2 D) for class tokens (B, T, D)."""
         if self.message is None:
             return self.constant_kv.expand(class_tokens.shape[:2].numel(), -1).contiguous()  # type: ignore[union-attr]
-        messages = message_attention(class_tokens, *self.message, self.message_heads, eps=self.message_eps)
+        messages = message_attention(class_tokens, **self.message)
         return message_key_value(messages, *self.norm_1, *self.message_kv, eps=self.eps).flatten(0, 1)
 
     def __call__(self, tokens: Tensor, side: _Side, class_row: bool) -> Tensor:
@@ -166,34 +164,41 @@ def _pack(block: Any, index: int, config: Any, packing: Packing, lag: Tensor | N
     """A block, and what the stream lacks behind it."""
     attention, message, width = block.attn, block.message_attn, config.vision_width
     fc, projection, activation = packing.perceptron(block.mlp.c_fc, block.mlp.c_proj, block.ln_2, config.activation)
-    out_bias: Tensor | None = exact(attention.out_proj.bias)
-    projection_bias: Tensor | None = projection[1]
+    (last, projection_bias), out_bias = projection, exact(attention.out_proj.bias)
     fc_bias, lag_1, lag_2 = exact(block.message_fc.bias), None, None
+    biases: tuple[Tensor | None, Tensor | None] = out_bias, projection_bias
     if lag is not None:
         # the message is of the class token itself
         fc_bias = fc_bias + exact(block.message_fc.weight) @ lag
         lag_1, lag_2 = packing.tensor(lag), packing.tensor(lag + out_bias)
         lag = lag + out_bias + projection_bias
-        out_bias = projection_bias = None
-    tensors = [block.message_fc.weight, fc_bias, block.message_ln.weight, block.message_ln.bias]
-    tensors += [message.in_proj_weight, message.in_proj_bias, message.out_proj.weight, message.out_proj.bias]
+        biases = None, None
+    tensors = {
+        "fc_weight": block.message_fc.weight,
+        "fc_bias": fc_bias,
+        "norm_weight": block.message_ln.weight,
+        "norm_bias": block.message_ln.bias,
+        "in_proj_weight": message.in_proj_weight,
+        "in_proj_bias": message.in_proj_bias,
+        "out_weight": message.out_proj.weight,
+        "out_bias": message.out_proj.bias,
+    }
     weight, bias = exact(attention.in_proj_weight), exact(attention.in_proj_bias)
     packed = _Block(
-        message=[packing.tensor(x) for x in tensors],
+        message={name: packing.tensor(x) for name, x in tensors.items()}
+        | {"heads": message.heads, "eps": block.message_ln.eps},
         message_kv=(packing.tensor(weight[width:]), packing.tensor(bias[width:])),
         constant_kv=None,
         norm_1=(packing.tensor(block.ln_1.weight), packing.tensor(block.ln_1.bias)),
         lag_1=lag_1,
         qkv=packing.product(weight, bias, place=place_of(index, "qkv")),
-        out=packing.product(exact(attention.out_proj.weight), out_bias, place=place_of(index, "out")),
+        out=packing.product(exact(attention.out_proj.weight), biases[0], place=place_of(index, "out")),
         norm_2=(packing.tensor(block.ln_2.weight), packing.tensor(block.ln_2.bias)),
         lag_2=lag_2,
         fc=packing.product(*fc, activation, place=place_of(index, "fc")),
-        projection=packing.product(projection[0], projection_bias, place=place_of(index, "projection")),
+        projection=packing.product(last, biases[1], place=place_of(index, "projection")),
         heads=attention.heads,
-        message_heads=message.heads,
         eps=block.ln_1.eps,
-        message_eps=block.message_ln.eps,
     )
     return packed, lag
 

@@ -1,4 +1,4 @@
-"""CUDA graphs, one for each (batch bucket, frames, resolution), the least recently used out first. Never run on a GPU."""
+"""CUDA graphs: one a batch bucket, frames and resolution, the least recently used out first. Never run on a GPU."""
 
 from __future__ import annotations
 

@@ -59,15 +59,17 @@ class Heads:
             self.mit_lengths[frames] = self.packing.tensor(temporal_positions(self.mit_positions, frames)[0])
         positions: Tensor | None = self.mit_lengths[frames]
         x, last = features, len(self.mit_blocks) - 1
-        for i, (tensors, heads, eps) in enumerate(self.mit_blocks):
+        for i, arguments in enumerate(self.mit_blocks):
             pooled = features if i == last and "mit_mean" in self.rewrites else None
-            x = temporal_block(x, *tensors, heads, positions=positions, pooled_with=pooled, eps=eps)
+            x = temporal_block(x, **arguments, positions=positions, pooled_with=pooled)
             positions = None
         return x if "mit_mean" in self.rewrites else (features + x).mean(dim=1)
 
     def project_patches(self, tokens: list[Tensor], frames: int) -> Tensor:
         """Tokens of all frames, in parts of (videos, frames, S, D) in their order, to mean patch features (B, N, E)."""
-        videos, mean, seen = [], 0.0, 0
+        videos: list[Tensor] = []
+        mean: Any = 0.0
+        seen = 0
         for part in tokens:
             patches = self._mean(part[:, :, 1:])
             if part.shape[1] == frames:
@@ -118,7 +120,8 @@ class Heads:
             query = texts.query
             if i or "prompt_query" not in self.rewrites:
                 query = layer.query(layer.norm_1(rows))
-            mixed = prompt_attention(query.view(-1, classes, width), *key_value[:, :, i].unbind(2), self.heads)
+            key, value = key_value[:, :, i].unbind(2)
+            mixed = prompt_attention(query.view(-1, classes, width), key, value, self.heads)
             if i == 0:
                 rows = rows.repeat(videos, 1)
             rows = layer.out.add(rows, mixed.reshape(rows.shape))
@@ -149,10 +152,20 @@ def _prompt_layer(layer: Any, packing: Packing) -> _PromptLayer:
     )
 
 
-def _temporal_arguments(block: Any, packing: Packing) -> tuple[list[Tensor], int, float]:
-    modules = block.ln_1, block.attn, block.ln_2, block.mlp
-    norm_1, attention, norm_2, mlp = modules
-    tensors = [norm_1.weight, norm_1.bias, attention.in_proj_weight, attention.in_proj_bias]
-    tensors += [attention.out_proj.weight, attention.out_proj.bias, norm_2.weight, norm_2.bias]
-    tensors += [mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias]
-    return [packing.tensor(x) for x in tensors], attention.heads, norm_1.eps
+def _temporal_arguments(block: Any, packing: Packing) -> dict[str, Any]:
+    tensors = {
+        "norm1_weight": block.ln_1.weight,
+        "norm1_bias": block.ln_1.bias,
+        "in_proj_weight": block.attn.in_proj_weight,
+        "in_proj_bias": block.attn.in_proj_bias,
+        "out_weight": block.attn.out_proj.weight,
+        "out_bias": block.attn.out_proj.bias,
+        "norm2_weight": block.ln_2.weight,
+        "norm2_bias": block.ln_2.bias,
+        "fc_weight": block.mlp.c_fc.weight,
+        "fc_bias": block.mlp.c_fc.bias,
+        "proj_weight": block.mlp.c_proj.weight,
+        "proj_bias": block.mlp.c_proj.bias,
+    }
+    arguments: dict[str, Any] = {name: packing.tensor(x) for name, x in tensors.items()}
+    return arguments | {"heads": block.attn.heads, "eps": block.ln_1.eps}

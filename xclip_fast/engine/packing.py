@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xclip_fast.engine.products import (
     Float8Product,
@@ -25,13 +25,13 @@ REWRITES: Mapping[str, str] = MappingProxyType(
         "pixels": "normalisation in the patch weights: bytes go straight into the first product",
         "class_token": "the class token behind the first norm is a constant: no row of it is added or normed",
         "norms": "scale and shift of a norm in the product behind it: a norm reads and applies no vectors",
-        "silu": "1.702 of QuickGELU in the weights: the activation is SiLU, which oneDNN runs in the product's last pass",
+        "silu": "1.702 of QuickGELU in the weights: SiLU, which oneDNN runs in a product's last pass",
         "scores": "the scale of the attention scores in the weights of the queries: one pass over the scores less",
         "first_message": "the first block's message is a constant: its cross-frame attention is not computed",
         "message_product": "the message and its query, key and value from one product of the class tokens",
         "stream": "the residual stream without biases: a branch is one product that adds in place",
         "class_row": "features without patches: the last block mixes and transforms the class rows alone",
-        "patch_mean": "mean over frames before the projection of the patches: T times less work and no (B, T, N, E) tensor",
+        "patch_mean": "mean over frames before the patches' projection: T times less work, no (B, T, N, E) tensor",
         "mit_mean": "mean over frames before the last product of MIT: T times less work",
         "text_length": "texts cut behind the longest end of text: about 10 of 77 columns are computed",
         "prompt_query": "the first query of the prompts once per class set, not once per video",
@@ -63,22 +63,19 @@ class Packing:
         """A product of float64 weights (N, K); one with a place, such as ``blocks.3.fc``, may be narrow."""
         dtype = self.kept.get(place, self.dtype)
         if self.narrow and place and place not in self.kept:
-            weight, bias = (None if x is None else x.to(self.device) for x in (weight, bias))
+            moved = weight.to(self.device), None if bias is None else bias.to(self.device)
             narrow = Int8Product if self.narrow == "int8" else Float8Product
-            return narrow(weight, bias, activation, self.dtype)  # type: ignore[arg-type]
-        weight, bias = self.tensor(weight, dtype), None if bias is None else self.tensor(bias, dtype)
-        product: Product
-        if self.device.type == "cpu" and onednn_packs(dtype):
-            product = OneDnnProduct(weight, bias, activation)
-        else:
-            product = PlainProduct(weight, bias, activation)
+            return narrow(*moved, activation, self.dtype)
+        cast = self.tensor(weight, dtype), None if bias is None else self.tensor(bias, dtype)
+        packs = self.device.type == "cpu" and onednn_packs(dtype)
+        product: Product = OneDnnProduct(*cast, activation) if packs else PlainProduct(*cast, activation)
         return product if dtype is self.dtype else CastProduct(product, dtype, self.dtype)
 
     def tensor(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy on the device, in the stream's dtype unless told otherwise."""
         return x.detach().to(self.device, dtype or self.dtype, copy=True).contiguous()
 
-    def vectors(self, norm: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def vectors(self, norm: Any) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of a norm, or nothing where they are in the product behind it."""
         if "norms" in self.rewrites:
             return None, None
@@ -91,7 +88,9 @@ class Packing:
             return weight, bias
         return weight * exact(norm.weight), bias + weight @ exact(norm.bias)
 
-    def perceptron(self, fc: nn.Linear, projection: nn.Linear, norm: Any, activation: str) -> Any:
+    def perceptron(
+        self, fc: Any, projection: Any, norm: Any, activation: str
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], str]:
         """Float64 (weight, bias) of both products of a perceptron behind a norm, and its activation."""
         weight, bias = self.behind(norm, fc.weight, fc.bias)
         last = exact(projection.weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from math import isfinite
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -173,7 +173,7 @@ def int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_rows(x: Tensor) -> tuple[Tensor, float, int]:
-    """Rows as bytes with their scale and zero point, ``x = scale * (bytes - zero)``; a NaN or an infinity spoils all."""
+    """Rows as bytes, scale and zero point: ``x = scale * (bytes - zero)``. A NaN or an infinity spoils all of them."""
     low, high = (value.item() for value in x.aminmax())
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / 255 or 1.0
@@ -216,7 +216,7 @@ def _int8_in_float32(weight: Tensor, bias: Tensor, activation: str) -> Product:
     return Int8Product(weight, bias, activation, torch.float32)
 
 
-def _agrees(make: Callable[[Tensor, Tensor, str], Product], plain: PlainProduct, x: Tensor) -> bool:
+def _agrees(make: Callable[[Tensor, Any, str], Product], plain: PlainProduct, x: Tensor) -> bool:
     """Whether another product does what the plain one does; not if it cannot run."""
     weight, bias = plain.weight, plain.bias
     stream = torch.ones_like(plain(x))
