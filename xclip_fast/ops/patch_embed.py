@@ -131,7 +131,7 @@ def _embedded_torch(
     patches = torch.nn.functional.linear(rows, weight.flatten(1)).to(wide)
     positions = positions.to(wide)
     classes = (class_embedding.to(wide) + positions[0]).expand(len(frames), 1, -1)
-    return torch.cat([classes, patches.view(len(frames), -1, len(weight)) + positions[1:]], dim=1)
+    return torch.cat([classes, patches.view(len(frames), len(positions) - 1, len(weight)) + positions[1:]], dim=1)
 
 
 def _normed_torch(embedded: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -1,0 +1,494 @@
+"""Patch embedding: parity from bytes and floats in every layout, gradients, registration, refusals before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from harness import DEVICE, check_op, random
+from numerics import TOLERANCES, assert_within, relative_error
+from torch import Tensor, nn
+
+from xclip_fast import _extension, ops, reference
+from xclip_fast.bench.parity import doubled
+from xclip_fast.config import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from xclip_fast.ops import _patch_extension, explain, patch_embed
+from xclip_fast.reference.vision import embed_patches
+
+BUILT = _extension.refusal() is None
+needs_extension = pytest.mark.skipif(not BUILT or DEVICE != "cpu", reason=_extension.refusal() or "a test of the CPU")
+BACKENDS = ["torch", pytest.param("extension", marks=needs_extension)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+# frames, height, width, patch, token width: the tuned patches, odd ones, one patch, wide and tall frames, one channel
+SHAPES = [
+    (1, 32, 32, 32, 1),
+    (1, 32, 32, 32, 8),
+    (2, 64, 32, 32, 24),
+    (1, 32, 96, 32, 33),
+    (3, 64, 64, 32, 16),
+    (1, 128, 64, 32, 40),
+    (1, 16, 16, 16, 1),
+    (1, 16, 16, 16, 65),
+    (2, 48, 32, 16, 24),
+    (5, 16, 48, 16, 31),
+    (1, 112, 80, 16, 12),
+    (2, 160, 160, 16, 20),
+    (1, 14, 14, 14, 1),
+    (1, 14, 14, 14, 70),
+    (2, 28, 42, 14, 24),
+    (4, 42, 14, 14, 17),
+    (1, 98, 126, 14, 13),
+    (2, 126, 126, 14, 21),
+    (1, 1, 1, 1, 1),
+    (1, 1, 1, 1, 128),
+    (2, 3, 2, 1, 7),
+    (1, 11, 13, 1, 5),
+    (2, 2, 4, 2, 9),
+    (1, 24, 26, 2, 16),
+    (3, 3, 3, 3, 10),
+    (2, 9, 6, 3, 129),
+    (1, 36, 39, 3, 8),
+    (2, 4, 4, 4, 64),
+    (1, 48, 52, 4, 3),
+    (2, 5, 10, 5, 11),
+    (1, 7, 7, 7, 127),
+    (2, 21, 14, 7, 18),
+    (1, 8, 24, 8, 32),
+    (2, 96, 64, 8, 10),
+    (1, 9, 9, 9, 6),
+    (2, 22, 11, 11, 15),
+    (1, 13, 26, 13, 19),
+    (1, 15, 15, 15, 768),
+    (2, 34, 17, 17, 20),
+    (1, 24, 48, 24, 14),
+    (1, 31, 31, 31, 23),
+    (1, 33, 66, 33, 9),
+    (1, 64, 64, 64, 4),
+    (130, 2, 2, 2, 6),
+]
+
+
+def arguments(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, *, kind: str = "last", norm: bool = True
+) -> dict[str, object]:
+    """Frames of a kind ("last" and "first" are bytes, by where their channels are; "float"), and parameters."""
+    count, height, width, patch, size = shape
+    sides = (height, width, 3) if kind == "last" else (3, height, width)
+    frames = torch.randint(0, 256, (count, *sides), dtype=torch.uint8, device=DEVICE)
+    found: dict[str, object] = {
+        "frames": random(count, *sides, dtype=dtype) if kind == "float" else frames,
+        "weight": random(size, 3, patch, patch, dtype=dtype, scale=(3 * patch * patch) ** -0.5),
+        "class_embedding": random(size, dtype=dtype),
+        "positions": random(1 + height // patch * (width // patch), size, dtype=dtype),
+    }
+    if norm:
+        found |= {"norm_weight": random(size, dtype=dtype, mean=1.0), "norm_bias": random(size, dtype=dtype)}
+    return found
+
+
+def check(inputs: dict[str, object], backend: str, what: str, **kwargs: object) -> None:
+    # norms of few numbers multiply rounding errors, torch's own too
+    check_op(patch_embed, inputs, what=f"patch_embed {backend} {what}", backend=backend, ceiling=0.2, **kwargs)
+
+
+def nth(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> tuple[str, dict[str, object]]:
+    """Arguments of a shape, by its place of another kind each."""
+    index = SHAPES.index(shape)
+    kind = ("last", "float", "first")[index % 3]
+    return kind, arguments(shape, dtype, kind=kind, norm=shape[-1] > 4 and index % 4 > 0)
+
+
+@needs_extension
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    kind, inputs = nth(shape, dtype)
+    check(inputs, "extension", kind)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_torch_formulation(shape: tuple[int, int, int, int, int]) -> None:
+    kind, inputs = nth(shape, torch.float32)
+    check(inputs, "torch", kind, gradients=False)
+    # its gradients are torch's own: only their formulas are in question
+    kind, inputs = nth(shape, torch.float64)
+    check(inputs, "torch", kind)
+
+
+@needs_extension
+@dtypes
+@pytest.mark.parametrize("bytes_of", ["all", "none"])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("patch", [2, 14, 16, 32])
+def test_products_of_bytes_and_of_floats(
+    patch: int, norm: bool, bytes_of: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bytes_of == "all" and not torch.cpu._is_vnni_supported():
+        pytest.skip("this processor has no product of bytes")
+    monkeypatch.setattr(_patch_extension, "MIN_INTEGER_ROWS", 0 if bytes_of == "all" else 10**9)
+    for kind in ("last", "first"):
+        check(arguments((3, 2 * patch, 3 * patch, patch, 37), dtype, kind=kind, norm=norm), "extension", bytes_of)
+
+
+def crops() -> dict[str, Callable[[Tensor], Tensor]]:
+    """The same bytes (F, H, W, 3) in other memory."""
+
+    def crop(frames: Tensor) -> Tensor:
+        count, height, width, _ = frames.shape
+        return frames.new_zeros(count, height + 9, width + 5, 3)[:, 4:-5, 2:-3].copy_(frames)
+
+    def offset(frames: Tensor) -> Tensor:
+        return frames.new_zeros(frames.numel() + 1)[1:].view(frames.shape).copy_(frames)
+
+    def with_alpha(frames: Tensor) -> Tensor:
+        return frames.new_zeros(*frames.shape[:3], 4)[..., :3].copy_(frames)
+
+    def every_other(frames: Tensor) -> Tensor:
+        count, height, width, _ = frames.shape
+        return frames.new_zeros(2 * count, 2 * height, 2 * width, 3)[::2, ::2, ::2].copy_(frames)
+
+    def planar(frames: Tensor) -> Tensor:
+        return frames.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+
+    def turned(frames: Tensor) -> Tensor:
+        return frames.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def first_over_last(frames: Tensor) -> Tensor:
+        return frames.permute(0, 3, 1, 2)
+
+    return {
+        function.__name__: function
+        for function in (crop, offset, with_alpha, every_other, planar, turned, first_over_last)
+    }
+
+
+@backends
+@pytest.mark.parametrize("layout", list(crops()))
+@pytest.mark.parametrize("patch", [6, 14, 16])
+def test_layouts(patch: int, layout: str, backend: str) -> None:
+    inputs = arguments((2, 10 * patch, 8 * patch, patch, 20), torch.float32)
+    inputs["frames"] = crops()[layout](inputs["frames"])
+    check(inputs, backend, "layouts")
+
+
+@backends
+def test_one_frame_seen_many_times(backend: str) -> None:
+    inputs = arguments((1, 32, 48, 16, 20), torch.float32)
+    inputs["frames"] = inputs["frames"].expand(5, -1, -1, -1)
+    check(inputs, backend, "layouts")
+
+
+@backends
+def test_layouts_of_floats_and_of_weights(backend: str) -> None:
+    inputs = arguments((2, 28, 42, 14, 20), torch.float32, kind="float")
+    inputs["frames"] = inputs["frames"].contiguous(memory_format=torch.channels_last)
+    inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
+    inputs["positions"] = inputs["positions"].T.contiguous().T
+    inputs["class_embedding"] = torch.stack([inputs["class_embedding"]] * 2, dim=1)[:, 0]
+    check(inputs, backend, "layouts")
+
+
+@backends
+@pytest.mark.parametrize("mean_std", [(IMAGENET_MEAN, IMAGENET_STD), ((0.9, 0.1, 0.5), (0.05, 2.0, 1.0))])
+def test_mean_and_deviation(mean_std: tuple[tuple[float, ...], tuple[float, ...]], backend: str) -> None:
+    inputs = arguments((2, 64, 48, 4, 30), torch.float32)
+    check({**inputs, "mean": mean_std[0], "std": mean_std[1]}, backend, "mean and std")
+
+
+def test_the_default_statistics_are_those_of_clip() -> None:
+    inputs = arguments((1, 16, 16, 8, 10), torch.float32)
+    assert torch.equal(patch_embed(**inputs), patch_embed(**inputs, mean=CLIP_MEAN, std=CLIP_STD))
+
+
+@backends
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_dtype_of_the_result(dtype: torch.dtype, weights: torch.dtype, backend: str) -> None:
+    inputs = arguments((2, 48, 48, 4, 30), weights)
+    truth = patch_embed(**doubled(inputs), backend="reference")
+    plain = patch_embed(**inputs, dtype=dtype, backend="reference")
+    inputs["weight"].requires_grad_()
+    out = patch_embed(**inputs, dtype=dtype, backend=backend)
+    assert out.dtype == plain.dtype == dtype
+    limit = 2 * relative_error(plain, truth) + TOLERANCES[torch.promote_types(weights, torch.float32)].rounding
+    assert_within(out, truth, limit, what=f"patch_embed {backend} to another dtype")
+    (grad,) = torch.autograd.grad(out.sum(), [inputs["weight"]])
+    assert grad.dtype == weights
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_before_the_result_is_rounded_half_precision_loses_little(dtype: torch.dtype) -> None:
+    for patch in (14, 16, 32):
+        inputs = arguments((4, 8 * patch, 8 * patch, patch, 96), dtype, norm=False)
+        found = patch_embed(**inputs, dtype=torch.float32, backend="extension")
+        assert_within(
+            found, patch_embed(**doubled(inputs), backend="reference"), 5e-4, what="patch_embed before rounding"
+        )
+
+
+@backends
+def test_mixed_dtypes_of_parameters(backend: str) -> None:
+    inputs = arguments((2, 48, 48, 4, 30), torch.float16)
+    for name in ("class_embedding", "positions", "norm_weight", "norm_bias"):
+        inputs[name] = inputs[name].float()
+    check(inputs, backend, "mixed dtypes", gradients=backend == "extension")
+
+
+@backends
+@pytest.mark.parametrize("kind", ["last", "first", "float"])
+def test_no_frames(kind: str, backend: str) -> None:
+    inputs = arguments((0, 32, 32, 16, 10), torch.float32, kind=kind)
+    leaves = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()]
+    out = patch_embed(**inputs, backend=backend)
+    assert out.shape == (0, 5, 10)
+    assert all(not grad.any() for grad in torch.autograd.grad(out.sum(), leaves))
+
+
+@backends
+def test_bad_numbers_spoil_only_their_own(backend: str) -> None:
+    inputs = arguments((2, 32, 32, 16, 10), torch.float32, kind="float", norm=False)
+    inputs["frames"][1, 2, 17, 3] = float("nan")
+    out = patch_embed(**inputs, backend=backend)
+    assert out[1, 3].isnan().all()
+    assert out.isfinite().sum() == 9 * 10
+    # bytes are finite, weights need not be
+    inputs = arguments((8, 64, 64, 16, 10), torch.float32, norm=False)
+    inputs["weight"][3, 1, 2, 5] = float("nan")
+    inputs["weight"][7, 0, 0, 0] = float("inf")
+    out = patch_embed(**inputs, backend=backend)
+    assert not out[:, 1:, [3, 7]].isfinite().any()
+    assert out[:, 1:, [0, 1, 2, 4, 5, 6, 8, 9]].isfinite().all()
+    assert out[:, 0].isfinite().all()
+
+
+@backends
+def test_weights_of_very_different_size(backend: str) -> None:
+    inputs = arguments((4, 64, 64, 8, 12), torch.float32, norm=False)
+    inputs["weight"] *= torch.logspace(-6, 6, 12, device=DEVICE)[:, None, None, None]
+    inputs["weight"][5] = 0
+    inputs["weight"][6] = 1e-42
+    out = patch_embed(**inputs, backend=backend)
+    truth = patch_embed(**doubled(inputs), backend="reference")
+    for column in range(12):
+        assert_within(out[..., column], truth[..., column], 1e-6, what=f"patch_embed {backend} sizes of weights")
+
+
+def test_equals_the_module_of_the_reference() -> None:
+    conv, norm = nn.Conv2d(3, 24, 16, 16, bias=False), nn.LayerNorm(24)
+    embedding, positions, frames = torch.randn(24), torch.randn(5, 24), torch.randn(2, 3, 32, 32)
+    expected = embed_patches(frames, conv, embedding, positions, norm)
+    found = patch_embed(frames, conv.weight, embedding, positions, norm_weight=norm.weight, norm_bias=norm.bias)
+    assert torch.allclose(found, expected, atol=2e-6)
+    assert isinstance(reference.PatchEmbed(24, 16, 32)(frames), Tensor)
+
+
+@pytest.mark.parametrize("extension", [False, pytest.param(True, marks=needs_extension)])
+@pytest.mark.parametrize("kind", ["last", "first", "float"])
+def test_registered_op(kind: str, extension: bool) -> None:
+    statistics = [[0.4, 0.5, 0.6], [0.2, 0.3, 0.4]] if kind != "float" else [[], []]
+    for shape, norm in (((2, 48, 48, 4, 9), True), ((1, 6, 4, 2, 5), False)):
+        inputs = list(arguments(shape, torch.float32, kind=kind, norm=norm).values())
+        leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
+        leaves += [] if norm else [None, None]
+        tail = 1e-5, *statistics, torch.float32, norm and kind == "last", extension
+        torch.library.opcheck(torch.ops.xclip_fast.patch_embed, (*leaves, *tail))
+    torch.library.opcheck(torch.ops.xclip_fast.patch_rows, (inputs[0], 2, *statistics, torch.float16))
+
+
+@pytest.mark.parametrize("extension", [False, pytest.param(True, marks=needs_extension)])
+@pytest.mark.parametrize("kind", ["last", "float"])
+def test_exact_gradients(kind: str, extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    inputs = [x.cpu() for x in arguments((2, 4, 6, 2, 5), torch.float64, kind=kind).values()]
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+    statistics = [[0.4, 0.5, 0.6], [0.2, 0.3, 0.4]] if kind != "float" else [[], []]
+    for save in (True, False):
+        function = lambda *tensors, save=save: torch.ops.xclip_fast.patch_embed(  # noqa: E731
+            *tensors, 1e-5, *statistics, torch.float64, save, extension
+        )[0]
+        assert torch.autograd.gradcheck(function, leaves)
+
+
+@backends
+@pytest.mark.parametrize("kind", ["last", "float"])
+def test_compiles_whole(kind: str, backend: str) -> None:
+    inputs = arguments((2, 32, 32, 8, 12), torch.float32, kind=kind)
+    leaves = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()]
+    function = torch.compile(lambda **x: patch_embed(**x, backend=backend), fullgraph=True, backend="aot_eager")
+    found, expected = function(**inputs), patch_embed(**inputs, backend=backend)
+    assert torch.allclose(found, expected, atol=1e-6)
+    upstream = torch.randn_like(expected)
+    for grad, exact in zip(
+        torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+    ):
+        assert torch.allclose(grad, exact, atol=1e-4)
+    with torch.inference_mode():
+        assert torch.allclose(function(**inputs), expected, atol=1e-6)
+
+
+@backends
+def test_autocast_is_that_of_a_product(backend: str) -> None:
+    inputs = arguments((4, 48, 48, 8, 12), torch.float32)
+    leaf = inputs["weight"].requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = patch_embed(**inputs, backend=backend)
+        kept = patch_embed(**inputs, dtype=torch.float32, backend=backend)
+    assert (found.dtype, kept.dtype) == (torch.bfloat16, torch.float32)
+    expected = patch_embed(**inputs | {"weight": leaf.bfloat16()}, backend=backend)
+    assert torch.equal(found, expected)
+    (grad,) = torch.autograd.grad(found.float().sum(), [leaf])
+    assert grad.dtype == torch.float32
+
+
+@needs_extension
+def test_repeats_and_threads_are_bit_equal() -> None:
+    inputs = arguments((6, 48, 48, 8, 12), torch.float32)
+    leaves = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()]
+    before, runs = torch.get_num_threads(), []
+    for threads in (1, 1, 2):
+        torch.set_num_threads(threads)
+        out = patch_embed(**inputs, backend="extension")
+        runs.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    assert torch.equal(runs[0][0], runs[2][0])
+
+
+@needs_extension
+def test_weights_changed_in_place_are_seen() -> None:
+    inputs = arguments((6, 48, 48, 8, 12), torch.float32)
+    before = patch_embed(**inputs, backend="extension")
+    inputs["weight"].data.mul_(2)
+    assert_within(
+        patch_embed(**inputs, backend="extension"),
+        patch_embed(**inputs, backend="torch"),
+        1e-5,
+        what="patch_embed again",
+    )
+    assert not torch.allclose(before, patch_embed(**inputs, backend="extension"))
+
+
+def test_no_gradient_can_be_asked_of_bytes() -> None:
+    inputs = arguments((1, 16, 16, 8, 10), torch.float32)
+    with pytest.raises(RuntimeError, match="floating point"):
+        inputs["frames"].requires_grad_()
+    out = patch_embed(**inputs | {"weight": inputs["weight"].requires_grad_()})
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(out.sum(), [inputs["frames"]])
+
+
+def wrong() -> dict[str, tuple[dict[str, object], str]]:
+    """What is changed in good arguments, and the message it gets."""
+    frames = torch.zeros(2, 32, 48, 3, dtype=torch.uint8)
+    return {
+        "no frames": ({"frames": frames[0]}, r"frames must be uint8 \(F, H, W, 3\).*\(32, 48, 3\)"),
+        "gray": ({"frames": frames[..., :1]}, r"found torch.uint8 \(2, 32, 48, 1\)"),
+        "integers": ({"frames": frames.int()}, r"floating point \(F, 3, H, W\), found torch.int32"),
+        "floats with channels last": ({"frames": frames.float()}, r"found torch.float32 \(2, 32, 48, 3\)"),
+        "no height": ({"frames": frames[:, :0]}, r"found torch.uint8 \(2, 0, 48, 3\)"),
+        "a rest": ({"frames": frames[:, :31]}, "multiples of 16, found 31x48"),
+        "flat weight": ({"weight": torch.zeros(8, 768)}, r"weight must have shape \(D, 3, P, P\), found \(8, 768\)"),
+        "oblong weight": ({"weight": torch.zeros(8, 3, 16, 8)}, r"found \(8, 3, 16, 8\)"),
+        "gray weight": ({"weight": torch.zeros(8, 1, 16, 16)}, r"found \(8, 1, 16, 16\)"),
+        "integer weight": ({"weight": torch.zeros(8, 3, 16, 16, dtype=torch.int8)}, "weight must be float16.*int8"),
+        "positions": ({"positions": torch.zeros(5, 8)}, r"positions must have shape \(7, 8\).*found \(5, 8\)"),
+        "class": ({"class_embedding": torch.zeros(7)}, r"class_embedding must have shape \(8,\).*found \(7,\)"),
+        "half a norm": ({"norm_bias": None}, "norm_weight and norm_bias go together"),
+        "norm": ({"norm_bias": torch.zeros(9)}, r"norm_bias must have shape \(8,\)"),
+        "integer norm": ({"norm_bias": torch.zeros(8).int()}, "norm_bias must be floating point, found torch.int32"),
+        "dtype": ({"dtype": torch.int8}, "dtype must be float16.*found torch.int8"),
+        "two means": ({"mean": (0.5, 0.5)}, r"mean must hold three numbers, found \(0.5, 0.5\)"),
+        "no deviation": ({"std": (0.5, 0.0, 0.5)}, "std must hold three positive numbers"),
+        "normalised twice": (
+            {"frames": torch.zeros(2, 3, 32, 48), "mean": (0.5, 0.5, 0.5)},
+            "mean and std are for uint8 frames, found torch.float32",
+        ),
+        "another device": ({"weight": torch.zeros(8, 3, 16, 16, device="meta")}, "weight must be on cpu.*found meta"),
+        "too many pixels": (
+            {"frames": frames[:1].expand(2**19, -1, -1, -1)},
+            r"frames may have up to 2147483647.*2415919104",
+        ),
+        "too many tokens": (
+            {
+                "frames": frames[:1, :16, :16].expand(2**21, -1, -1, -1),
+                "weight": torch.zeros(1).expand(1024, 3, 16, 16),
+                "positions": torch.zeros(1).expand(2, 1024),
+                "class_embedding": torch.zeros(1024),
+                "norm_weight": torch.zeros(1024),
+                "norm_bias": torch.zeros(1024),
+            },
+            "the tokens may have up to 2147483647 elements, found 4294967296",
+        ),
+    }
+
+
+@pytest.mark.parametrize("fault", list(wrong()))
+def test_wrong_arguments_are_named(fault: str) -> None:
+    good = {
+        "frames": torch.zeros(2, 32, 48, 3, dtype=torch.uint8),
+        "weight": torch.zeros(8, 3, 16, 16),
+        "class_embedding": torch.zeros(8),
+        "positions": torch.zeros(7, 8),
+        "norm_weight": torch.ones(8),
+        "norm_bias": torch.zeros(8),
+    }
+    patch_embed(**good)
+    changes, message = wrong()[fault]
+    for backend in (None, "reference", "torch"):
+        with pytest.raises(ValueError, match=message):
+            patch_embed(**good | changes, backend=backend)
+
+
+def test_explain() -> None:
+    inputs = arguments((1, 16, 16, 8, 10), torch.float32)
+    reasons = explain("patch_embed", **inputs)
+    assert reasons["reference"] is reasons["torch"] is None
+    assert reasons["extension"] == _patch_extension.refusal(inputs["frames"], inputs["weight"])
+    meta = {name: x.to("meta") for name, x in inputs.items()}
+    assert "on meta" in explain("patch_embed", **meta)["extension"]
+    with pytest.raises(
+        ValueError, match="patch_embed: the extension backend was asked for, but the tensors are on meta"
+    ):
+        patch_embed(**meta, backend="extension")
+    assert "no part in the compiled extension" in explain("layer_norm", *[torch.zeros(4)] * 3)["extension"]
+    with pytest.raises(ValueError, match="layer_norm: the extension backend was asked for"), ops.backend("extension"):
+        ops.layer_norm(*[torch.zeros(4)] * 3)
+
+
+def test_without_the_extension_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_patch_extension._extension, "refusal", lambda: "it is not here")
+    inputs = arguments((2, 32, 32, 8, 10), torch.float32)
+    assert torch.equal(patch_embed(**inputs), patch_embed(**inputs, backend="torch"))
+    with pytest.raises(ValueError, match="it is not here"):
+        patch_embed(**inputs, backend="extension")
+
+
+def test_products_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = arguments((2, 32, 48, 16, 10), torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        tensors = [*inputs.values(), 1e-5, [0.5] * 3, [0.5] * 3, torch.float32, False, False]
+        torch.ops.xclip_fast.patch_embed(*tensors)
+    assert counter.get_total_flops() == 2 * 12 * 768 * 10
+
+
+def test_packed_for_cuda_as_the_header_says() -> None:
+    facts = pytest.importorskip("xclip_fast._buildinfo", reason="the extension is not built")
+    for patch in (1, 5, 14, 16, 32):
+        weight = torch.randn(3, 3, patch, patch)
+        factors = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
+        packed, table = _patch_extension.pack_for_cuda(weight, torch.zeros(3), torch.zeros(2, 3), factors)
+        assert packed.numel() == facts.packed_weight_elements(patch, 3)
+        expected = torch.zeros(packed.numel(), dtype=torch.float16)
+        scale = torch.tensor(factors[0]) * facts.weight_scale
+        for place in torch.cartesian_prod(*map(torch.arange, weight.shape)).tolist():
+            expected[facts.packed_weight_index(patch, 3, *place)] = (weight[tuple(place)] * scale[place[1]]).half()
+        assert torch.equal(packed.flatten(), expected)
+        bias = torch.einsum("dcyx,c->d", weight, 128 * torch.tensor(factors[0]) + torch.tensor(factors[1]))
+        assert torch.allclose(table[1], bias, atol=1e-3)
