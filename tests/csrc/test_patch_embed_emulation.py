@@ -37,8 +37,9 @@ def compile_and_run(
     source: Path, program: Path, *arguments: str, headers: Path = ROOT / "csrc", flags: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     assert COMPILER is not None
-    warnings = ["-Wall", "-Wextra", "-Werror"]
-    command = [COMPILER, "-std=c++20", *warnings, *flags, f"-I{headers}", str(source), "-o", str(program)]
+    # of the kernel's unrolling, and its wide stores, a C++ compiler knows nothing
+    usual = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+    command = [COMPILER, *usual, *flags, f"-I{headers}", str(source), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert built.returncode == 0, built.stderr
     return subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=200)
@@ -66,10 +67,10 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
         ("l14-336", "skewed"),
         ("b32-320", "aligned"),
         ("b16-336", "aligned"),
-        ("wide", "aligned"),
+        ("wide", "skewed"),
         ("narrow", "aligned"),
         ("odd-width", "aligned"),
-        ("one-patch-frames", "aligned"),
+        ("one-patch-frames", "skewed"),
         ("patch-8", "skewed"),
         ("patch-7", "skewed"),
         ("patch-1", "skewed"),
@@ -82,6 +83,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
         ("odd-crop", "skewed"),
         ("planar", "scattered"),
         ("planar-crop", "scattered"),
+        ("exact-odd-width", "aligned"),
         ("exact-aligned", "aligned"),
         ("exact-skewed", "skewed"),
         ("exact-scattered", "scattered"),
@@ -108,31 +110,37 @@ def test_shared_memory_fits_every_architecture(emulated: dict[tuple[str, str], F
 
 
 @pytest.mark.parametrize(
-    ("was", "becomes", "case", "complaint"),
+    ("header", "was", "becomes", "case", "complaint"),
     [
-        ("return column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;", "return column;",
-         "exact-aligned", "tokens are those of the convolution"),
-        ("byte % 16 / 4 * 2 + byte % 2 + byte % 4 / 2 * 8", "byte % 16", "exact-aligned",
+        # how a group of copies is waited for, threads for each other, and a stage for its readers
+        ("kernel", "wait_for_copies<SomeTile::kDepth - 2>", "wait_for_copies<SomeTile::kDepth - 1>", "exact-aligned",
+         "a word that is read was written, and its copy waited for"),
+        ("kernel", "    __syncthreads();\n    load();", "    load();", "exact-aligned",
+         "a barrier stands between a write and others' reads"),
+        ("kernel", "    __syncthreads();\n    load();", "    load();\n    __syncthreads();", "exact-scattered",
+         "a word is not written while others may read it"),
+        # bytes, fragments, rows and columns
+        ("kernel", "centred_pair<0x4342>", "centred_pair<0x4340>", "exact-aligned",
          "tokens are those of the convolution"),
-        ("stage.row_offset) & 15", "stage.row_offset) & 7", "exact-skewed", "copies are 16-byte aligned"),
-        ("whole ? 16 : left > 0 ? left : 0", "whole || left > 0 ? 16 : 0", "exact-skewed",
-         "no pixel past the row is read"),
-        ("index + frame + 1 : -1", "index + frame + 1 : index + frame + 1", "odd-crop",
-         "every token value is written once"),
-        ("kPixels + SomeTile::kDepth * kPixelStage", "kPixels + kPixelStage", "exact-aligned",
-         "a weight read was never written, or is not finite"),
+        ("kernel", "if (i < count)", "if (i <= count)", "exact-odd-width", "heap-buffer-overflow"),
+        ("index", "stage.row_offset) & 15", "stage.row_offset) & 7", "exact-skewed", "copies are 16-byte aligned"),
+        ("index", "whole ? 16 : left > 0 ? left : 0", "whole || left > 0 ? 16 : 0", "exact-skewed",
+         "heap-buffer-overflow"),
     ],
 )  # fmt: skip
-def test_planted_faults_are_found(tmp_path: Path, was: str, becomes: str, case: str, complaint: str) -> None:
+def test_planted_faults_are_found(
+    tmp_path: Path, header: str, was: str, becomes: str, case: str, complaint: str
+) -> None:
     headers = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", headers)
-    maths = headers / "patch_embed_index.h"
-    text = maths.read_text()
+    source = headers / f"patch_embed_{header}.h"
+    text = source.read_text()
     assert text.count(was) == 1
-    maths.write_text(text.replace(was, becomes))
-    done = compile_and_run(EMULATOR, tmp_path / "emulator", case, headers=headers, flags=("-O0",))
+    source.write_text(text.replace(was, becomes))
+    flags = ("-O0", *(SANITIZERS if complaint == "heap-buffer-overflow" else []))
+    done = compile_and_run(EMULATOR, tmp_path / "emulator", case, headers=headers, flags=flags)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert f"{case}: broken rule: {complaint}" in done.stdout
+    assert complaint in done.stdout + done.stderr
 
 
 PACKING = r"""
