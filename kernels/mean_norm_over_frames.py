@@ -141,7 +141,8 @@ def mean_norm_over_frames_fwd(
     tokens, added = _addressable(tokens, residual)
     batch, frames, patches, width = tokens.shape
     out = torch.empty(batch, patches, width, dtype=tokens.dtype, device=tokens.device)
-    block_rows, block_width = block_shape(width)
+    # sums, tokens and residual of four rows would spill
+    block_rows, block_width = block_shape(width) if residual is None else backward_block_shape(width)
     if out.numel():
         with on_device_of(tokens):
             _mean_norm_over_frames_fwd_kernel[(triton.cdiv(batch * patches, block_rows),)](
