@@ -71,3 +71,10 @@ def test_weights_in_a_missing_folder_are_an_input_error(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="cannot write"):
             save({name: model}, tmp_path / "missing")
         assert not weights_path(name, tmp_path / "missing").exists()
+
+
+def test_command_wants_its_folder_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--out", str(tmp_path / "missing")])
+    assert ended.value.code == 2
+    assert "is no folder: make it first" in capsys.readouterr().err

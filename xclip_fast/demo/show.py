@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xclip_fast.demo.clips import CLASSES, FRAMES, SAMPLED, SIZE, make_clip
-from xclip_fast.demo.models import MODELS, load_trained
+from xclip_fast.demo.models import CONFIG, MODELS, load_trained
 from xclip_fast.demo.mp4 import write_mp4
 from xclip_fast.demo.scores import Score, score
 from xclip_fast.errors import InputError
@@ -90,11 +90,7 @@ def run(
         raise InputError(f"the demo needs at least one clip per class, found {clips_per_class}")
     start = time.perf_counter()
     report = progress or (lambda stage, done, total: None)
-    classifiers = {
-        name: Classifier(model, CLASSES, get_tokenizer(model.config))
-        for name in MODELS
-        for model in [load_trained(name)]
-    }
+    classifiers = {name: Classifier(load_trained(name), CLASSES, get_tokenizer(CONFIG)) for name in MODELS}
     real = None if video is None else _encode(video, classifiers["xclip"])
     labels = torch.arange(len(CLASSES)).repeat_interleave(clips_per_class)
     with _folder(out) as folder:

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from math import cos, pi
 from pathlib import Path
 
@@ -137,8 +138,8 @@ def _deterministic() -> Iterator[None]:
 
 def save(models: dict[str, XCLIP], folder: Path) -> None:
     """Write weights as float16, half the size: ``load_trained`` reads them."""
-    for name, model in models.items():
-        model = model.half()
+    for name, trained in models.items():
+        model = deepcopy(trained).half()
         path = weights_path(name, folder)
         if name == "xclip":
             save_model(model, path)
@@ -157,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch; another number gives other last bits")
     parser.add_argument("--clips", type=int, default=64, help="of each class, to validate on")
     options = parser.parse_args(arguments)
+    if not options.out.is_dir():
+        parser.error(f"--out {options.out} is no folder: make it first")
     torch.set_num_threads(options.threads)
 
     def show(step: int, losses: dict[str, float]) -> None:
