@@ -5,6 +5,7 @@ Each class extends its reference and replaces the computation alone, so weights 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from xclip_fast.ops import (
     layer_norm,
     message_attention,
     message_key_value,
+    patch_embed,
     prompt_attention,
     temporal_block,
 )
-from xclip_fast.reference.positions import temporal_positions
+from xclip_fast.ops._patch_contract import channels_last
+from xclip_fast.reference.positions import spatial_positions, temporal_positions
 from xclip_fast.reference.transformer import QuickGELU, SelfAttention, split_heads
 from xclip_fast.reference.transformer import TextTransformer as ReferenceTextTransformer
 
-PatchEmbed = reference.PatchEmbed
+Statistics = Sequence[float] | None  # of pixels, one number a channel
 
 DROP_PATH_UNITS = ("video", "token")
 
@@ -96,6 +99,34 @@ def _attend_within_frame(normed: Tensor, message: Tensor, norm: nn.LayerNorm, at
     )
     mixed = frame_attention(packed.flatten(0, 1), message_kv.flatten(0, 1), attention.heads)
     return attention.out_proj(mixed).view(normed.shape)
+
+
+class PatchEmbed(reference.PatchEmbed):
+    """``reference.PatchEmbed`` on the fused op, for bytes too."""
+
+    def forward(self, frames: Tensor, *, mean: Statistics = None, std: Statistics = None) -> Tensor:
+        """Frames, as ``ops.patch_embed`` takes them, to tokens (F, 1 + N, D) in the dtype of the weights."""
+        return _embed(self, frames, mean, std)
+
+
+def _embed(patches: reference.PatchEmbed, frames: Tensor, mean: Statistics, std: Statistics) -> Tensor:
+    weight, norm = patches.conv1.weight, patches.ln_pre
+    side = weight.shape[-1]
+    # whatever is wrong with the frames is refused by the op
+    height, width = channels_last(frames).shape[1:3] if frames.ndim == 4 else (side, side)
+    grid = max(height // side, 1), max(width // side, 1)
+    return patch_embed(
+        frames,
+        weight,
+        patches.class_embedding,
+        spatial_positions(patches.positional_embedding, grid),
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        eps=norm.eps,
+        mean=mean,
+        std=std,
+        dtype=weight.dtype,
+    )
 
 
 class MessageAttention(reference.MessageAttention):
@@ -189,15 +220,19 @@ class VisionTower(reference.VisionTower):
 
     blocks = CrossFrameTransformer
 
-    def forward(self, video: Tensor, *, closed: bool = True):  # type: ignore[no-untyped-def]
-        """Normalised video (B, T, 3, H, W) to frame features (B, T, E) and patch tokens (B, T, N, D).
+    def forward(  # type: ignore[no-untyped-def]
+        self, video: Tensor, *, mean: Statistics = None, std: Statistics = None, closed: bool = True
+    ):
+        """Video to frame features (B, T, E) and patch tokens (B, T, N, D).
 
         Args:
-            video: frames of each video.
+            video: uint8 (B, T, H, W, 3), or floating point (B, T, 3, H, W) already normalised.
+            mean, std: of the pixels from 0 to 1, for uint8 video.
             closed: return features and tokens; otherwise the features, the patches' stream and the branch still to be
                 added to it, or None, for the op that reads both.
         """
-        stream, branch = self.transformer(self.embed(video), closed=False)
+        tokens = _embed(self, video.flatten(0, 1), mean, std).unflatten(0, video.shape[:2])
+        stream, branch = self.transformer(tokens, closed=False)
         normed, _ = _join(stream[:, :, 0], None if branch is None else branch[:, :, 0], self.ln_post)
         features, patches = normed @ self.proj, stream[:, :, 1:]
         branch = None if branch is None else branch[:, :, 1:].to(patches.dtype)

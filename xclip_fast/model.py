@@ -9,6 +9,7 @@ from xclip_fast import layers, reference
 from xclip_fast.config import XCLIPConfig, resolve_config
 from xclip_fast.ops import clip_logits, mean_norm_over_frames
 from xclip_fast.reference import VideoFeatures
+from xclip_fast.reference.model import check_video
 
 
 class XCLIP(reference.XCLIP):
@@ -22,7 +23,12 @@ class XCLIP(reference.XCLIP):
 
     def encode_video(self, video: Tensor) -> VideoFeatures:
         """Features of videos, as ``reference.XCLIP.encode_video``; patches are averaged before their projection."""
-        frame_features, patches, branch = self.visual(self.normalise(video), closed=False)
+        check_video(video)
+        # bytes reach the first product as they are, which normalises them
+        statistics = (
+            {"mean": self.config.pixel_mean, "std": self.config.pixel_std} if video.dtype == torch.uint8 else {}
+        )
+        frame_features, patches, branch = self.visual(video, **statistics, closed=False)
         norm = self.prompts_visual_ln
         patches = mean_norm_over_frames(patches, norm.weight, norm.bias, residual=branch, eps=norm.eps)
         return VideoFeatures(self.mit(frame_features), patches @ self.prompts_visual_proj)
