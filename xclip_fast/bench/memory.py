@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from xclip_fast.bench.cases import config_of
+from xclip_fast.bench.machine import available_memory
 from xclip_fast.bench.record import Case
 from xclip_fast.flops import parameters
 
@@ -33,6 +34,17 @@ def estimate(case: Case) -> int:
     grads = 2 if case.direction == "train" else 1
     weights = parameters(config) * (4 + 8 * grads + 3 * size * grads)
     return int(weights + max(exact, activations) + frames + prompts)
+
+
+def lacking_memory(case: Case) -> str | None:
+    """Why a case does not fit into the memory that is free, or nothing."""
+    needed, free = estimate(case), available_memory(case.device)
+    if needed <= free:
+        return None
+    return (
+        f"{case.variant}, {case.frames} frames, batch {case.batch}, {case.dtype} needs about {needed / 2**30:.1f} GiB, "
+        f"{free / 2**30:.1f} GiB are free: ask for a smaller batch"
+    )
 
 
 def peak_memory(case: Case, provider: str) -> float | None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from xclip_fast.bench.cases import config_of
-from xclip_fast.bench.machine import Clock, available_memory
-from xclip_fast.bench.memory import estimate, peak_memory
+from xclip_fast.bench.machine import Clock
+from xclip_fast.bench.memory import lacking_memory, peak_memory
 from xclip_fast.bench.providers import (
     BASELINES,
     PROVIDERS,
@@ -54,19 +54,16 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
         InputError: an unknown provider, or less memory than the case needs.
     """
     check_names(list(providers))
+    if reason := lacking_memory(case):
+        raise InputError(reason)
     setting = setting_of(case)
-    needed, free = estimate(case), available_memory(case.device)
-    if needed > free:
-        raise InputError(
-            f"{case.variant}, {case.frames} frames, batch {case.batch}, {case.dtype} needs about "
-            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: ask for a smaller batch"
-        )
     inputs = inputs_of(setting)
     truth = _truth(setting, inputs)
     name, baseline, torch_error = _baseline(setting, inputs, truth)
     methods = ("graph", "wall") if case.device != "cpu" and case.direction == "forward" else ("wall",)
     bases = {
-        method: _Base(name, method, _sample(baseline, inputs, case, method, effort), case, effort) for method in methods
+        method: _Base(name, method, _sample(name, baseline, inputs, case, method, effort), case, effort)
+        for method in methods
     }
     for provider in providers:
         built: Any = None
@@ -78,7 +75,7 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
                 continue
             for method in methods:
                 timing = bases[method].against(
-                    None if provider == name else _sample(built, inputs, case, method, effort)
+                    None if provider == name else _sample(provider, built, inputs, case, method, effort)
                 )
                 memory = peak_memory(case, provider) if effort.memory else None
                 yield replace(_row(case, provider, check, timing, ceilings), memory_mb=memory)
@@ -197,12 +194,16 @@ def _check(
     return Check("the definition in float64", finite(error), torch_error, allowed, error <= allowed)
 
 
-def _sample(built: Classify, inputs: tuple[Tensor, Tensor], case: Case, method: str, effort: Effort) -> Sample:
+def _sample(
+    provider: str, built: Classify, inputs: tuple[Tensor, Tensor], case: Case, method: str, effort: Effort
+) -> Sample:
     run = step(built, inputs, case.direction == "train")
     run()  # compilers and caches work outside of the time
     if case.device == "cpu":
         return sampler(run, case.device, effort.block, graph=False)
-    return sampler(run, case.device, effort.block, graph=True) if method == "graph" else wall(run, effort.block)
+    if method == "wall":
+        return wall(run, effort.block)
+    return sampler(run, case.device, effort.block, graph=not PROVIDERS[provider].own_graph)
 
 
 class _Base:

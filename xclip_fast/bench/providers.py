@@ -54,12 +54,14 @@ class Provider:
         build: takes frames (B, T, 3, H, W) and encoded texts (K, E) to logits (B, K); a module can be trained.
         limit: what it may err instead of twice plain torch's error, where it rounds more on purpose.
         same: it computes X-CLIP; a floor computes something cheaper, and passes no gate.
+        own_graph: it replays CUDA graphs by itself; none can be captured around it.
     """
 
     what: str
     build: Callable[[Setting], Classify]
     limit: float | None = None
     same: bool = True
+    own_graph: bool = False
 
 
 def setting_of(case: Case) -> Setting:
@@ -199,19 +201,26 @@ def _huggingface_compiled(mode: str, attention: str | None = None) -> Callable[[
 
 def _engine(dtype: str | None = None) -> Callable[[Setting], Classify]:
     def build(setting: Setting) -> Classify:
-        import xclip_fast
-
-        made = getattr(xclip_fast, "Engine", None)
-        if made is None:
-            raise UnavailableError("this version has no engine")
         if setting.case.direction == "train":
             raise UnavailableError("the engine is for inference")
-        model: Any = _layers(replace(setting, case=replace(setting.case, dtype="float32")))
         try:
-            engine = made(model.model, dtype=dtype or setting.case.dtype, device=setting.case.device)
-        except (InputError, ValueError, ImportError) as error:
+            from xclip_fast.engine import EncodedTexts, Engine
+        except ImportError as error:
+            raise UnavailableError(f"this version has no engine: {error}") from error
+        model: Any = _layers(replace(setting, case=replace(setting.case, dtype="float32")))
+        asked: Any = getattr(torch, dtype or setting.case.dtype)
+        try:
+            engine = Engine(model.model, asked, setting.case.device)
+        except InputError as error:
             raise UnavailableError(str(error)) from error
-        return lambda video, text: engine.logits(engine.encode_video(video), text)
+
+        def classify(video: Tensor, text: Tensor) -> Tensor:
+            features = engine.encode_video(video)
+            text = text.to(features.video.dtype)
+            logits: Tensor = engine.logits(features, EncodedTexts(text, engine._heads.first_query(text)))
+            return logits
+
+        return classify
 
     return build
 
@@ -250,9 +259,9 @@ PROVIDERS: dict[str, Provider] = {
     "reference": Provider("the definition, plain PyTorch in the official order", _reference),
     "layers": Provider("xclip_fast.create_model, the fused layers", _layers),
     "optimized": Provider("Hugging Face after xclip_fast.optimize", _optimized),
-    "engine": Provider("xclip_fast.Engine in the case's dtype", _engine()),
-    "engine-int8": Provider("xclip_fast.Engine, int8", _engine("int8"), QUANTISED),
-    "engine-float8": Provider("xclip_fast.Engine, float8_e4m3fn", _engine("float8_e4m3fn"), QUANTISED),
+    "engine": Provider("xclip_fast.Engine in the case's dtype", _engine(), own_graph=True),
+    "engine-int8": Provider("xclip_fast.Engine, int8", _engine("int8"), QUANTISED, own_graph=True),
+    "engine-float8": Provider("xclip_fast.Engine, float8_e4m3fn", _engine("float8_e4m3fn"), QUANTISED, own_graph=True),
     "hf-compile": Provider("Hugging Face, torch.compile", _huggingface_compiled("default")),
     "hf-compile-max": Provider("Hugging Face, torch.compile max-autotune", _huggingface_compiled("max-autotune")),
     "hf-compile-max-flash": Provider(

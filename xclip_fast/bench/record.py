@@ -195,8 +195,10 @@ def to_csv(rows: Iterable[Row]) -> str:
     """A line a row; the parts of a row are columns such as ``timing.median_ms``."""
     flat = [_flat(asdict(row)) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
+    # a part that one row lacks is a column of its own there
+    columns = [name for name in columns if not any(other.startswith(f"{name}.") for other in columns)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in flat)
     return text.getvalue()

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import xclip_fast
+from xclip_fast.cli.bench import bench
 from xclip_fast.cli.classify import classify
 from xclip_fast.cli.console import BAD_INPUT, EXIT_CODES, INTERRUPTED, OK, READER_GONE, StderrHandler, problem, stderr
 from xclip_fast.cli.convert import convert
@@ -19,17 +20,19 @@ from xclip_fast.cli.demo import demo
 from xclip_fast.cli.embed import embed
 from xclip_fast.cli.flops import flops
 from xclip_fast.cli.info import info
+from xclip_fast.cli.profile import profile
+from xclip_fast.cli.verify import verify
 from xclip_fast.errors import InputError
 
 app = typer.Typer(
     name="xclip-fast",
-    help="X-CLIP video recognition: classify and embed videos, convert checkpoints, count operations.",
+    help="X-CLIP video recognition: classify and embed videos, convert checkpoints, measure and verify.",
     epilog=EXIT_CODES,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, classify, embed, convert, flops, info):
+for command in (demo, classify, embed, convert, bench, verify, profile, flops, info):
     app.command(epilog=EXIT_CODES)(command)
 
 

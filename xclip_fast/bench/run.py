@@ -1,0 +1,131 @@
+"""A whole run: ceilings of the machine, then every model and op asked for, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from xclip_fast.bench.cases import OPS, config_of
+from xclip_fast.bench.machine import ceilings, facts
+from xclip_fast.bench.memory import lacking_memory
+from xclip_fast.bench.models import Effort, measure_model
+from xclip_fast.bench.operators import BACKENDS, measure_op
+from xclip_fast.bench.providers import check_names
+from xclip_fast.bench.record import FAILED, Case, Row, Run
+from xclip_fast.errors import InputError
+
+MODEL = "model"
+DTYPES = ("float32", "bfloat16", "float16")
+DIRECTIONS = ("forward", "train")
+
+QUICK = Effort(blocks=3, block=0.05, memory=False)
+FULL = Effort(blocks=10, block=0.5, memory=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case and who computes it."""
+
+    case: Case
+    providers: tuple[str, ...]
+
+
+def make_case(
+    name: str,
+    variant: str,
+    frames: int | None = None,
+    batch: int = 1,
+    dtype: str = "float32",
+    direction: str = "forward",
+    device: str = "cpu",
+    classes: int = 5,
+) -> Case:
+    """A case whose parts are known and can be computed here.
+
+    Args:
+        name: "model", or an op.
+        variant, frames: as in ``cases.config_of``.
+
+    Raises:
+        InputError: a part is unknown, or the device is not there.
+    """
+    if name != MODEL and name not in OPS:
+        raise InputError(f"unknown case {name!r}: choose one of {MODEL}, {', '.join(OPS)}")
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if direction not in DIRECTIONS:
+        raise InputError(f"unknown mode {direction!r}: choose one of {', '.join(DIRECTIONS)}")
+    config = config_of(variant, frames)
+    kind = "normalised" if name == MODEL else "uint8" if name == "patch_embed" else "activations"
+    return Case(name, variant, config.frames, batch, classes, dtype, direction, kind, check_device(device))
+
+
+def check_device(device: str) -> str:
+    """The device, if it is there.
+
+    Raises:
+        InputError: it is not.
+    """
+    if device != "cpu" and not device.startswith("cuda"):
+        raise InputError(f"unknown device {device!r}: choose cpu, cuda or cuda:N")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, and torch finds no GPU here")
+    return device
+
+
+def run(jobs: Sequence[Job], effort: Effort, show: Callable[[Row], None]) -> Run:
+    """Measure all jobs on their one device.
+
+    A job that cannot run at all, for want of memory say, is a row with the reason, and the next one follows.
+
+    Raises:
+        InputError: a provider or backend is unknown, or no job fits into the memory; nothing is measured then.
+    """
+    for job in jobs:
+        _check_providers(job)
+    lacking = [reason for job in jobs if (reason := lacking_memory(job.case))]
+    if len(lacking) == len(jobs):
+        raise InputError(lacking[0])
+    device = jobs[0].case.device
+    dtypes = tuple(dict.fromkeys(job.case.dtype for job in jobs))
+    rates = ceilings(device, dtypes, seconds=min(0.5, 3 * effort.block))
+    found = Run(facts(device), rates)
+    whole: dict[Case, float] = {}
+    for job in jobs:
+        try:
+            for row in _measure(job, effort, rates, whole):
+                found.rows.append(row)
+                show(row)
+        except InputError as error:
+            for provider in job.providers:
+                row = Row(job.case, provider, FAILED, str(error))
+                found.rows.append(row)
+                show(row)
+    return found
+
+
+def _check_providers(job: Job) -> None:
+    if job.case.name == MODEL:
+        check_names(list(job.providers))
+        return
+    for name in job.providers:
+        if name not in BACKENDS:
+            raise InputError(f"unknown provider {name!r} of an op: choose one of {', '.join(BACKENDS)}")
+
+
+def _measure(job: Job, effort: Effort, rates: dict[str, float], whole: dict[Case, float]) -> Iterator[Row]:
+    """The rows of one job; ``whole`` remembers what the definition takes for a whole model."""
+    if job.case.name != MODEL:
+        model = replace(job.case, name=MODEL, input="normalised")
+        return measure_op(job.case, job.providers, effort, rates, model_ms=whole.get(model))
+    rows = measure_model(job.case, job.providers, effort, rates)
+    return _remembered(rows, whole)
+
+
+def _remembered(rows: Iterator[Row], whole: dict[Case, float]) -> Iterator[Row]:
+    for row in rows:
+        if row.provider == "reference" and row.timing is not None:
+            whole[row.case] = row.timing.median_ms
+        yield row
