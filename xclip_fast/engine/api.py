@@ -115,7 +115,7 @@ class Engine:
         if self.device.type == "cuda":
             self._graphs = GraphCache(self._features), GraphCache(lambda video: [self._embedding(video)])
         for product in self._products:
-            if product.error > product.budget:
+            if product.fell_back:
                 _log.warning(
                     "%s: error %.1e in %s, computed in %s", product.place, product.error, product.asked, product.used
                 )

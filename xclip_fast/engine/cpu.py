@@ -45,7 +45,8 @@ class Message:
         message = self.fc(class_tokens)
         if self.qkv is None:
             message, packed = message.split([class_tokens.shape[1], 3 * class_tokens.shape[1]], dim=-1)
-            variance = message.float().var(dim=-1, correction=0, keepdim=True)
+            wide = torch.promote_types(message.dtype, torch.float32)
+            variance = message.to(wide).var(dim=-1, correction=0, keepdim=True)
             packed = packed * (variance + self.norm.eps).rsqrt().to(packed.dtype) + self.shift
         else:
             packed = self.qkv(self.norm(message))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from xclip_fast.engine.cpu import Norm
 from xclip_fast.engine.packing import Packing, exact
@@ -30,6 +31,31 @@ class _PromptLayer:
     projection: Product
 
 
+@dataclass
+class _LastBlock:
+    """The last block of MIT and the mean behind it, the mean before the last product."""
+
+    norm_1: Norm
+    qkv: Product
+    out: Product
+    norm_2: Norm
+    fc: Product
+    projection: Product
+    heads: int
+
+    def __call__(self, x: Tensor, features: Tensor) -> Tensor:
+        """What enters the block and the frame features, both (B, T, E), to video features (B, E)."""
+        rows = x.flatten(0, 1)
+        packed = self.qkv(self.norm_1(rows)).view(*x.shape[:2], 3, self.heads, -1)
+        query, key, value = packed.permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows.shape)
+        # the products may write over their streams
+        rows = self.out.add(rows.clone(), mixed)
+        hidden = self.fc.activated(self.norm_2(rows))
+        mean = (features + rows.view(x.shape)).mean(dim=1)
+        return self.projection.add(mean, hidden.view(*x.shape[:2], -1).mean(dim=1))
+
+
 class Heads:
     """MIT, prompts and logits of a model. The model is read, never kept."""
 
@@ -38,6 +64,8 @@ class Heads:
         self.mit_positions = exact(model.mit.positional_embedding)
         self.mit_lengths: dict[int, Tensor] = {}
         self.mit_blocks = [_temporal_arguments(block, packing) for block in model.mit.resblocks]
+        last = model.mit.resblocks[-1]
+        self.last_block = _pack_last_block(last, packing) if "mit_mean" in packing.rewrites else None
         norm = model.prompts_visual_ln
         self.patch_norm = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
         self.patch_projection = packing.product(exact(model.prompts_visual_proj).t(), None)
@@ -58,12 +86,12 @@ class Heads:
         if frames not in self.mit_lengths:
             self.mit_lengths[frames] = self.packing.tensor(temporal_positions(self.mit_positions, frames)[0])
         positions: Tensor | None = self.mit_lengths[frames]
-        x, last = features, len(self.mit_blocks) - 1
-        for i, arguments in enumerate(self.mit_blocks):
-            pooled = features if i == last and "mit_mean" in self.rewrites else None
-            x = temporal_block(x, **arguments, positions=positions, pooled_with=pooled)
-            positions = None
-        return x if "mit_mean" in self.rewrites else (features + x).mean(dim=1)
+        x = features
+        for arguments in self.mit_blocks[:-1]:
+            x, positions = temporal_block(x, **arguments, positions=positions), None
+        if self.last_block is None:
+            return temporal_block(x, **self.mit_blocks[-1], positions=positions, pooled_with=features)
+        return self.last_block(x if positions is None else x + positions, features)
 
     def project_patches(self, tokens: list[Tensor], frames: int) -> Tensor:
         """Tokens of all frames, in parts of (videos, frames, S, D) in their order, to mean patch features (B, N, E)."""
@@ -117,11 +145,10 @@ class Heads:
         videos, (classes, width) = len(key_value), texts.features.shape
         rows = texts.features
         for i, layer in enumerate(self.layers):
-            query = texts.query
-            if i or "prompt_query" not in self.rewrites:
-                query = layer.query(layer.norm_1(rows))
+            kept = i == 0 and "prompt_query" in self.rewrites
+            query = texts.query if kept else layer.query(layer.norm_1(rows))
             key, value = key_value[:, :, i].unbind(2)
-            mixed = prompt_attention(query.view(-1, classes, width), key, value, self.heads)
+            mixed = prompt_attention(query.view(videos if i else 1, classes, width), key, value, self.heads)
             if i == 0:
                 rows = rows.repeat(videos, 1)
             rows = layer.out.add(rows, mixed.reshape(rows.shape))
@@ -149,6 +176,20 @@ def _prompt_layer(layer: Any, packing: Packing) -> _PromptLayer:
         norm_3=Norm(*packing.vectors(layer.norm3), layer.norm3.eps),
         fc=packing.product(*fc, activation),
         projection=packing.product(*projection),
+    )
+
+
+def _pack_last_block(block: Any, packing: Packing) -> _LastBlock:
+    attention = block.attn
+    fc, projection, activation = packing.perceptron(block.mlp.c_fc, block.mlp.c_proj, block.ln_2, "quick_gelu")
+    return _LastBlock(
+        norm_1=Norm(*packing.vectors(block.ln_1), block.ln_1.eps),
+        qkv=packing.product(*packing.behind(block.ln_1, attention.in_proj_weight, attention.in_proj_bias)),
+        out=packing.product(exact(attention.out_proj.weight), exact(attention.out_proj.bias)),
+        norm_2=Norm(*packing.vectors(block.ln_2), block.ln_2.eps),
+        fc=packing.product(*fc, activation),
+        projection=packing.product(*projection),
+        heads=attention.heads,
     )
 
 

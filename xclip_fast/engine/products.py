@@ -176,8 +176,9 @@ def int8_rows(x: Tensor) -> tuple[Tensor, float, int]:
     """Rows as bytes, scale and zero point: ``x = scale * (bytes - zero)``. A NaN or an infinity spoils all of them."""
     low, high = (value.item() for value in x.aminmax())
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / 255 or 1.0
-    zero = round(-low / scale) if isfinite(scale) else 0
+    # two of the 255 steps are room for rounding: a byte that wraps around would be the worst of errors
+    scale = (high - low) / 253 or 1.0
+    zero = round(-low / scale) + 1 if isfinite(scale) else 0
     # by way of signed bytes: PyTorch's cast to unsigned ones is ten times slower
     exact = x.to(torch.float32, copy=True)
     torch.add(exact.new_tensor(zero - 128), exact, alpha=1 / scale, out=exact)

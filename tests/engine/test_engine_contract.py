@@ -1,0 +1,236 @@
+"""What the engine takes, refuses, keeps and leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from engine_cases import random_tokens, random_video, small_model
+
+import xclip_fast
+from xclip_fast import Engine, InputError
+from xclip_fast.engine import texts
+from xclip_fast.reference import XCLIP
+
+
+@pytest.fixture(scope="module")
+def model() -> XCLIP:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def engine(model: XCLIP) -> Engine:
+    return Engine(model)
+
+
+def test_public_name() -> None:
+    assert xclip_fast.Engine is Engine
+    assert "Engine" in xclip_fast.__all__
+
+
+def test_defaults_are_the_models(model: XCLIP) -> None:
+    assert Engine(model).dtype is torch.float32
+    assert Engine(copy.deepcopy(model).bfloat16()).dtype is torch.bfloat16
+    assert Engine(model).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.complex64, torch.float8_e5m2, "bfloat16"], ids=str)
+def test_unknown_dtypes_are_refused(model: XCLIP, dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match="choose one of float32, bfloat16, float16, int8, float8_e4m3fn") as refused:
+        Engine(model, dtype)
+    assert "\n" not in str(refused.value)
+
+
+def test_float8_needs_hopper(model: XCLIP) -> None:
+    with pytest.raises(InputError, match="Hopper"):
+        Engine(model, torch.float8_e4m3fn, "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_needs_a_gpu(model: XCLIP) -> None:
+    with pytest.raises(InputError, match="no usable CUDA GPU"):
+        Engine(model, device="cuda")
+
+
+def test_unknown_devices_are_refused(model: XCLIP) -> None:
+    with pytest.raises(InputError, match="it runs on cpu and cuda"):
+        Engine(model, device="meta")
+
+
+def test_int8_needs_onednn(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xclip_fast.engine.api.onednn_int8", lambda: False)
+    with pytest.raises(InputError, match="use bfloat16"):
+        Engine(model, torch.int8)
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        torch.zeros(4, 32, 32, 3, dtype=torch.uint8),
+        torch.zeros(1, 4, 32, 32, 4, dtype=torch.uint8),
+        torch.zeros(1, 4, 3, 32, 32, dtype=torch.int32),
+        torch.zeros(0, 4, 3, 32, 32),
+        torch.zeros(1, 0, 32, 32, 3, dtype=torch.uint8),
+        torch.zeros(1, 4, 33, 32, 3, dtype=torch.uint8),
+        torch.zeros(1, 4, 3, 32, 31),
+    ],
+    ids=lambda video: f"{video.dtype} {tuple(video.shape)}",
+)
+def test_wrong_videos_are_refused(engine: Engine, video: torch.Tensor) -> None:
+    for method in (engine.encode_video, engine.embed_video):
+        with pytest.raises(ValueError, match="found"):
+            method(video)
+    with pytest.raises(ValueError, match="found"):
+        Engine(small_model(), torch.float32, clips=video)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(2, 21, dtype=torch.int64),
+        torch.zeros(2, 3),
+        torch.full((2, 3), 64),
+    ],
+    ids=lambda tokens: f"{tokens.dtype} {tuple(tokens.shape)}",
+)
+def test_wrong_tokens_are_refused(engine: Engine, tokens: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="found"):
+        engine.encode_texts(tokens)
+
+
+def test_no_classes_give_no_columns(engine: Engine) -> None:
+    assert engine(random_video(), torch.zeros(0, 7, dtype=torch.int64)).shape == (2, 0)
+
+
+def test_labels_need_a_tokenizer(engine: Engine) -> None:
+    with pytest.raises(InputError, match="no tokenizer has 64 tokens"):
+        engine.encode_texts(["a cat", "a dog"])
+
+
+def test_classify_labels() -> None:
+    model = small_model(vocab_size=514)
+    engine, video = Engine(model), random_video()
+    tokens = xclip_fast.text.get_tokenizer(514)(["a cat", "a dog"], 20)
+    wanted = model(video, tokens).softmax(dim=-1)
+    for classes in (["a cat", "a dog"], tokens, engine.encode_texts(["a cat", "a dog"])):
+        found = engine.classify(video, classes)
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError):
+        engine.classify(video, ["a cat", "a cat"])
+
+
+def test_model_stays_as_it_is_and_is_not_kept() -> None:
+    model = small_model().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = Engine(model, torch.bfloat16)
+    video, tokens = random_video(), random_tokens()
+    first = engine(video, tokens)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(engine(video, tokens), first)
+    gone = weakref.ref(model)
+    del model, parameter
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(engine(video, tokens), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_stay_as_they_are(model: XCLIP, dtype: torch.dtype) -> None:
+    engine = Engine(model, dtype)
+    for video in (random_video(), torch.randn(2, 4, 3, 32, 32).to(dtype)):
+        before = video.clone()
+        engine.encode_video(video)
+        assert torch.equal(video, before)
+    kept = engine.encode_texts(random_tokens())
+    before = kept.features.clone(), kept.query.clone()
+    engine.classify(random_video(), kept)
+    assert torch.equal(kept.features, before[0])
+    assert torch.equal(kept.query, before[1])
+
+
+def test_strided_videos(engine: Engine) -> None:
+    wide = torch.randint(256, (2, 8, 40, 64, 3), dtype=torch.uint8)
+    crop = wide[:, ::2, 3:35, ::2]
+    assert torch.equal(engine.embed_video(crop), engine.embed_video(crop.contiguous()))
+    normalised = torch.randn(2, 3, 8, 64, 40).transpose(1, 2)[:, ::2, :, ::2, 5:37]
+    assert torch.equal(engine.embed_video(normalised), engine.embed_video(normalised.contiguous()))
+
+
+def test_autocast_changes_nothing(engine: Engine) -> None:
+    video, tokens = random_video(), random_tokens()
+    wanted = engine(video, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Engine(small_model(), torch.float32)(video, tokens)
+    assert torch.equal(found, wanted)
+
+
+def test_bad_numbers_stay_in_their_video(model: XCLIP) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(model, dtype)
+        video = torch.randn(3, 4, 3, 32, 32)
+        wanted = engine.encode_video(video)
+        video[1, 2, 0, 5, 5] = float("nan")
+        found = engine.encode_video(video)
+        for part in (0, 1):
+            assert torch.equal(found[part][::2], wanted[part][::2])
+            assert not found[part][1].isfinite().all()
+
+
+def test_several_threads_get_the_same_answers(model: XCLIP) -> None:
+    engine = Engine(model, torch.bfloat16)
+    videos, tokens = [random_video(batch) for batch in (1, 2, 3, 1)], random_tokens()
+    wanted = [engine(video, tokens) for video in videos]
+    fresh = Engine(model, torch.bfloat16)
+    found: dict[int, torch.Tensor] = {}
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            found[index] = fresh(videos[index], tokens)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(videos))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[index], wanted[index]) for index in range(len(videos)))
+
+
+def test_class_sets_are_encoded_once(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model)
+    calls = []
+    encode = engine._texts.encode_text
+    monkeypatch.setattr(engine._texts, "encode_text", lambda tokens: calls.append(1) or encode(tokens))
+    one, other = random_tokens(3), random_tokens(4)
+    first = engine.encode_texts(one)
+    assert engine.encode_texts(one.int()) is first
+    assert len(calls) == 1
+    engine.encode_texts(other)
+    assert len(calls) == 2
+    changed = one.clone()
+    changed[0, 0] = 5 if changed[0, 0] != 5 else 6
+    engine.encode_texts(changed)
+    assert len(calls) == 3
+
+
+def test_kept_class_sets_are_bounded() -> None:
+    kept = texts.KeptTexts(max_bytes=100)
+    encoded = []
+
+    def encode(tokens: torch.Tensor) -> texts.EncodedTexts:
+        encoded.append(int(tokens[0, 0]))
+        return texts.EncodedTexts(torch.zeros(5), torch.zeros(5))
+
+    first, second, third = (torch.full((1, 2), i) for i in range(3))
+    for tokens in (first, second, first, third, first, second):
+        kept.get(tokens, encode)
+    # the third pushed the second out, used longest ago
+    assert encoded == [0, 1, 2, 1]

@@ -1,0 +1,163 @@
+"""What the engine errs in each precision, and what it does about products that err too much."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from engine_cases import random_tokens, random_video, small_model
+from numerics import PUBLISHED, assert_within, relative_error
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from xclip_fast.demo.clips import CLASSES, FRAMES, HELD_OUT, SAMPLED, make_clip
+from xclip_fast.demo.models import load_trained
+from xclip_fast.engine import Engine
+from xclip_fast.engine.budget import BUDGETS
+from xclip_fast.engine.products import onednn_int8
+from xclip_fast.reference import XCLIP
+from xclip_fast.text import get_tokenizer
+from xclip_fast.video.sampling import uniform_indices
+
+HALVES = [torch.bfloat16, torch.float16]
+INT8 = pytest.param(torch.int8, marks=pytest.mark.skipif(not onednn_int8(), reason="oneDNN multiplies no bytes here"))
+
+
+@pytest.fixture(scope="module")
+def model() -> XCLIP:
+    return small_model()
+
+
+@torch.inference_mode()
+def test_parity_float32(model: XCLIP) -> None:
+    video, tokens = random_video(), random_tokens()
+    engine = Engine(model, torch.float32)
+    truth = copy.deepcopy(model).double()
+    assert_within(engine.encode_video(video).video, truth.encode_video(video).video, PUBLISHED, what="engine: float32")
+    assert_within(
+        engine.encode_video(video).patches, truth.encode_video(video).patches, PUBLISHED, what="engine: float32"
+    )
+    assert_within(engine(video, tokens), truth(video, tokens), PUBLISHED, what="engine: float32")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@torch.inference_mode()
+def test_half_precision_errs_at_most_twice_as_much_as_the_model(model: XCLIP, dtype: torch.dtype) -> None:
+    video, tokens = random_video(4), random_tokens()
+    truth, eager, engine = model.double(), copy.deepcopy(model).to(dtype), Engine(model, dtype)
+    for found, same, exact in [
+        (engine.encode_video(video).video, eager.encode_video(video).video, truth.encode_video(video).video),
+        (engine.embed_video(video), eager.encode_video(video).video, truth.encode_video(video).video),
+        (engine(video, tokens), eager(video, tokens), truth(video, tokens)),
+    ]:
+        assert relative_error(found, exact) <= 2 * relative_error(same, exact)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, INT8], ids=str)
+def test_report_of_a_well_behaved_model(model: XCLIP, dtype: torch.dtype) -> None:
+    report = Engine(model, dtype).report(random_video(3))
+    name = str(dtype).removeprefix("torch.")
+    assert {product.place for product in report.products} == {
+        f"blocks.{block}.{product}" for block in range(3) for product in ("qkv", "out", "fc", "projection")
+    }
+    assert all(0 < product.error < BUDGETS[name] and not product.fell_back for product in report.products)
+    assert report.video_cosine is not None
+    assert report.video_cosine >= 0.999
+    assert 0 < report.video_error < 0.05  # type: ignore[operator]
+    assert name in str(report)
+    assert "blocks.2.fc" in str(report)
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[XCLIP, Tensor, Tensor, Tensor]:
+    """The trained model, clips that it never saw, their class texts and the model's answers."""
+    model, frames = load_trained("xclip"), uniform_indices(FRAMES, SAMPLED)
+    clips = [
+        make_clip(label, 1000 + label * 24 + i, HELD_OUT, frames) for label in range(len(CLASSES)) for i in range(24)
+    ]
+    video, tokens = torch.from_numpy(np.stack(clips)), get_tokenizer(model.config)(CLASSES)
+    with torch.inference_mode():
+        return model, video, tokens, model(video, tokens).argmax(dim=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES, INT8], ids=str)
+def test_top1_is_the_models_on_the_demos_test_set(
+    demo: tuple[XCLIP, Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    model, video, tokens, best = demo
+    assert torch.equal(Engine(model, dtype)(video, tokens).argmax(dim=-1), best)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, INT8], ids=str)
+@torch.inference_mode()
+def test_answers_of_a_video_do_not_depend_on_its_neighbours(model: XCLIP, dtype: torch.dtype) -> None:
+    engine, video = Engine(model, dtype), random_video(3)
+    alone = torch.cat([engine.encode_video(one[None]).video for one in video])
+    video[1] = 255
+    together = engine.encode_video(video).video
+    assert cosine_similarity(together[::2].float(), alone[::2].float()).min() > 0.9999
+
+
+def outliers(model: XCLIP, factor: float) -> XCLIP:
+    """The model with hidden units of its second block that dwarf all others, and count for little."""
+    mlp = model.visual.transformer.resblocks[1].mlp
+    mlp.c_fc.bias[:8] += factor
+    mlp.c_proj.weight[:, :8] /= factor
+    return model
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float16, 1e6), pytest.param(*[torch.int8, 1e5], marks=INT8.marks)]
+)
+def test_product_beyond_its_budget_falls_back(
+    dtype: torch.dtype, factor: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, video = outliers(small_model(), factor), random_video()
+    with caplog.at_level(logging.WARNING, "xclip_fast"):
+        engine = Engine(model, dtype)
+    report = engine.report(video)
+    fallen = {product.place for product in report.products if product.fell_back}
+    assert "blocks.1.projection" in fallen
+    assert fallen < {product.place for product in report.products}
+    assert all(f"{place}: error" in caplog.text for place in fallen)
+    assert "instead" in str(report)
+    truth = model.double().encode_video(video).video
+    assert relative_error(engine.encode_video(video).video, truth) < 0.05
+
+
+def test_budget_is_checked_on_the_clips_given() -> None:
+    model = small_model()
+    black = torch.zeros_like(random_video())
+    errors = [
+        [product.error for product in Engine(model, torch.bfloat16, clips=clips).report().products]
+        for clips in (None, black)
+    ]
+    assert errors[0] != errors[1]
+
+
+def test_report_without_its_model() -> None:
+    engine = Engine(small_model(), torch.bfloat16)
+    report = engine.report()
+    assert report.products
+    assert report.video_error is report.video_cosine is report.top1_agreement is None
+
+
+def test_report_of_float32_names_no_product(model: XCLIP) -> None:
+    report = Engine(model, torch.float32).report()
+    assert report.products == ()
+    assert report.video_error == 0
+    assert report.top1_agreement == 1
+
+
+def test_report_on_classes(model: XCLIP) -> None:
+    video, tokens = random_video(3), random_tokens()
+    assert Engine(model, torch.bfloat16).report(video, tokens).top1_agreement in (
+        0,
+        1 / 3,
+        2 / 3,
+        1,
+        pytest.approx(2 / 3),
+    )

@@ -1,0 +1,160 @@
+"""The engine's products against plain PyTorch, and the arithmetic of bytes and float8."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import relative_error
+from torch import Tensor
+from torch.nn.functional import linear
+
+from xclip_fast.engine import packing, products
+from xclip_fast.engine.packing import CPU_REWRITES, CastProduct, Packing
+from xclip_fast.engine.products import (
+    Int8Product,
+    OneDnnProduct,
+    PlainProduct,
+    activate,
+    e4m3_rows,
+    int8_channels,
+    int8_rows,
+    onednn_int8,
+    onednn_packs,
+)
+
+CPU = torch.device("cpu")
+SIZES = [(1, 64, 64), (7, 48, 80), (130, 96, 32)]
+
+
+def operands(rows: int, inner: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight = torch.randn(rows, inner) + 0.3, torch.randn(columns, inner) / inner**0.5
+    return x.to(dtype), weight.to(dtype), torch.randn(columns).to(dtype), torch.randn(rows, columns).to(dtype)
+
+
+def compare(product: products.Product, operand: tuple[Tensor, ...], activation: str, limit: float) -> None:
+    x, weight, bias, stream = (tensor.double() for tensor in operand)
+    truth = linear(x, weight, bias)
+    assert relative_error(product(operand[0]), truth) < limit
+    assert relative_error(product.activated(operand[0]), activate(truth.clone(), activation)) < limit
+    assert relative_error(product.add(operand[3].clone(), operand[0]), stream + truth) < limit
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "quick_gelu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_agree(size: tuple[int, int, int], activation: str, dtype: torch.dtype) -> None:
+    operand = operands(*size, dtype)
+    limit = 1e-6 if dtype is torch.float32 else 8e-3
+    compare(PlainProduct(*operand[1:3], activation), operand, activation, limit)
+    if onednn_packs(dtype):
+        compare(OneDnnProduct(*operand[1:3], activation), operand, activation, limit)
+    wide = [x.float() for x in operand[1:3]]
+    compare(CastProduct(PlainProduct(*wide, activation), torch.float32, dtype), operand, activation, limit)
+    if onednn_int8():
+        compare(Int8Product(*operand[1:3], activation, dtype), operand, activation, 0.04)
+
+
+def test_products_without_bias() -> None:
+    x, weight, _, stream = operands(9, 32, 48, torch.float32)
+    made = [PlainProduct(weight, None)]
+    made += [OneDnnProduct(weight, None)] if onednn_packs(torch.float32) else []
+    for product in made:
+        torch.testing.assert_close(product(x), linear(x, weight))
+        torch.testing.assert_close(product.add(stream.clone(), x), stream + linear(x, weight))
+    if onednn_int8():
+        assert relative_error(Int8Product(weight, None, "silu", torch.float32)(x), linear(x, weight)) < 0.04
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("low, high", [(-3.0, 3.0), (-0.2, 9.0), (0.5, 2.0), (-2.0, -1.0)])  # noqa: PT006
+def test_bytes_are_within_half_a_step(low: float, high: float, dtype: torch.dtype) -> None:
+    x = (torch.rand(33, 20) * (high - low) + low).to(dtype)
+    rows, scale, zero = int8_rows(x)
+    assert rows.dtype is torch.uint8
+    assert 0 <= zero <= 255
+    assert scale <= (max(high, 0) - min(low, 0)) / 252
+    assert (scale * (rows.double() - zero) - x.double()).abs().max() <= 0.5001 * scale
+
+
+def test_bytes_of_zeros_and_of_bad_numbers() -> None:
+    rows, scale, zero = int8_rows(torch.zeros(3, 4))
+    assert (scale * (rows.float() - zero) == 0).all()
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(2, 4)
+        x[1, 2] = bad
+        assert int8_rows(x)[1] != int8_rows(torch.ones(2, 4))[1]
+        if onednn_int8():
+            product = Int8Product(torch.eye(4), None, "silu", torch.float32)
+            assert not product(x).isfinite().all()
+
+
+def test_channels_are_within_half_a_step() -> None:
+    weight = torch.randn(5, 40, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 1.0])[:, None]
+    quantised, scale = int8_channels(weight)
+    assert quantised.dtype is torch.int8
+    assert quantised.abs().amax(dim=1).tolist() == [127, 127, 127, 0, 127]
+    assert ((quantised * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float8_rows_keep_the_precision_of_e4m3(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 200).to(dtype) * torch.tensor([1e-4, 1.0, 1e4, 0.0, 3.0, 7.0])[:, None].to(dtype)
+    rows, scale = e4m3_rows(x)
+    assert rows.dtype is torch.float8_e4m3fn
+    assert scale.shape == (6, 1)
+    found = rows.float() * scale
+    assert found.isfinite().all()
+    # three bits behind the leading one, and below 2 ** -6 steps of 2 ** -9
+    room = torch.maximum(x.float().abs() * 2**-4, scale * 2**-10) * 1.02
+    assert ((found - x.float()).abs() <= room).all()
+    assert rows.float().abs().amax(dim=1)[[0, 1, 2, 4, 5]].tolist() == [448] * 5
+
+
+def test_float8_product_in_emulation() -> None:
+    x, weight, bias, _ = operands(40, 128, 64, torch.float32)
+    (rows, row_scale), (columns, column_scale) = e4m3_rows(x), e4m3_rows(weight)
+    found = (rows.float() @ columns.float().t()) * row_scale * column_scale.t() + bias
+    assert 1e-3 < relative_error(found, linear(x, weight, bias)) < 0.06
+
+
+def test_float8_calls_scaled_mm_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias, stream = operands(40, 128, 64, torch.bfloat16)
+
+    def scaled_mm(
+        a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, bias: Tensor, out_dtype: torch.dtype
+    ) -> Tensor:
+        assert a.dtype is b.dtype is torch.float8_e4m3fn
+        assert a.is_contiguous()
+        assert b.t().is_contiguous()
+        assert scale_a.shape == (40, 1)
+        assert scale_b.shape == (1, 64)
+        assert scale_a.is_contiguous()
+        assert scale_b.is_contiguous()
+        return ((a.float() @ b.float()) * scale_a * scale_b + bias.float()).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    compare(products.Float8Product(weight, bias, "silu", torch.bfloat16), (x, weight, bias, stream), "silu", 0.08)
+
+
+def test_engine_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "onednn_packs", lambda dtype: False)
+    x, weight, bias, _ = operands(5, 32, 16, torch.float32)
+    product = Packing(CPU, torch.float32, CPU_REWRITES).product(weight.double(), bias.double())
+    assert isinstance(product, PlainProduct)
+    torch.testing.assert_close(product(x), linear(x, weight, bias))
+
+
+def test_detection_refuses_a_product_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not onednn_packs.__wrapped__(torch.float64)
+    monkeypatch.setattr(OneDnnProduct, "__call__", lambda self, x: torch.zeros(4, 16))
+    assert not onednn_packs.__wrapped__(torch.float32)
+    monkeypatch.setattr(Int8Product, "add", lambda self, stream, x: stream)
+    assert not onednn_int8.__wrapped__()
+
+
+def test_detection_refuses_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise AttributeError("'_OpNamespace' object has no attribute '_reorder_linear_weight'")
+
+    monkeypatch.setattr(OneDnnProduct, "__init__", missing)
+    assert not onednn_packs.__wrapped__(torch.float32)

@@ -1,0 +1,145 @@
+"""Each exact rewrite in the engine, alone, left out and with all others, against the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import CONFIG, random_tokens, random_video, small_model
+from numerics import EXACT, assert_within, relative_error
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xclip_fast.engine import Engine
+from xclip_fast.engine.cpu import CHUNK_ROWS, CpuTower
+from xclip_fast.engine.cuda import CudaTower
+from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, REWRITES
+from xclip_fast.reference import XCLIP
+
+ALL = frozenset(REWRITES)
+# what a tower leaves to its ops, or has no use for
+ELSEWHERE = {CpuTower: {"stream"}, CudaTower: {"pixels", "class_token", "norms", "scores", "message_product"}}
+
+
+@pytest.fixture(scope="module")
+def model() -> XCLIP:
+    return small_model().double()
+
+
+def make_engine(model: XCLIP, tower: type, rewrites: frozenset[str]) -> Engine:
+    """An engine in float64 on the CPU, with the tower of either device."""
+    engine = Engine(model, torch.float64, _rewrites=rewrites)
+    if tower is CudaTower:
+        engine._tower = CudaTower(model.visual, model.config, engine._packing)
+    return engine
+
+
+class Trace(TorchDispatchMode):
+    """The operators that run, with the shapes and numbers they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(f"{func} {[tuple(x.shape) if isinstance(x, Tensor) else x for x in args]} {kwargs}")
+        return func(*args, **(kwargs or {}))
+
+
+SETS = {
+    **{f"only {name}": frozenset({name}) for name in REWRITES},
+    **{f"all but {name}": ALL - {name} for name in REWRITES},
+    "none": frozenset(),
+    "all": ALL,
+    "those of the CPU": CPU_REWRITES,
+    "those of CUDA": CUDA_REWRITES,
+}
+
+
+@pytest.mark.parametrize("tower", [CpuTower, CudaTower])
+@pytest.mark.parametrize("name", SETS)
+def test_parity_rewrites(model: XCLIP, name: str, tower: type) -> None:
+    engine = make_engine(model, tower, SETS[name])
+    video, tokens = random_video(), random_tokens()
+    truth = model.encode_video(video)
+    features = engine.encode_video(video)
+    assert_within(features.video, truth.video, EXACT, what="engine: video features")
+    assert_within(features.patches, truth.patches, EXACT, what="engine: patch features")
+    assert_within(engine.embed_video(video), truth.video, EXACT, what="engine: class rows alone")
+    assert_within(engine.encode_texts(tokens).features, model.encode_text(tokens), EXACT, what="engine: texts")
+    assert_within(engine(video, tokens), model(video, tokens), EXACT, what="engine: logits")
+
+
+@pytest.mark.parametrize("tower", [CpuTower, CudaTower])
+@pytest.mark.parametrize("name", REWRITES)
+def test_rewrite_has_a_switch(model: XCLIP, name: str, tower: type) -> None:
+    if name in ELSEWHERE[tower]:
+        pytest.skip("the other tower's")
+    video, tokens = random_video(), random_tokens()
+    calls = []
+    for rewrites in (ALL, ALL - {name}):
+        engine = make_engine(model, tower, rewrites)
+        with Trace() as trace:
+            engine(video, tokens)
+            engine.embed_video(video)
+        calls.append(trace.calls)
+    assert calls[0] != calls[1]
+
+
+@pytest.mark.parametrize("tower", [CpuTower, CudaTower])
+def test_parity_in_chunks_of_a_video(model: XCLIP, tower: type) -> None:
+    # frames of 257 tokens: two videos of five frames fall into parts of one frame each
+    video = random_video(2, 5, 128)
+    assert CHUNK_ROWS < 2 * 257
+    truth = model.encode_video(video)
+    features = make_engine(model, tower, ALL).encode_video(video)
+    assert_within(features.video, truth.video, EXACT, what="engine: parts of a video")
+    assert_within(features.patches, truth.patches, EXACT, what="engine: parts of a video")
+
+
+@pytest.mark.parametrize("tower", [CpuTower, CudaTower])
+@pytest.mark.parametrize("shape", [(1, 1, 32, 32), (3, 7, 24, 48)], ids=str)
+def test_parity_other_lengths_and_resolutions(model: XCLIP, shape: tuple[int, ...], tower: type) -> None:
+    batch, frames, height, width = shape
+    truth_video = torch.randn(batch, frames, 3, height, width, dtype=torch.float64)
+    truth = model.encode_video(truth_video)
+    engine = make_engine(model, tower, ALL)
+    assert_within(engine.encode_video(truth_video).video, truth.video, EXACT, what="engine: other sizes")
+    assert_within(engine.encode_video(truth_video).patches, truth.patches, EXACT, what="engine: other sizes")
+    whole = torch.randint(256, (batch, frames, height, width, 3), dtype=torch.uint8)
+    assert_within(engine.embed_video(whole), model.encode_video(whole).video, EXACT, what="engine: other sizes")
+
+
+@pytest.mark.parametrize("sizes", [{"activation": "gelu"}, {"vision_heads": 4, "embed_heads": 4}, {"prompt_layers": 1}])
+@pytest.mark.parametrize("tower", [CpuTower, CudaTower])
+def test_parity_other_models(sizes: dict[str, object], tower: type) -> None:
+    model = small_model(**sizes).double()
+    video, tokens = random_video(), random_tokens()
+    assert_within(
+        make_engine(model, tower, ALL)(video, tokens), model(video, tokens), EXACT, what="engine: other models"
+    )
+
+
+def test_text_is_cut(model: XCLIP) -> None:
+    tokens = random_tokens()
+    with Trace() as trace:
+        make_engine(model, CpuTower, ALL).encode_texts(tokens)
+    assert not any(str((len(tokens), CONFIG.context_length, 64)) in call for call in trace.calls)
+
+
+def test_parity_large_class_sets_in_parts(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("xclip_fast.engine.heads", fromlist=["_ROWS"])._ROWS, "cpu", 7)
+    video, tokens = random_video(3), random_tokens(11)
+    engine = make_engine(model, CpuTower, ALL)
+    with Trace() as trace:
+        logits = engine(video, tokens)
+    assert_within(logits, model(video, tokens), EXACT, what="engine: classes in parts")
+    assert not any("(3, 11, 128)" in call for call in trace.calls)
+
+
+def test_rewrites_are_told(model: XCLIP) -> None:
+    assert set(Engine(model, torch.float32).report().rewrites) == CPU_REWRITES
+    assert CPU_REWRITES | CUDA_REWRITES <= ALL
+    wrong = relative_error(model.encode_video(random_video()).video, model.encode_video(random_video()).video)
+    assert wrong > 1e-3, "the tests' videos must differ enough to tell answers apart"
