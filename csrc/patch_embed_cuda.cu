@@ -1,4 +1,5 @@
 // Launches the frame-patch embedding: checks sizes, chooses how pixels are read and the tile, queues one kernel.
+// Compiled for sm_80, sm_86, sm_90a and sm_100, its kernel emulated on the host (tests/csrc); never yet run on a GPU.
 #include <cuda_runtime.h>
 
 #include "patch_embed_cuda.h"
@@ -10,17 +11,15 @@ namespace {
 
 template <class SomeTile, PixelPath kPath>
 const char* launch(const Problem& problem, cudaStream_t stream) {
-  const int64_t blocks =
-      block_count(problem.grid.patches, problem.token_width, SomeTile::kRows, SomeTile::kColumns);
+  const int64_t blocks = block_count(problem.grid.patches, problem.token_width, SomeTile::kRows, SomeTile::kColumns);
   if (blocks > INT32_MAX) return "patch_embed: more blocks than a grid holds";
   constexpr int kShared = SharedMemory<SomeTile, kPath>::kTotal;
   const auto kernel = patch_embed_kernel<SomeTile, kPath>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), SomeTile::kThreads, kShared, stream>>>(problem);
-  }
-  const cudaError_t last = cudaGetLastError();
-  if (error == cudaSuccess) error = last;
+  if (error == cudaSuccess) kernel<<<static_cast<unsigned>(blocks), SomeTile::kThreads, kShared, stream>>>(problem);
+  // asked in any case, so that the fault is not found by the next caller
+  const cudaError_t launched = cudaGetLastError();
+  if (error == cudaSuccess) error = launched;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -34,8 +33,9 @@ const char* fault(const PatchEmbedArguments& arguments) {
   if (arguments.patch < 1) return "patch_embed: patch must be positive";
   if (arguments.token_width < 1) return "patch_embed: token_width must be positive";
   if (arguments.frames < 0) return "patch_embed: frames must not be negative";
-  if (arguments.height < 1 || arguments.height % arguments.patch != 0) return "patch_embed: height must be a multiple of patch";
-  if (arguments.width < 1 || arguments.width % arguments.patch != 0) return "patch_embed: width must be a multiple of patch";
+  const auto cut = [&](int64_t side) { return side > 0 && side % arguments.patch == 0; };
+  if (!cut(arguments.height)) return "patch_embed: height must be a multiple of patch";
+  if (!cut(arguments.width)) return "patch_embed: width must be a multiple of patch";
   if (arguments.height > kLongestSide || arguments.width > kLongestSide) return "patch_embed: frames are too large";
   if (arguments.token_type < TokenType::kFloat16 || arguments.token_type > TokenType::kFloat32) {
     return "patch_embed: no such token_type";

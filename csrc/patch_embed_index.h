@@ -48,7 +48,6 @@ constexpr int64_t packed_weight_index(
          fragment_column(static_cast<int>(inside % 16));
 }
 
-
 // A frame's side has to leave room for the index of a patch and of a byte of a pixel row in 32 bits.
 constexpr int64_t kLongestSide = 32768;
 

@@ -2,7 +2,8 @@
 // Built with the address and undefined-behaviour sanitizers; buffers have the exact size.
 //
 //   patch_embed_emulator [NAME...]   prints a line of figures a case and tile; fails at the first broken rule
-#include <limits>
+#include <sys/mman.h>
+
 #include <random>
 
 #include "simt.h"
@@ -24,7 +25,7 @@ struct Case {
 };
 
 struct Data {
-  PatchEmbedArguments arguments;
+  PatchEmbedArguments arguments = {};
   std::vector<uint8_t> frames;
   std::vector<uint16_t> weight;
   std::vector<float> table;      // (1 + patches, token_width)
@@ -105,29 +106,44 @@ struct Conflicts {
   int pixels = 0, weights = 0;
 };
 
-// runs every block; tokens that are not written stay NaN in all types
-template <class SomeTile, PixelPath kPath, class Value>
-std::vector<Value> tokens(Data& data, TokenType type, Conflicts& conflicts) {
-  std::vector<Value> tokens(data.expected.size());
-  std::memset(tokens.data(), 0xff, tokens.size() * sizeof(Value));
-  data.arguments.tokens = tokens.data();
-  data.arguments.token_type = type;
-  const Problem problem = make_problem(data.arguments);
-  const int64_t blocks = block_count(problem.grid.patches, problem.token_width, SomeTile::kRows, SomeTile::kColumns);
-  for (int64_t index = 0; index < blocks; ++index) {
+// runs the kernel for the patches from `first` on, the start of a tile
+template <class SomeTile, PixelPath kPath>
+Conflicts run(const PatchEmbedArguments& arguments, int64_t first = 0) {
+  Conflicts conflicts;
+  const Problem problem = make_problem(arguments);
+  const auto blocks = [&](int64_t patches) {
+    return block_count(patches, problem.token_width, SomeTile::kRows, SomeTile::kColumns);
+  };
+  for (int64_t index = blocks(first); index < blocks(problem.grid.patches); ++index) {
     blockIdx.x = static_cast<unsigned>(index);
     simt::Block block(SomeTile::kThreads, SharedMemory<SomeTile, kPath>::kTotal);
     block.run([&] { patch_embed_kernel<SomeTile, kPath>(problem); });
     conflicts.pixels = std::max(conflicts.pixels, block.pixel_conflicts);
     conflicts.weights = std::max(conflicts.weights, block.weight_conflicts);
   }
+  return conflicts;
+}
+
+template <class Value>
+std::vector<Value> poisoned_tokens(Data& data, TokenType type) {
+  std::vector<Value> tokens(data.expected.size());
+  std::memset(tokens.data(), 0xff, tokens.size() * sizeof(Value));  // NaN in all types
+  data.arguments.tokens = tokens.data();
+  data.arguments.token_type = type;
   return tokens;
 }
 
 template <class SomeTile, PixelPath kPath>
+void report(const Case& c, const char* tile, double error, const Conflicts& conflicts) {
+  const char* paths[] = {"aligned", "skewed", "scattered"};
+  std::printf("%s %s %s %.2e %d %d %d\n", c.name.c_str(), tile, paths[static_cast<int>(kPath)], error, conflicts.pixels,
+              conflicts.weights, SharedMemory<SomeTile, kPath>::kTotal);
+}
+
+template <class SomeTile, PixelPath kPath>
 void emulate(const Case& c, Data& data, const char* tile) {
-  Conflicts conflicts;
-  const auto exact = tokens<SomeTile, kPath, float>(data, TokenType::kFloat32, conflicts);
+  const auto exact = poisoned_tokens<float>(data, TokenType::kFloat32);
+  const Conflicts conflicts = run<SomeTile, kPath>(data.arguments);
   double error = 0, total = 0;
   for (size_t i = 0; i < exact.size(); ++i) {
     error += std::pow(exact[i] - data.expected[i], 2);
@@ -137,16 +153,16 @@ void emulate(const Case& c, Data& data, const char* tile) {
   // a NaN fails the comparison too
   require(error <= (c.exact ? 1e-6 : 5e-4), "tokens are those of the convolution");
   if (c.exact) {
-    const auto half = tokens<SomeTile, kPath, uint16_t>(data, TokenType::kFloat16, conflicts);
-    const auto bfloat = tokens<SomeTile, kPath, uint16_t>(data, TokenType::kBFloat16, conflicts);
+    const auto half = poisoned_tokens<uint16_t>(data, TokenType::kFloat16);
+    run<SomeTile, kPath>(data.arguments);
+    const auto bfloat = poisoned_tokens<uint16_t>(data, TokenType::kBFloat16);
+    run<SomeTile, kPath>(data.arguments);
     for (size_t i = 0; i < exact.size(); ++i) {
       require(half[i] == simt::to_half(exact[i]), "float16 tokens are those of float32, rounded");
       require(bfloat[i] == simt::to_bfloat(exact[i]), "bfloat16 tokens are those of float32, rounded");
     }
   }
-  const char* paths[] = {"aligned", "skewed", "scattered"};
-  std::printf("%s %s %s %.2e %d %d %d\n", c.name.c_str(), tile, paths[static_cast<int>(kPath)], error, conflicts.pixels,
-              conflicts.weights, SharedMemory<SomeTile, kPath>::kTotal);
+  report<SomeTile, kPath>(c, tile, error, conflicts);
 }
 
 template <PixelPath kPath>
@@ -154,6 +170,37 @@ void emulate_tiles(const Case& c, Data& data) {
   emulate<LargeTile, kPath>(c, data, "large");
   emulate<SmallTile, kPath>(c, data, "small");
 }
+
+// the same frames behind 2^32 other bytes, their tokens behind 2^32 others: memory of zeros that is never touched
+template <class SomeTile>
+void emulate_far(const Case& c, Data data, const char* tile) {
+  const auto near = poisoned_tokens<uint16_t>(data, TokenType::kFloat16);
+  run<SomeTile, PixelPath::kAligned>(data.arguments);
+  const int64_t frame_bytes = data.arguments.frame_stride, frame_tokens = near.size() / c.frames;
+  const int64_t before = ceil_div(INT64_C(1) << 32, std::min(frame_bytes, frame_tokens)), frames = before + c.frames;
+  const auto reserve = [](int64_t bytes) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    require(memory != MAP_FAILED, "there are addresses for a large batch");
+    return memory;
+  };
+  auto* pixels = static_cast<uint8_t*>(reserve(frames * frame_bytes));
+  auto* tokens = static_cast<uint16_t*>(reserve(frames * frame_tokens * 2));
+  std::memcpy(pixels + before * frame_bytes, data.frames.data(), data.frames.size());
+  data.arguments.pixels = pixels;
+  data.arguments.tokens = tokens;
+  data.arguments.frames = frames;
+  const int64_t first = frames / SomeTile::kRows * SomeTile::kRows;  // a frame is a patch
+  require(first >= before && first < frames, "the last tile is one of these frames");
+  const Conflicts conflicts = run<SomeTile, PixelPath::kAligned>(data.arguments, first);
+  const bool same = std::equal(tokens + first * frame_tokens, tokens + frames * frame_tokens,
+                               near.data() + (first - before) * frame_tokens);
+  require(same, "tokens of far frames are those of near ones");
+  munmap(pixels, frames * frame_bytes);
+  munmap(tokens, frames * frame_tokens * 2);
+  report<SomeTile, PixelPath::kAligned>(c, tile, 0, conflicts);
+}
+
+const Case kFar = {"far", 16, 150, 16, 16, 384};
 
 const std::vector<Case> kCases = {
     // production shapes
@@ -192,12 +239,17 @@ const std::vector<Case> kCases = {
 }  // namespace
 
 int main(int count, char** names) {
-  for (const Case& c : kCases) {
-    const bool asked = std::find(names + 1, names + count, c.name) != names + count;
-    if (count > 1 && !asked) continue;
+  const auto asked = [&](const Case& c) {
     simt::running = c.name;
+    return count == 1 || std::find(names + 1, names + count, c.name) != names + count;
+  };
+  if (asked(kFar)) {
+    emulate_far<LargeTile>(kFar, make_data(kFar), "large");
+    emulate_far<SmallTile>(kFar, make_data(kFar), "small");
+  }
+  for (const Case& c : kCases) {
+    if (!asked(c)) continue;
     Data data = make_data(c);
-    data.arguments.tokens = nullptr;
     switch (choose_path(make_problem(data.arguments).grid)) {
       case PixelPath::kAligned: emulate_tiles<PixelPath::kAligned>(c, data); break;
       case PixelPath::kSkewed: emulate_tiles<PixelPath::kSkewed>(c, data); break;
