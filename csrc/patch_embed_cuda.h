@@ -35,8 +35,8 @@ struct PatchEmbedArguments {
   TokenType token_type;
 };
 
-// Queues one kernel on `stream` (a cudaStream_t) of the current device and returns without waiting; allocates nothing and
-// can be captured. Returns nullptr, or one line that says why nothing was launched. Zero frames are done at once.
+// Queues one kernel on `stream` (a cudaStream_t) of the current device and returns without waiting; allocates nothing
+// and can be captured. Returns nullptr, or one line that says why nothing was launched. Zero frames are done at once.
 const char* patch_embed_launch(const PatchEmbedArguments& arguments, void* stream);
 
 }  // namespace xclip_fast

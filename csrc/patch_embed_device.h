@@ -1,5 +1,5 @@
-// What the patch embedding asks of a GPU beyond plain C++: asynchronous copies, matrix fragments, pairs of 16-bit floats.
-// The emulator on the host (tests/csrc/simt.h) has the same functions, so that it runs patch_embed_kernel.h as it stands.
+// What the patch embedding asks of a GPU beyond plain C++: asynchronous copies, matrix fragments, pairs of 16-bit
+// floats. The emulator on the host (tests/csrc/simt.h) has the same functions: it runs patch_embed_kernel.h as it is.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,9 +17,13 @@ __device__ __forceinline__ uint8_t* block_memory() {
   return memory;
 }
 
-__device__ __forceinline__ uint32_t load_shared(const uint8_t* word) { return *reinterpret_cast<const uint32_t*>(word); }
+__device__ __forceinline__ uint32_t load_shared(const uint8_t* word) {
+  return *reinterpret_cast<const uint32_t*>(word);
+}
 
-__device__ __forceinline__ void store_shared(uint8_t* word, uint32_t value) { *reinterpret_cast<uint32_t*>(word) = value; }
+__device__ __forceinline__ void store_shared(uint8_t* word, uint32_t value) {
+  *reinterpret_cast<uint32_t*>(word) = value;
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -27,11 +31,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // starts a copy to shared memory; with `bytes`, only so many are read and the others become zero
 __device__ __forceinline__ void copy_16_bytes(uint8_t* destination, const void* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(destination)), "l"(source) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(destination)), "l"(source)
+               : "memory");
 }
 
 __device__ __forceinline__ void copy_16_bytes(uint8_t* destination, const void* source, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(destination)), "l"(source), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(destination)), "l"(source),
+               "r"(bytes)
                : "memory");
 }
 
@@ -55,7 +61,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], const uin
 // sums (16 x 8, float32) += a (16 x 16, float16) times b (16 x 8, float16), spread over a warp
 __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
 }

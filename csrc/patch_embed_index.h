@@ -17,8 +17,8 @@ namespace xclip_fast {
 constexpr int kPixelCentre = 128;
 constexpr float kWeightScale = 256.0f;
 
-// A stage of the pipeline is 48 bytes of a pixel row of a patch: the whole row for patch 14 (42 bytes and 6 zero weights)
-// and 16, half of it for patch 32.
+// A stage of the pipeline is 48 bytes of a pixel row of a patch: the whole row for patch 14 (42 bytes, and 6 with zero
+// weights) and 16, half of it for patch 32.
 constexpr int kStageBytes = 48;
 
 XCLIP_FAST_BOTH constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
@@ -32,8 +32,8 @@ constexpr int64_t packed_weight_elements(int64_t patch, int64_t token_width) {
   return stage_count(patch) * token_width * kStageBytes;
 }
 
-// The column of a 16-wide matrix fragment that byte 0..15 of a pixel row is multiplied in. A lane holds columns 2t, 2t+1,
-// 2t+8, 2t+9 of a row of A: in this order they are the four bytes 4t..4t+3, one load. In torch, for rows (patch,
+// The column of a 16-wide matrix fragment that byte 0..15 of a pixel row is multiplied in. A lane holds columns 2t,
+// 2t+1, 2t+8, 2t+9 of a row of A: in this order they are the four bytes 4t..4t+3, one load. In torch, for rows (patch,
 // token_width, 48 * stages_per_row) of zero-padded bytes:
 //   rows.unflatten(-1, (-1, 3, 4, 2, 2)).transpose(-3, -2).flatten(-4).transpose(1, 2)
 XCLIP_FAST_BOTH constexpr int fragment_column(int byte) { return byte % 16 / 4 * 2 + byte % 2 + byte % 4 / 2 * 8; }
@@ -53,7 +53,7 @@ constexpr int64_t kLongestSide = 32768;
 
 // How the pixels of a stage reach shared memory.
 enum class PixelPath : int32_t {
-  kAligned,    // channel beside channel, patch a multiple of 16, every row at a multiple of 16 bytes: whole 16-byte copies
+  kAligned,    // channel beside channel, patch a multiple of 16, rows at multiples of 16 bytes: whole 16-byte copies
   kSkewed,     // channel beside channel, any patch, any alignment: the 16-byte copies that hold the bytes
   kScattered,  // any strides, planar frames among them: byte by byte
 };

@@ -1,10 +1,10 @@
 // The kernel of the frame-patch embedding: an implicit product of uint8 patches and weights on the tensor cores.
 // Compiled for GPUs and emulated on the host (tests/csrc); never yet run on a GPU.
 //
-// A block computes SomeTile::kRows patches x SomeTile::kColumns token columns. Stages of 48 bytes of a pixel row and their
-// weights stream through shared memory; pixels become float16 (uint8 - 128, exact) in registers, so no float copy of the
-// frames is ever written. Addresses come from patch_embed_index.h; copies and fragments from patch_embed_device.h, or on
-// the host from tests/csrc/simt.h, which is included first.
+// A block computes SomeTile::kRows patches x SomeTile::kColumns token columns. Stages of 48 bytes of a pixel row and
+// their weights stream through shared memory; pixels become float16 (uint8 - 128, exact) in registers, so no float copy
+// of the frames is ever written. Addresses come from patch_embed_index.h; copies and fragments from
+// patch_embed_device.h, or on the host from tests/csrc/simt.h, which is included first.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +26,10 @@ struct Problem {
 };
 
 inline Problem make_problem(const PatchEmbedArguments& arguments) {
+  const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
   const PatchGrid grid = patch_grid(
-      reinterpret_cast<uintptr_t>(arguments.pixels), arguments.frame_stride, arguments.row_stride, arguments.column_stride,
+      address(arguments.pixels), arguments.frame_stride, arguments.row_stride, arguments.column_stride,
       arguments.channel_stride, arguments.frames, arguments.height, arguments.width, arguments.patch);
-  const uintptr_t outputs = reinterpret_cast<uintptr_t>(arguments.table) | reinterpret_cast<uintptr_t>(arguments.tokens);
   return {
       grid,
       arguments.pixels - grid.origin,
@@ -38,7 +38,7 @@ inline Problem make_problem(const PatchEmbedArguments& arguments) {
       arguments.tokens,
       arguments.token_width,
       arguments.token_type,
-      arguments.token_width % 8 == 0 && outputs % 16 == 0,
+      arguments.token_width % 8 == 0 && (address(arguments.table) | address(arguments.tokens)) % 16 == 0,
   };
 }
 
@@ -59,7 +59,8 @@ __device__ __forceinline__ uint32_t four_pixels(const uint8_t* pixels, int offse
 }
 
 template <class SomeTile, PixelPath kPath>
-__device__ __forceinline__ void load_pixels(uint8_t* slots, const PatchRow* rows, const Problem& problem, const Stage& stage) {
+__device__ __forceinline__ void load_pixels(
+    uint8_t* slots, const PatchRow* rows, const Problem& problem, const Stage& stage) {
   constexpr int kCopies = PixelSlot<kPath>::kCopies;
 #pragma unroll
   for (int first = 0; first < SomeTile::kRows * kCopies; first += SomeTile::kThreads) {
@@ -77,7 +78,8 @@ __device__ __forceinline__ void load_pixels(uint8_t* slots, const PatchRow* rows
 
 // the same for any strides: a thread gathers four bytes at a time
 template <class SomeTile>
-__device__ __forceinline__ void gather_pixels(uint8_t* slots, const PatchRow* rows, const Problem& problem, const Stage& stage) {
+__device__ __forceinline__ void gather_pixels(
+    uint8_t* slots, const PatchRow* rows, const Problem& problem, const Stage& stage) {
   constexpr int kWords = kStageBytes / 4;
   for (int index = threadIdx.x; index < SomeTile::kRows * kWords; index += SomeTile::kThreads) {
     const int row = index / kWords;
@@ -281,7 +283,7 @@ __global__ void __launch_bounds__(SomeTile::kThreads, SomeTile::kBlocks)
         now);
     now.advance(problem.grid);
   }
-  __syncwarp();  // nothing to wait for on a GPU; here the emulator completes the products of a warp
+  __syncwarp();  // free on a GPU, whose products are complete; the emulator completes those of a warp here
   write_patches<SomeTile>(problem, sums, rows, first_column);
   write_class_tokens<SomeTile>(problem, rows, first_column);
 }

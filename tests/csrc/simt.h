@@ -1,7 +1,7 @@
 // A GPU on the host: runs a block of threads of patch_embed_kernel.h as fibers, with the functions that
-// patch_embed_device.h has for a GPU. Asynchronous copies land as late as they may, matrix fragments lie as the PTX manual
-// lays them out, and every word of shared memory knows who wrote and read it since which barrier: a missing barrier, a
-// group of copies not waited for, or a stage loaded over too soon is an error, whatever the order of the threads.
+// patch_embed_device.h has for a GPU. Asynchronous copies land as late as they may, matrix fragments lie as the PTX
+// manual lays them out, and every word of shared memory knows who wrote and read it since which barrier: a missing
+// barrier, a group of copies not waited for, or a stage loaded over too soon is an error in any order of the threads.
 #pragma once
 
 #include <ucontext.h>
@@ -326,8 +326,8 @@ __attribute__((no_sanitize("address", "undefined"))) inline void Block::multiply
       a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8] = from_half(product.a[i]);
       a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + 1] = from_half(product.a[i] >> 16);
     }
-    // registers 0 and 1 of B are k = 2t, 2t + 1 of column g, and those eight on; ldmatrix gives a lane values 2t, 2t + 1
-    // of row g of a matrix, which lane 8 * matrix + g has named
+    // registers 0 and 1 of B are k = 2t, 2t + 1 of column g, and those eight on; ldmatrix gives a lane values 2t and
+    // 2t + 1 of row g of a matrix, which lane 8 * matrix + g has named
     for (int i = 0; i < 2; ++i) {
       const Lane& namer = lanes[product.b[i] % 4 * 8 + lane / 4];
       uint32_t pair;
