@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test ext lint kernels-report gpu gpu-dry-run clean
+.PHONY: demo test ext lint kernels-report tables gpu gpu-dry-run clean
 
 demo: $(INSTALLED)
 	$(BIN)/xclip-fast demo
@@ -23,6 +23,10 @@ lint: $(INSTALLED)
 
 kernels-report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.static
+
+# the README's tables, from benchmarks/results
+tables: $(INSTALLED)
+	$(BIN)/python -m benchmarks tables
 
 # on a machine with one NVIDIA GPU, with its own Python and without network; PART=parity|sanitize|sweep|e2e|train
 gpu:

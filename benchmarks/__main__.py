@@ -4,43 +4,112 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
+from xclip_fast.errors import InputError
 
-def main() -> None:
-    """Run the command given on the command line."""
+
+def main() -> int:
+    """Run the command given on the command line; its exit code."""
+    options = _parser().parse_args()
+    try:
+        return int(options.run(options))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
+
+    run = commands.add_parser("run", help="measure a suite, or one case at the shape that a model gives it")
+    what = run.add_mutually_exclusive_group(required=True)
+    what.add_argument("--suite", help="cpu, cpu-b16, ops or tiny")
+    what.add_argument("--case", help="model, or an op")
+    run.add_argument("--variant", default="B/32")
+    run.add_argument("--batch", type=int, default=1)
+    run.add_argument("--dtype", default="float32")
+    run.add_argument("--device", default="cpu")
+    run.add_argument("--full", action="store_true", help="ten long blocks and peak memory, or three short blocks")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    run.set_defaults(run=_run)
+
     launches = commands.add_parser("launches", help="kernel launches of one forward pass, counted on meta tensors")
     launches.add_argument("--batch", type=int, default=1, help="videos in the batch")
     launches.add_argument("--json", action="store_true", help="variant to launches of the fused model, as JSON")
-    eager = commands.add_parser("eager", help="the fused model beside Hugging Face's on this CPU, interleaved")
-    eager.add_argument("--variant", action="append", help="may be given several times; B/32 without")
-    eager.add_argument("--batch", type=int, action="append", help="may be given several times; 1 and 4 without")
-    eager.add_argument("--blocks", type=int, default=8, help="blocks of eager, ours, ours, eager")
-    eager.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    if arguments.command == "launches":
-        _launches(arguments.batch, arguments.json)
+    launches.set_defaults(run=_launches)
+
+    tables = commands.add_parser("tables", help="write the README's tables from benchmarks/results")
+    tables.set_defaults(run=_tables)
+
+    compare = commands.add_parser("compare", help="two files of results of one machine")
+    compare.add_argument("first", type=Path)
+    compare.add_argument("second", type=Path)
+    compare.set_defaults(run=_compare)
+
+    against = commands.add_parser("against", help="this tree beside another commit, measured in turns")
+    against.add_argument("base", help="a commit, such as HEAD~1 or main")
+    against.add_argument("--suite", default="ops")
+    against.add_argument("--rounds", type=int, default=2)
+    against.set_defaults(run=_against)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from benchmarks.gpu.e2e import describe
+    from benchmarks.suites import OP_BACKENDS, SUITES, jobs
+    from xclip_fast.bench.providers import QUICK
+    from xclip_fast.bench.run import FULL, MODEL, Job, make_case, run
+    from xclip_fast.bench.run import QUICK as SHORT
+
+    if options.suite is not None and options.suite not in SUITES:
+        raise InputError(f"unknown suite {options.suite!r}: choose one of {', '.join(SUITES)}")
+    if options.suite is None:
+        case = make_case(options.case, options.variant, batch=options.batch, dtype=options.dtype, device=options.device)
+        wanted = [Job(case, QUICK if options.case == MODEL else OP_BACKENDS)]
     else:
-        from benchmarks.against_eager import run
+        wanted = jobs(options.suite)
+    found = run(wanted, FULL if options.full else SHORT, lambda row: print(describe(row), flush=True))
+    if options.json is not None:
+        found.save(options.json)
+    return 0 if found.sound else 1
 
-        run(arguments.variant or ["B/32"], arguments.batch or [1, 4], arguments.blocks, arguments.out)
 
-
-def _launches(batch: int, as_json: bool) -> None:
+def _launches(options: argparse.Namespace) -> int:
     from xclip_fast.bench.launches import CLASSES, table
 
-    rows = table(batch)
-    if as_json:
+    rows = table(options.batch)
+    if options.json:
         print(json.dumps({variant: row["xclip_fast"] for variant, row in rows.items()}))
-        return
-    print(f"kernel launches of one forward pass: batch {batch}, {CLASSES} encoded class texts")
+        return 0
+    print(f"kernel launches of one forward pass: batch {options.batch}, {CLASSES} encoded class texts")
     providers = list(next(iter(rows.values())))
     print(f"{'variant':10}" + "".join(f"{provider:>14}" for provider in providers))
     for variant, row in rows.items():
         print(f"{variant:10}" + "".join(f"{row[provider]:14}" for provider in providers))
+    return 0
+
+
+def _tables(options: argparse.Namespace) -> int:
+    from benchmarks.tables import README, write
+
+    print(f"{README.name}: {'written' if write() else 'as it was'}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from benchmarks.compare import main as compare
+
+    return compare(options.first, options.second)
+
+
+def _against(options: argparse.Namespace) -> int:
+    from benchmarks.history import main as against
+
+    return against(options.base, options.suite, options.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

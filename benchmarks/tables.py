@@ -1,0 +1,104 @@
+"""The tables of the README, made from benchmarks/results: ``make tables`` writes them, a test compares them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from xclip_fast.bench.record import Row, Run
+from xclip_fast.flops import headline
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+_MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def write(readme: Path = README) -> bool:
+    """Put the tables between their markers; true when the file was changed."""
+    before = readme.read_text(encoding="utf-8")
+    after = filled(before)
+    if after != before:
+        readme.write_text(after, encoding="utf-8")
+    return after != before
+
+
+def filled(text: str) -> str:
+    """The text with a fresh table between each pair of markers.
+
+    Raises:
+        KeyError: a marker names no table.
+    """
+    return _MARKED.sub(lambda found: found[1] + table(found[2]) + "\n" + found[3], text)
+
+
+def table(name: str) -> str:
+    """One table by the name in its marker: "headline", or the name of a file of results and what to show of it."""
+    if name == "headline":
+        return _headline()
+    file, _, part = name.partition("/")
+    run = Run.load(RESULTS / f"{file}.json")
+    return {"models": _models, "ops": _ops}[part](run)
+
+
+def _headline() -> str:
+    lines = ["| | published | official code | after exact rewrites | the difference |", "|---|---:|---:|---:|---|"]
+    for row in headline():
+        lines.append(f"| {row.what} | {row.published:g} | {row.official:.2f} | {row.fused:.2f} | {row.why} |")
+    return "\n".join(lines)
+
+
+def _models(run: Run) -> str:
+    lines = [
+        "| model | dtype | by | error | ms (p10 to p90) | times as fast | noise |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in run.rows:
+        if row.case.name == "model" and row.timing is not None and row.check is not None:
+            case = row.case
+            what = f"{case.variant}, {case.frames} frames, batch {case.batch}"
+            what += ", training step" if case.direction == "train" else ""
+            lines.append(f"| {what} | {case.dtype} | {row.provider} | {_error(row)} | {_times(row)} |")
+    return "\n".join([*lines, "", _origin(run)])
+
+
+def _ops(run: Run) -> str:
+    lines = [
+        "| op | by | error | ms (p10 to p90) | times as fast | noise | of the floor | share of the model |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in run.rows:
+        if row.case.name != "model" and row.timing is not None:
+            roof = f"{row.roof.achieved:.0%}" if row.roof else ""
+            share = f"{row.amdahl.share:.1%}" if row.amdahl else ""
+            lines.append(f"| `{row.case.name}` | {row.provider} | {_error(row)} | {_times(row)} | {roof} | {share} |")
+    return "\n".join([*lines, "", _origin(run)])
+
+
+def _error(row: Row) -> str:
+    return "" if row.check is None or row.check.error is None else f"{row.check.error:.1e}"
+
+
+def _times(row: Row) -> str:
+    found = row.timing
+    assert found is not None
+    digits = 1 if found.median_ms >= 10 else 3
+    times = f"{found.median_ms:.{digits}f} ({found.p10_ms:.{digits}f} to {found.p90_ms:.{digits}f})"
+    if row.provider == found.baseline:
+        return f"{times} | baseline | {found.noise:.3f}"
+    ratio = f"{found.ratio:.2f} ({found.ratio_p10:.2f} to {found.ratio_p90:.2f})"
+    # what does not leave the noise is no gain and no loss
+    ratio = f"**{ratio}**" if found.verdict == "faster" else ratio
+    return f"{times} | {ratio} | {found.noise:.3f}"
+
+
+def _origin(run: Run) -> str:
+    facts = run.facts
+    where = facts["gpu"] or f"{facts['processor']}, {facts['threads']} threads"
+    rates = ", ".join(
+        f"{name.replace('_tflops', '')} {rate:.2f} TFLOP/s" for name, rate in run.ceilings.items() if "tflops" in name
+    )
+    return (
+        f"Measured on {where}, torch {facts['torch']}, commit {facts['commit']}, {facts['utc'][:10]}. "
+        f"The machine's own products in the same run: {rates}; copies {run.ceilings['copy_gbs']:.1f} GB/s."
+    )
