@@ -68,16 +68,14 @@ def test_what_is_missing_is_a_line_or_an_error(missing: str, sources: Path, tmp_
 
 def test_a_compiler_that_fails_is_a_line_or_an_error(sources: Path) -> None:
     pytest.importorskip("pybind11")
-    for path in (sources / "csrc").glob("*.cpp"):
+    for path in (sources / "csrc").glob("*.c*"):
         path.write_text("this is not C++")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("there is no C++ compiler")
-    # no nvcc: its part has tests of its own
-    changes = {"PATH": "/usr/bin:/bin", "CUDA_HOME": "", "TORCH_CUDA_ARCH_LIST": "8.0"}
-    done = setup(sources, "--quiet", "build_ext", "--inplace", mode="auto", **changes)
+    done = setup(sources, "--quiet", "build_ext", "--inplace", mode="auto")
     assert done.returncode == 0, done.stderr
     assert libraries(sources) == []
-    assert setup(sources, "--quiet", "build_ext", "--inplace", mode="1", **changes).returncode == 1
+    assert setup(sources, "--quiet", "build_ext", "--inplace", mode="1").returncode == 1
 
 
 def test_a_source_distribution_holds_all_that_is_compiled(sources: Path) -> None:

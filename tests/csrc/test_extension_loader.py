@@ -1,4 +1,4 @@
-"""The compiled library: whatever is wrong with its file is a sentence, never a crash; it calls stable functions alone."""
+"""The compiled library: whatever is wrong with its file is a sentence, never a crash; it calls stable functions."""
 
 from __future__ import annotations
 
