@@ -1,10 +1,14 @@
 // Runs csrc/patch_embed_kernel.h as it stands on the GPU of simt.h, against a convolution in double precision.
 // Built with the address and undefined-behaviour sanitizers; buffers have the exact size.
 //
-//   patch_embed_emulator [NAME...]   prints a line of figures a case and tile; fails at the first broken rule
+//   patch_embed_emulator [NAME...]              prints figures of a case and tile; fails at the first broken rule
+//   patch_embed_emulator --run FOLDER NUMBER... computes tokens of files
 #include <sys/mman.h>
 
+#include <fstream>
+#include <iterator>
 #include <random>
+#include <type_traits>
 
 #include "simt.h"
 
@@ -165,10 +169,13 @@ void emulate(const Case& c, Data& data, const char* tile) {
   report<SomeTile, kPath>(c, tile, error, conflicts);
 }
 
-template <PixelPath kPath>
-void emulate_tiles(const Case& c, Data& data) {
-  emulate<LargeTile, kPath>(c, data, "large");
-  emulate<SmallTile, kPath>(c, data, "small");
+template <class Action>
+void with_path(const PatchEmbedArguments& arguments, Action action) {
+  switch (choose_path(make_problem(arguments).grid)) {
+    case PixelPath::kAligned: return action(std::integral_constant<PixelPath, PixelPath::kAligned>());
+    case PixelPath::kSkewed: return action(std::integral_constant<PixelPath, PixelPath::kSkewed>());
+    case PixelPath::kScattered: return action(std::integral_constant<PixelPath, PixelPath::kScattered>());
+  }
 }
 
 // the same frames behind 2^32 other bytes, their tokens behind 2^32 others: memory of zeros that is never touched
@@ -236,9 +243,52 @@ const std::vector<Case> kCases = {
     {"exact-scattered", 10, 2, 30, 50, 40, 0, 0, true, true},
 };
 
+template <class Value>
+std::vector<Value> read_file(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+  std::vector<Value> values(bytes.size() / sizeof(Value));
+  std::memcpy(values.data(), bytes.data(), values.size() * sizeof(Value));
+  return values;
+}
+
+// a problem of the caller's: files `pixels`, `weight` and `table` of a folder become the float32 file `tokens`
+void run_folder(const std::string& folder, const std::vector<int64_t>& numbers) {
+  const auto pixels = read_file<uint8_t>(folder + "/pixels");
+  const auto weight = read_file<uint16_t>(folder + "/weight");
+  const auto table = read_file<float>(folder + "/table");
+  const int64_t frames = numbers.at(5), token_width = numbers.at(9);
+  std::vector<float> tokens(frames * table.size());
+  const PatchEmbedArguments arguments = {
+      .pixels = pixels.data() + numbers.at(0),
+      .frame_stride = numbers.at(1),
+      .row_stride = numbers.at(2),
+      .column_stride = numbers.at(3),
+      .channel_stride = numbers.at(4),
+      .frames = frames,
+      .height = numbers.at(6),
+      .width = numbers.at(7),
+      .patch = numbers.at(8),
+      .token_width = token_width,
+      .weight = weight.data(),
+      .table = table.data(),
+      .tokens = tokens.data(),
+      .token_type = TokenType::kFloat32,
+  };
+  with_path(arguments, [&](auto path) { run<SmallTile, path>(arguments); });
+  std::ofstream(folder + "/tokens", std::ios::binary)
+      .write(reinterpret_cast<const char*>(tokens.data()), static_cast<std::streamsize>(tokens.size() * sizeof(float)));
+}
+
 }  // namespace
 
 int main(int count, char** names) {
+  if (count > 2 && std::string(names[1]) == "--run") {
+    std::vector<int64_t> numbers;
+    for (int i = 3; i < count; ++i) numbers.push_back(std::stoll(names[i]));
+    run_folder(names[2], numbers);
+    return 0;
+  }
   const auto asked = [&](const Case& c) {
     simt::running = c.name;
     return count == 1 || std::find(names + 1, names + count, c.name) != names + count;
@@ -250,10 +300,9 @@ int main(int count, char** names) {
   for (const Case& c : kCases) {
     if (!asked(c)) continue;
     Data data = make_data(c);
-    switch (choose_path(make_problem(data.arguments).grid)) {
-      case PixelPath::kAligned: emulate_tiles<PixelPath::kAligned>(c, data); break;
-      case PixelPath::kSkewed: emulate_tiles<PixelPath::kSkewed>(c, data); break;
-      case PixelPath::kScattered: emulate_tiles<PixelPath::kScattered>(c, data); break;
-    }
+    with_path(data.arguments, [&](auto path) {
+      emulate<LargeTile, path>(c, data, "large");
+      emulate<SmallTile, path>(c, data, "small");
+    });
   }
 }

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+
+from xclip_fast.ops._patch_contract import affine, channels_last
+from xclip_fast.ops._patch_extension import pack_for_cuda
+from xclip_fast.ops.patch_embed import patch_embed_ref
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).with_name("patch_embed_emulator.cpp")
@@ -33,22 +38,25 @@ class Figures(NamedTuple):
     shared: int
 
 
-def compile_and_run(
-    source: Path, program: Path, *arguments: str, headers: Path = ROOT / "csrc", flags: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
+def compile_emulator(program: Path, flags: Sequence[str], headers: Path = ROOT / "csrc") -> None:
     assert COMPILER is not None
     # of the kernel's unrolling, and its wide stores, a C++ compiler knows nothing
     usual = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
-    command = [COMPILER, *usual, *flags, f"-I{headers}", str(source), "-o", str(program)]
+    command = [COMPILER, *usual, *flags, f"-I{headers}", str(EMULATOR), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert built.returncode == 0, built.stderr
-    return subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Figures]:
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("emulator") / "patch_embed_emulator"
-    done = compile_and_run(EMULATOR, program, flags=("-O1", "-g1", *SANITIZERS))
+    compile_emulator(program, flags=("-O1", "-g1", *SANITIZERS))
+    return program
+
+
+@pytest.fixture(scope="module")
+def emulated(program: Path) -> dict[tuple[str, str], Figures]:
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = {}
     for line in done.stdout.splitlines():
@@ -139,36 +147,32 @@ def test_planted_faults_are_found(
     assert text.count(was) == 1
     source.write_text(text.replace(was, becomes))
     flags = ("-O0", *(SANITIZERS if complaint == "heap-buffer-overflow" else []))
-    done = compile_and_run(EMULATOR, tmp_path / "emulator", case, headers=headers, flags=flags)
+    compile_emulator(tmp_path / "emulator", flags, headers)
+    done = subprocess.run([str(tmp_path / "emulator"), case], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stdout + done.stderr
     assert complaint in done.stdout + done.stderr
 
 
-PACKING = r"""
-#include <cstdio>
-#include "patch_embed_index.h"
-int main() {
-  constexpr int kPatch = 22, kWidth = 3;
-  std::printf("%lld\n", static_cast<long long>(xclip_fast::packed_weight_elements(kPatch, kWidth)));
-  for (int column = 0; column < kWidth; ++column)
-    for (int channel = 0; channel < 3; ++channel)
-      for (int y = 0; y < kPatch; ++y)
-        for (int x = 0; x < kPatch; ++x)
-          std::printf("%lld\n", static_cast<long long>(
-              xclip_fast::packed_weight_index(kPatch, kWidth, column, channel, y, x)));
-}
-"""
-
-
-def test_packing_in_torch_is_that_of_the_header(tmp_path: Path) -> None:
-    source = tmp_path / "packing.cpp"
-    source.write_text(PACKING)
-    done = compile_and_run(source, tmp_path / "packing")
-    elements, *places = map(int, done.stdout.split())
-    weight = torch.arange(1, 3 * 3 * 22 * 22 + 1).reshape(3, 3, 22, 22)
-    rows = torch.zeros(22, 3, 96, dtype=torch.int64)
-    rows[..., :66] = weight.permute(2, 0, 3, 1).flatten(2)
-    packed = rows.unflatten(-1, (-1, 3, 4, 2, 2)).transpose(-3, -2).flatten(-4).transpose(1, 2).flatten()
-    assert packed.numel() == elements
-    assert torch.equal(packed[places], weight.flatten())
-    assert packed.count_nonzero() == weight.numel()
+@pytest.mark.parametrize(
+    ("size", "patch"), [((2, 48, 64, 3), 16), ((2, 28, 70, 3), 14), ((1, 32, 64, 3), 32), ((2, 3, 27, 18), 9)]
+)
+def test_op_packs_what_the_kernel_takes(program: Path, tmp_path: Path, size: tuple[int, ...], patch: int) -> None:
+    frames = torch.randint(0, 256, size, dtype=torch.uint8)
+    pixels = channels_last(frames)
+    count, height, width, _ = pixels.shape
+    weight = (torch.randn(40, 3, patch, patch) / 50).half()
+    class_embedding, positions = torch.randn(40).half(), torch.randn(1 + height // patch * (width // patch), 40).half()
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    packed, table = pack_for_cuda(weight, class_embedding, positions, affine(mean, std))
+    for name, tensor in (("pixels", frames), ("weight", packed), ("table", table)):
+        (tmp_path / name).write_bytes(tensor.numpy().tobytes())
+    numbers = [0, *pixels.stride(), count, height, width, patch, 40]
+    done = subprocess.run(
+        [str(program), "--run", str(tmp_path), *map(str, numbers)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    tokens = torch.frombuffer(bytearray((tmp_path / "tokens").read_bytes()), dtype=torch.float32).double()
+    exact = (tensor.double() for tensor in (weight, class_embedding, positions))
+    expected = patch_embed_ref(frames, *exact, None, None, 1e-5, mean, std, torch.float64)
+    torch.testing.assert_close(tokens.view_as(expected)[:, 0], expected[:, 0], rtol=1e-6, atol=1e-6)
+    assert (tokens.view_as(expected) - expected).norm() <= 5e-4 * expected.norm()
