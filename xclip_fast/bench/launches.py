@@ -33,6 +33,8 @@ MANY = {
     "message_key_value": key_value_launches,
     "temporal_block": temporal_launches,
     "feed_forward": lambda *arguments: 2,
+    # the product, and the norm where one is given
+    "patch_embed": lambda *arguments: 1 + (arguments[4] is not None),
 }
 
 
