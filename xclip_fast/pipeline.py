@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from xclip_fast.classes import class_logits
 from xclip_fast.errors import InputError
 from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.text import TextCache, Tokenizer, apply_template, clean_labels
 
-VIEWS_AT_ONCE = 4  # bounds the memory of many-view, many-label runs
+VIEWS_AT_ONCE = 4  # bounds the memory of many-view runs
 MAX_LABEL_BYTES = 16 << 20
 
 Result = TypeVar("Result")
@@ -59,7 +60,7 @@ class Classifier:
         """
         total = torch.zeros(len(self.labels))
         for some in views.to(self.text.device).split(VIEWS_AT_ONCE):
-            logits = self.model.logits(self.model.encode_video(some), self.text)
+            logits = class_logits(self.model, self.model.encode_video(some), self.text)
             total += logits.float().softmax(dim=-1).sum(dim=0).cpu()
         return _finite(total / len(views))
 

@@ -11,6 +11,7 @@ from numerics import EXACT, assert_within, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from xclip_fast.classes import CHUNK_BYTES
 from xclip_fast.engine import Engine
 from xclip_fast.engine.cpu import CHUNK_ROWS, CpuTower
 from xclip_fast.engine.cuda import CudaTower
@@ -129,7 +130,7 @@ def test_text_is_cut(model: XCLIP) -> None:
 
 
 def test_parity_large_class_sets_in_parts(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("xclip_fast.engine.heads", fromlist=["_ROWS"])._ROWS, "cpu", 7)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 7 * 64 * CONFIG.embed_dim)
     video, tokens = random_video(3), random_tokens(11)
     engine = make_engine(model, CpuTower, ALL)
     with Trace() as trace:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from xclip_fast.classes import class_chunks
 from xclip_fast.engine.cpu import Norm
 from xclip_fast.engine.packing import Packing, exact
 from xclip_fast.engine.products import Product
@@ -17,8 +18,6 @@ from xclip_fast.engine.texts import EncodedTexts
 from xclip_fast.ops import clip_logits, mean_norm_over_frames, prompt_attention, temporal_block
 from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.reference.positions import temporal_positions
-
-_ROWS = {"cpu": 2048, "cuda": 65536}  # videos times classes adapted at once: bounds the memory of large label sets
 
 
 @dataclass
@@ -136,9 +135,9 @@ class Heads:
         return torch.cat(columns, dim=1)
 
     def _parts(self, texts: EncodedTexts, videos: int) -> Iterator[EncodedTexts]:
-        size = max(1, _ROWS.get(self.packing.device.type, _ROWS["cpu"]) // videos)
-        for first in range(0, max(1, len(texts.features)), size):
-            yield EncodedTexts(texts.features[first : first + size], texts.query[first : first + size])
+        classes, width = texts.features.shape
+        for chunk in class_chunks(classes, videos, width, self.packing.device):
+            yield EncodedTexts(texts.features[chunk], texts.query[chunk])
 
     def _prompts(self, texts: EncodedTexts, key_value: Tensor) -> Tensor:
         """What the prompts add to texts, before ``alpha``: (B, K, E)."""
