@@ -20,6 +20,7 @@ LONGEST_SIDE = 32768
 MAX_INTEGER_ROW = 2**31 // (128 * 128) - 1
 # with fewer patches than this, splitting the weights into bytes costs more than the product of floats
 MIN_INTEGER_ROWS = 128
+INTEGER_ROWS = 512  # multiplied at a time by one or two threads
 
 
 def refusal(frames: Tensor, weight: Tensor) -> str | None:
@@ -72,25 +73,32 @@ def patch_embed_fwd(call: Call) -> tuple[Tensor, Tensor]:
 def _on_cpu(call: Call) -> tuple[Tensor, Tensor]:
     native = torch.ops.xclip_fast_native
     frames, weight, factors = call.frames, call.weight, call.factors
-    patches = len(frames) * (len(call.positions) - 1)
-    if patches >= MIN_INTEGER_ROWS and _multiplies_bytes(frames, weight):
-        # pixels are bytes already: a product of bytes is exact and several times as fast as one of floats
-        pieces = 3 if weight.dtype == torch.float32 else 2
-        rows = patch_rows(frames, weight.shape[-1], factors, torch.int8)
-        bytes_of_weight, unit, bias = native.pack_weights(weight.contiguous(), _table(factors), pieces)
-        product = torch._int_mm(rows, bytes_of_weight.T)
-    else:
-        rows = patch_rows(frames, weight.shape[-1], factors, weight.dtype)
-        product, unit, bias = rows @ weight.flatten(1).T, None, None
+    count, patches = len(frames), len(call.positions) - 1
     exact = exact_dtype(weight.dtype)
     vectors = [
         None if vector is None else vector.to(exact).contiguous()
         for vector in (call.class_embedding, call.positions, call.norm_weight, call.norm_bias)
     ]
+    shape = (count, *call.positions.shape)
+    tokens = weight.new_empty(shape, dtype=call.dtype)
     wide = torch.promote_types(weight.dtype, call.dtype)
-    return native.patch_tokens(
-        product, unit, bias, *vectors, call.eps, len(frames), call.dtype, wide, call.save_embedded
-    )
+    embedded = weight.new_empty(shape if call.save_embedded else 0, dtype=wide)
+    if count * patches >= MIN_INTEGER_ROWS and _multiplies_bytes(frames, weight):
+        # pixels are bytes already: a product of bytes is exact and several times as fast as one of floats
+        pieces = 3 if weight.dtype == torch.float32 else 2
+        matrix, unit, bias = native.pack_weights(weight.contiguous(), _table(factors), pieces)
+        dtype, multiply = torch.int8, torch._int_mm
+        # the sums of some frames at a time, which stay in the cache until they are tokens
+        some = max(1, INTEGER_ROWS * max(1, torch.get_num_threads() // 2) // patches)
+    else:
+        matrix, unit, bias = weight.flatten(1), None, None
+        dtype, multiply, some = weight.dtype, torch.mm, max(1, count)
+    for first in range(0, count, some):
+        part = slice(first, first + some)
+        product = multiply(patch_rows(frames[part], weight.shape[-1], factors, dtype), matrix.T)
+        saved = embedded[part] if call.save_embedded else None
+        native.patch_tokens(product, unit, bias, *vectors, call.eps, tokens[part], saved)
+    return tokens, embedded
 
 
 def _on_cuda(call: Call) -> tuple[Tensor, Tensor]:
@@ -120,13 +128,15 @@ def pack_for_cuda(
 ) -> tuple[Tensor, Tensor]:
     """Weights and table as ``csrc/patch_embed_cuda.h`` describes them: the normalisation is folded into both."""
     width, _, patch, _ = weight.shape
-    scale, offset = torch.tensor(factors, dtype=torch.float32, device=weight.device).unbind(0)
-    weight = weight.float()
-    rows = (weight * (WEIGHT_SCALE * scale)[:, None, None]).permute(2, 0, 3, 1).reshape(patch, width, 3 * patch)
+    # factors stay numbers: a tensor of them would be copied from the host, which no CUDA graph can capture
+    channels = list(zip(weight.float().unbind(1), *factors, strict=True))
+    scaled = torch.stack([channel * (WEIGHT_SCALE * scale) for channel, scale, _ in channels], dim=-1)
+    rows = scaled.transpose(0, 1).reshape(patch, width, 3 * patch)
     rows = torch.nn.functional.pad(rows, (0, -3 * patch % STAGE_BYTES))
     # the four bytes that a lane loads at once belong to columns 2t, 2t + 1, 2t + 8 and 2t + 9 of a matrix fragment
     packed = rows.unflatten(-1, (-1, STAGE_BYTES // 16, 4, 2, 2)).transpose(-3, -2).flatten(-4).transpose(1, 2)
-    bias = weight.sum((2, 3)) @ (PIXEL_CENTRE * scale + offset)
+    sums = [channel.sum((1, 2)) * (PIXEL_CENTRE * scale + offset) for channel, scale, offset in channels]
+    bias = sums[0] + sums[1] + sums[2]
     table = torch.cat([class_embedding.float()[None], bias.expand(len(positions) - 1, -1)]) + positions.float()
     return packed.to(torch.float16).contiguous(), table
 
