@@ -16,7 +16,7 @@ from xclip_fast.cli.options import parse_views
 from xclip_fast.errors import InputError
 
 COMMAND = [sys.executable, "-m", "xclip_fast.cli"]
-COMMANDS = ("classify", "convert", "demo", "embed", "flops", "info")
+COMMANDS = ("bench", "classify", "convert", "demo", "embed", "flops", "info", "profile", "verify")
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -69,6 +69,20 @@ def test_no_command_shows_the_help_and_is_a_usage_error(capsys: pytest.CaptureFi
         (["embed", "a.mp4", "--out", "/no/such/folder/f.npz"], "there is no folder"),
         (["convert", "a.pth"], "Missing argument 'TARGET'"),
         (["convert", "a.pth", "b", "--format", "onnx"], "unknown format 'onnx'"),
+        (["bench", "--variant", "B/17"], "unknown variant 'B/17': choose one of B/32"),
+        (["bench", "--providers", "layers,fastest"], "unknown provider 'fastest'"),
+        (["bench", "--op", "softmax"], "unknown case 'softmax'"),
+        (["bench", "--dtype", "int4"], "unknown dtype 'int4'"),
+        (["bench", "--mode", "backward"], "unknown mode 'backward'"),
+        (["bench", "--batch", "0"], "--batch"),
+        (["bench", "--out", "/no/such/folder/r.json"], "there is no folder"),
+        (["bench", "--device", "tpu"], "unknown device 'tpu'"),
+        (["bench", "--variant", "L/14-336", "--batch", "4000", "--frames", "64"], "ask for a smaller batch"),
+        (["verify", "--op", "softmax"], "unknown op 'softmax'"),
+        (["verify", "--dtype", "int4"], "unknown dtype 'int4'"),
+        (["verify", "--device", "tpu"], "unknown device 'tpu'"),
+        (["profile", "--provider", "fastest"], "unknown provider 'fastest'"),
+        (["profile", "--out", "/no/such/folder/t.json"], "there is no folder"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(

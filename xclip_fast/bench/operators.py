@@ -18,7 +18,6 @@ from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Amdahl, C
 from xclip_fast.bench.timing import alternate, noise_of, sampler, timing_of
 from xclip_fast.errors import InputError
 from xclip_fast.numerics import TOLERANCES
-from xclip_fast.ops import backend as backend_context
 from xclip_fast.ops import explain
 
 _log = logging.getLogger("xclip_fast")
@@ -156,8 +155,8 @@ def _roof(case: Case, arguments: Inputs, median_ms: float, ceilings: dict[str, f
         return None
     meta = inputs_of(case, "meta")
     op = find_op(case.name)
-    with FlopCounterMode(display=False) as counter, backend_context("torch"):
-        result = op(**meta)
+    with FlopCounterMode(display=False) as counter:
+        result = op(**meta, backend="torch")
     outputs = [result] if isinstance(result, Tensor) else list(result)
     moved = sum(x.numel() * x.element_size() for x in (*arguments.values(), *outputs) if isinstance(x, Tensor))
     flops = int(counter.get_total_flops())

@@ -115,7 +115,7 @@ def _in_child(cases: list[Result], gradients: bool, wrapper: Sequence[str], dead
     except subprocess.TimeoutExpired:
         child.kill()
         output, log = child.communicate()
-        end = f"no answer within {deadline:.0f} s"
+        end = f"no answer within {deadline:g} s"
     finally:
         child.kill()
     # what a wrapper says stands between the lines

@@ -1,0 +1,300 @@
+"""The protocol: blocks in turn, noise, the gate in front of the clock, and what happens to a provider that fails."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from xclip_fast import ops
+from xclip_fast.bench import memory, models, operators, providers
+from xclip_fast.bench.cases import OPS, SIZES, config_of, find_op
+from xclip_fast.bench.inputs import OUTLIER_SCALE, OUTLIERS, Draw
+from xclip_fast.bench.models import Effort, measure_model
+from xclip_fast.bench.operators import measure_op
+from xclip_fast.bench.providers import PROVIDERS, Provider, Setting, UnavailableError
+from xclip_fast.bench.record import Row
+from xclip_fast.bench.run import Job, make_case, run
+from xclip_fast.bench.timing import Blocks, alternate, noise_of, sampler, timing_of
+from xclip_fast.errors import InputError
+
+EFFORT = Effort(blocks=1, block=0.001, memory=False)
+CEILINGS = {"float32_tflops": 0.1, "copy_gbs": 10.0}
+CASE = make_case("model", "tiny", batch=2)
+
+
+def test_contenders_take_turns_as_first_second_second_first() -> None:
+    order: list[str] = []
+
+    def sample(name: str, seconds: float) -> float:
+        order.append(name)
+        return seconds
+
+    found = alternate(lambda: sample("a", 2.0), lambda: sample("b", 1.0), 2, lambda: None)
+    assert "".join(order) == "abbaabba"
+    assert found.ratios == [2.0, 2.0]
+    assert (found.first, found.second) == ([2.0] * 4, [1.0] * 4)
+
+
+def test_a_drift_of_the_machine_falls_on_both() -> None:
+    clock = itertools.count(1)
+    assert alternate(lambda: next(clock), lambda: next(clock), 1, lambda: None).ratios == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "noise", "verdict"),
+    [
+        ([1.2, 1.2, 1.2], 0.1, "faster"),
+        ([1.2, 1.2, 1.2], 0.3, "no difference"),
+        ([0.8, 0.8, 0.8], 0.1, "slower"),
+        ([0.8, 0.8, 0.8], 0.3, "no difference"),
+        ([1.0, 1.0, 1.5, 1.5], 0.1, "no difference"),
+        ([1.0, 1.0, 1.0], 0.0, "no difference"),
+    ],
+)
+def test_a_gain_has_to_leave_the_noise(ratios: list[float], noise: float, verdict: str) -> None:
+    blocks = Blocks(second=[1.0] * 2 * len(ratios), ratios=ratios)
+    assert timing_of(blocks, "base", noise, method="wall").verdict == verdict
+
+
+def test_noise_is_the_distance_from_one_on_either_side() -> None:
+    assert noise_of(Blocks(ratios=[0.9] * 20)) == pytest.approx(0.1)
+    assert noise_of(Blocks(ratios=[1.1] * 20)) == pytest.approx(0.1)
+
+
+def test_a_block_at_another_clock_is_dropped_and_counted() -> None:
+    blocks = Blocks(second=[1.0, 1.0, 1.0, 1.0, 9.0, 9.0], ratios=[1.0, 1.0, 0.1], clocks=[1980.0, 1975.0, 1200.0])
+    found = timing_of(blocks, "base", 0.0, method="graph")
+    assert (found.blocks, found.dropped, found.median_ms) == (2, 1, 1000.0)
+    assert found.clock_mhz == (1200.0, 1980.0)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_sampler_calls_and_returns_the_time_of_one_call(cold: bool) -> None:
+    calls: list[int] = []
+    found = sampler(lambda: calls.append(1), "cpu", 0.001, graph=False, cold=cold)()
+    assert calls
+    assert 0 < found < 0.1
+
+
+class _Constant(nn.Module):
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        return text.new_zeros(len(video), len(text))
+
+
+class _Unwritten(nn.Module):
+    """Right but for a corner that it leaves as it found it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        found = self.inner(video, text)
+        out = torch.empty_like(found)
+        out[1:] = found[1:]
+        return out
+
+
+def _raise(error: Exception) -> providers.Classify:
+    raise error
+
+
+def _absent(setting: Setting) -> providers.Classify:
+    raise UnavailableError("it needs a quantum computer")
+
+
+@pytest.fixture
+def odd_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Providers that do what they should not."""
+    odd = {
+        "wrong": Provider("zeros", lambda setting: _Constant()),
+        "unwritten": Provider("a corner", lambda setting: _Unwritten(PROVIDERS["layers"].build(setting))),  # type: ignore[arg-type]
+        "crash": Provider("raises", lambda setting: _raise(RuntimeError("out of luck"))),
+        "absent": Provider("cannot", _absent),
+    }
+    for name, provider in odd.items():
+        monkeypatch.setitem(PROVIDERS, name, provider)
+
+
+@pytest.mark.usefixtures("odd_providers")
+def test_each_failure_is_a_row_and_the_rest_goes_on() -> None:
+    names = ("wrong", "unwritten", "crash", "absent", "layers")
+    rows = {row.provider: row for row in measure_model(CASE, names, EFFORT, CEILINGS)}
+    assert list(rows) == list(names)
+    assert {name: row.status for name, row in rows.items()} == {
+        "wrong": "wrong",
+        "unwritten": "wrong",
+        "crash": "failed",
+        "absent": "unavailable",
+        "layers": "timed",
+    }
+    assert rows["crash"].reason == "RuntimeError: out of luck"
+    assert rows["absent"].reason == "it needs a quantum computer"
+    # nothing that is wrong is timed
+    assert all(row.timing is None for name, row in rows.items() if name != "layers")
+    check = rows["wrong"].check
+    assert check is not None
+    assert not check.passed
+    assert check.error == pytest.approx(1.0)
+    unwritten = rows["unwritten"].check
+    assert unwritten is not None
+    assert unwritten.error is None
+
+
+@pytest.mark.usefixtures("odd_providers")
+@pytest.mark.parametrize(("name", "sound"), [("layers", True), ("absent", True), ("wrong", False), ("crash", False)])
+def test_a_run_is_sound_when_nothing_is_wrong_or_failed(name: str, sound: bool) -> None:
+    shown: list[Row] = []
+    found = run([Job(CASE, (name,))], EFFORT, shown.append)
+    assert found.sound is sound
+    assert found.rows == shown
+    assert found.ceilings.keys() == {"float32_tflops", "copy_gbs"}
+    assert min(found.ceilings.values()) > 0
+
+
+@pytest.mark.parametrize("direction", ["forward", "train"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_provider_that_runs_here_is_right(direction: str, dtype: str) -> None:
+    case = replace(CASE, direction=direction, dtype=dtype)
+    names = [name for name in PROVIDERS if "compile" not in name]
+    rows = list(measure_model(case, names, EFFORT, CEILINGS))
+    assert {row.provider: row.reason for row in rows if row.status not in ("timed", "unavailable")} == {}
+    timed = {row.provider for row in rows if row.status == "timed"}
+    assert timed >= {"hf-sdpa", "hf-eager", "reference", "layers", "optimized"}
+    assert ("engine" in timed) == (direction == "forward")
+
+
+def test_the_baseline_without_transformers_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    rows = {row.provider: row for row in measure_model(CASE, ("hf-sdpa", "layers"), EFFORT, CEILINGS)}
+    assert rows["hf-sdpa"].status == "unavailable"
+    assert "transformers does not import" in (rows["hf-sdpa"].reason or "")
+    assert rows["layers"].timing is not None
+    assert rows["layers"].timing.baseline == "reference"
+
+
+def test_memory_is_asked_for_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(models, "setting_of", lambda case: pytest.fail("something was built"))
+    with pytest.raises(InputError, match=r"tiny, 4 frames, batch 2, float32 needs about .* GiB, 0\.0 GiB are free"):
+        run([Job(CASE, ("layers",))], EFFORT, lambda row: None)
+
+
+def test_a_job_that_does_not_fit_is_a_row_beside_one_that_does() -> None:
+    huge = replace(CASE, batch=10**9)
+    found = run([Job(huge, ("layers",)), Job(CASE, ("layers",))], EFFORT, lambda row: None)
+    assert [row.status for row in found.rows] == ["failed", "timed"]
+    assert "ask for a smaller batch" in (found.rows[0].reason or "")
+
+
+def test_the_estimate_grows_with_everything() -> None:
+    base = memory.estimate(make_case("model", "B/32"))
+    assert memory.estimate(make_case("model", "B/32", batch=64)) > base
+    assert memory.estimate(make_case("model", "B/16")) > base
+    assert memory.estimate(make_case("model", "B/32", direction="train")) > base
+
+
+def test_peak_memory_is_of_a_process_of_its_own() -> None:
+    found = memory.peak_memory(CASE, "layers")
+    assert found is not None
+    # python with torch, and not much more
+    assert 50 < found < 3000
+    assert memory.peak_memory(CASE, "no such provider") is None
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("direction", ["forward", "train"])
+def test_every_op_is_measured_in_the_shape_of_a_model(op: str, direction: str) -> None:
+    case = make_case(op, "tiny", batch=2, direction=direction)
+    rows = {
+        row.provider: row for row in measure_op(case, ("reference", "torch", "triton"), EFFORT, CEILINGS, model_ms=5.0)
+    }
+    assert {name: row.status for name, row in rows.items()} == {
+        "reference": "timed",
+        "torch": "timed",
+        "triton": "unavailable",
+    }
+    if direction == "forward":
+        found = rows["torch"]
+        assert found.roof is not None
+        assert found.roof.bytes > 0
+        assert found.amdahl is not None
+        assert 0 < found.amdahl.share <= 1 <= found.amdahl.bound
+
+
+def test_an_op_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = find_op("layer_norm")
+
+    def wrong(*args: object, backend: str, **inputs: Tensor) -> object:
+        normed, stream = right(*args, backend=backend, **inputs)
+        return (normed * 1.01, stream) if backend == "torch" else (normed, stream)
+
+    monkeypatch.setattr(operators, "find_op", lambda name: wrong)
+    rows = list(measure_op(make_case("layer_norm", "tiny"), ("reference", "torch"), EFFORT, CEILINGS))
+    assert [row.status for row in rows] == ["timed", "wrong"]
+    assert rows[1].timing is None
+
+
+def test_an_op_that_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ops, "layer_norm")
+    rows = list(measure_op(make_case("layer_norm", "tiny"), ("reference", "torch"), EFFORT, CEILINGS))
+    assert {row.reason for row in rows} == {"this installation has no layer_norm"}
+    assert {row.status for row in rows} == {"unavailable"}
+
+
+def test_the_registry_has_every_op() -> None:
+    functions = {name for name in ops.__all__ if callable(getattr(ops, name))}
+    # a product and an op in one: its parts are measured
+    assert functions - {"backend", "explain", "feed_forward"} == OPS.keys()
+    assert all(case.small and case.times(config_of("B/32")) >= 1 for case in OPS.values())
+
+
+def _activations() -> Iterator[Tensor]:
+    for name in ("layer_norm", "message_attention", "temporal_block"):
+        inputs = operators.inputs_of(make_case(name, "tiny", batch=4))
+        yield next(x for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1)
+
+
+def test_activations_have_outlier_channels_and_are_never_zeros() -> None:
+    for x in _activations():
+        spread = x.flatten(0, -2).std(0)
+        usual = spread[2:-2].median()
+        assert spread[list(OUTLIERS)].min() > OUTLIER_SCALE / 3 * usual
+        assert (x == 0).sum() == 0
+    state = providers.setting_of(CASE).state["visual.ln_pre.weight"]
+    assert state[list(OUTLIERS)].tolist() == [OUTLIER_SCALE] * 2
+
+
+def test_inputs_are_the_same_for_every_dtype_but_for_rounding() -> None:
+    one, two = (Draw(dtype, "cpu", seed=3)(4, 5) for dtype in (torch.float32, torch.bfloat16))
+    assert torch.equal(one.bfloat16(), two)
+    assert not torch.equal(one, Draw(torch.float32, "cpu", seed=4)(4, 5))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "softmax"}, "unknown case 'softmax'"),
+        ({"variant": "B/8"}, f"unknown variant 'B/8': choose one of {', '.join(SIZES)}"),
+        ({"dtype": "float8"}, "unknown dtype 'float8'"),
+        ({"direction": "sideways"}, "unknown mode 'sideways'"),
+        ({"device": "cuda:7"}, "torch finds no GPU here"),
+    ],
+)
+def test_unknown_parts_of_a_case_are_named(change: dict[str, str], words: str) -> None:
+    if "device" in change and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(InputError, match=words.replace("(", r"\(")):
+        make_case(**({"name": "model", "variant": "tiny"} | change))
+
+
+def test_unknown_providers_are_named_before_anything_is_measured() -> None:
+    with pytest.raises(InputError, match="unknown provider 'fastest': choose one of hf-sdpa"):
+        run([Job(CASE, ("layers",)), Job(CASE, ("fastest",))], EFFORT, lambda row: pytest.fail("it began"))
+    with pytest.raises(InputError, match="unknown provider 'layers' of an op: choose one of reference"):
+        run([Job(make_case("layer_norm", "tiny"), ("layers",))], EFFORT, lambda row: None)
