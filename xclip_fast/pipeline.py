@@ -37,16 +37,24 @@ class Classifier:
         labels: class names; blank and repeated ones are refused.
         tokenizer: the one the model was trained with, from ``get_tokenizer``.
         template: a sentence with ``{}`` in the label's place.
+        text_cache: a folder that keeps the encoded texts for the next run, see ``TextFolder``.
 
     Raises:
-        InputError: the labels or the template cannot be used.
+        InputError: the labels, the template or the folder cannot be used.
     """
 
-    def __init__(self, model: Any, labels: Sequence[str], tokenizer: Tokenizer, template: str = "{}") -> None:
+    def __init__(
+        self,
+        model: Any,
+        labels: Sequence[str],
+        tokenizer: Tokenizer,
+        template: str = "{}",
+        text_cache: str | None = None,
+    ) -> None:
         self.model = model
         self.labels = clean_labels(labels)
         tokens = tokenizer(apply_template(self.labels, template), model.config.context_length)
-        self.text = TextCache().encode(model, tokens)
+        self.text = TextCache(folder=text_cache).encode(model, tokens)
 
     @torch.inference_mode()
     def probabilities(self, views: Tensor) -> Tensor:

@@ -328,6 +328,24 @@ def test_equal_labels_for_the_model_keep_their_order() -> None:
     assert [prediction.index for prediction in classifier.top(views, 50)] == list(range(50))
 
 
+def test_encoded_class_names_are_kept_for_the_next_run(
+    cli: Cli, tiny: Path, bikes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("classify", bikes, "--labels", LABELS, "--weights", tiny, "--json", "--text-cache", tmp_path / "texts")
+    first = cli(*command)
+    assert first[0] == 0
+    assert len(os.listdir(tmp_path / "texts")) == 1
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the texts are known")
+
+    monkeypatch.setattr(type(load_model(tiny)), "encode_text", fail)
+    assert cli(*command) == first
+    code, out, err = cli(*command[:-1], tiny)
+    assert (code, out) == (2, "")
+    one_line(err, str(tiny), "another folder")
+
+
 def test_the_library_refuses_what_the_command_line_refuses() -> None:
     model = create_model(TINY, seed=0)
     with pytest.raises(InputError, match="blank"):

@@ -18,6 +18,7 @@ from xclip_fast.cli.options import (
     Frames,
     Precision,
     Preset,
+    TextCacheFolder,
     Videos,
     Views,
     Vocabulary,
@@ -45,6 +46,7 @@ def classify(
     dtype: Precision = "float32",
     backend: Backend = "auto",
     vocabulary: Vocabulary = None,
+    text_cache: TextCacheFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank class names for each video.
@@ -62,7 +64,7 @@ def classify(
     names = clean_labels(read_labels(labels_file) if labels_file is not None else (labels or "").split(","))
     apply_template(names, template)  # a bad one is refused before the weights are read
     model = open_model(weights, frames, device, dtype)
-    classifier = Classifier(model, names, get_tokenizer(model.config, vocabulary), template)
+    classifier = Classifier(model, names, get_tokenizer(model.config, vocabulary), template, text_cache)
     load = view_loader(model, plan)
 
     results: list[dict[str, Any]] = []

@@ -46,6 +46,16 @@ Vocabulary = Annotated[
     ),
 ]
 
+TextCacheFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--text-cache",
+        metavar="DIR",
+        help="Keep encoded class names here for the next run, known by weights and tokens.",
+        show_default=False,
+    ),
+]
+
 
 def parse_views(text: str) -> tuple[int, int]:
     """(clips, crops) of "4x3" or "4".

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import threading
 import weakref
 from collections import OrderedDict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from xclip_fast.config import XCLIPConfig
+from xclip_fast.text.folder import MAX_FOLDER_BYTES, TextFolder, digest
 
 _CHUNK_TOKENS = 8192
 _ROW_WORDS = 1024
@@ -28,10 +33,22 @@ class TextCache:
 
     Args:
         max_bytes: the most memory the kept features take, on whatever device they are.
+        folder: keeps the features for later runs too, by SHA-256 of weights, tokens and settings: see ``TextFolder``.
+            Models without an ``XCLIPConfig`` do without it, for their weights alone do not say what they compute.
+        max_folder_bytes: the most the files in the folder take.
+
+    Raises:
+        InputError: there can be no such folder.
     """
 
-    def __init__(self, max_bytes: int = 256 << 20) -> None:
+    def __init__(
+        self,
+        max_bytes: int = 256 << 20,
+        folder: str | Path | None = None,
+        max_folder_bytes: int = MAX_FOLDER_BYTES,
+    ) -> None:
         self.max_bytes = max_bytes
+        self.folder = None if folder is None else TextFolder(folder, max_folder_bytes)
         self._entries: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._models: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._serial = itertools.count()
@@ -39,7 +56,8 @@ class TextCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copied or pickled model takes an empty cache along
-        return TextCache, (self.max_bytes,)
+        folder = self.folder
+        return TextCache, (self.max_bytes,) if folder is None else (self.max_bytes, folder.path, folder.max_bytes)
 
     def encode(self, model: Any, tokens: Tensor) -> Tensor:
         """The text features of ``model.encode_text(tokens)``, from the cache where they are already known.
@@ -75,9 +93,15 @@ class TextCache:
             with self._lock:
                 features = self._entries.pop(key, None)
             if features is None:
-                features = encode_in_chunks(model, tokens, ends, device)
+                features = self._encode(model, tokens, ends, device)
             self._keep(key, features)
         return features.clone()
+
+    def _encode(self, model: Any, tokens: Tensor, ends: Tensor, device: torch.device) -> Tensor:
+        key = None if self.folder is None else _stable_key(model, tokens, device)
+        if self.folder is None or key is None:
+            return encode_in_chunks(model, tokens, ends, device)
+        return self.folder.get(key, lambda: encode_in_chunks(model, tokens, ends, device)).to(device)
 
     def _number(self, model: Any) -> int:
         with self._lock:
@@ -120,6 +144,23 @@ def _text_weights(model: Any, tokens: Tensor) -> list[Tensor]:
     for module in (model.transformer, model.ln_final):
         weights += [*module.parameters(), *module.buffers()]
     return [*weights, model.text_projection]
+
+
+def _stable_key(model: Any, tokens: Tensor, device: torch.device) -> bytes | None:
+    """What names the features of tokens in every process, if the model says how it computes them."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, XCLIPConfig):
+        return None
+    autocast = torch.is_autocast_enabled(device.type) and str(torch.get_autocast_dtype(device.type))
+    how = [
+        type(model).__module__,
+        type(model).__qualname__,
+        config.text_heads,
+        config.activation,
+        device.type,
+        autocast,
+    ]
+    return digest(["text features 1", json.dumps(how), *_text_weights(model, tokens), tokens])
 
 
 def _fingerprint(weights: list[Tensor]) -> bytes:
