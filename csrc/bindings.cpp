@@ -66,15 +66,10 @@ std::tuple<Tensor, Tensor, Tensor> pack_weights(const Tensor& weight, const Tens
   return {packed, unit, bias};
 }
 
-std::tuple<Tensor, Tensor> patch_tokens(const Tensor& product, const std::optional<Tensor>& unit,
-                                        const std::optional<Tensor>& bias, const Tensor& class_embedding,
-                                        const Tensor& positions, const std::optional<Tensor>& norm_weight,
-                                        const std::optional<Tensor>& norm_bias, double eps, int64_t frames,
-                                        ScalarType dtype, ScalarType embedded_dtype, bool save_embedded) {
+void patch_tokens(const Tensor& product, const std::optional<Tensor>& unit, const std::optional<Tensor>& bias,
+                  const Tensor& class_embedding, const Tensor& positions, const std::optional<Tensor>& norm_weight,
+                  const std::optional<Tensor>& norm_bias, double eps, Tensor tokens, std::optional<Tensor> embedded) {
   const int64_t count = positions.size(0), width = positions.size(1);
-  Tensor tokens = torch::stable::new_empty(product, {frames, count, width}, dtype);
-  Tensor embedded = save_embedded ? torch::stable::new_empty(product, {frames, count, width}, embedded_dtype)
-                                  : torch::stable::new_empty(product, {0}, embedded_dtype);
   const xclip_fast::Tokens work{
       .product = product.const_data_ptr(),
       .product_type = element(product.scalar_type()),
@@ -89,14 +84,13 @@ std::tuple<Tensor, Tensor> patch_tokens(const Tensor& product, const std::option
       .patches = count - 1,
       .width = width,
       .tokens = tokens.mutable_data_ptr(),
-      .tokens_type = element(dtype),
-      .embedded = save_embedded ? embedded.mutable_data_ptr() : nullptr,
-      .embedded_type = element(embedded_dtype),
+      .tokens_type = element(tokens.scalar_type()),
+      .embedded = embedded ? embedded->mutable_data_ptr() : nullptr,
+      .embedded_type = element((embedded ? *embedded : tokens).scalar_type()),
   };
-  torch::stable::parallel_for(0, frames * count, 16, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tokens.size(0) * count, 16, [&](int64_t begin, int64_t end) {
     xclip_fast::write_tokens(work, begin, end);
   });
-  return {tokens, embedded};
 }
 
 #ifdef XCLIP_FAST_CUDA
@@ -131,7 +125,7 @@ Tensor patch_embed_cuda(const Tensor& frames, const Tensor& weight, const Tensor
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 1; }
+extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 2; }
 
 extern "C" __attribute__((visibility("default"))) const char* xclip_fast_architectures() {
   return XCLIP_FAST_ARCHITECTURES;
@@ -142,9 +136,7 @@ STABLE_TORCH_LIBRARY(xclip_fast_native, m) {
   m.def("pack_weights(Tensor weight, Tensor factors, int pieces) -> (Tensor, Tensor, Tensor)");
   m.def(
       "patch_tokens(Tensor product, Tensor? unit, Tensor? bias, Tensor class_embedding, Tensor positions, "
-      "Tensor? norm_weight, Tensor? norm_bias, float eps, int frames, ScalarType dtype, ScalarType embedded_dtype, "
-      "bool save_embedded) "
-      "-> (Tensor, Tensor)");
+      "Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor(a!) tokens, Tensor(b!)? embedded) -> ()");
   m.def(
       "patch_embed_cuda(Tensor frames, Tensor weight, Tensor table, int patch, ScalarType dtype, int stream) -> Tensor");
 }
