@@ -1,0 +1,223 @@
+"""Results: one schema for all of them, files that survive a trip, tables that say what the files say, comparisons."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from benchmarks import compare, history, suites, tables
+from xclip_fast.bench.models import Effort
+from xclip_fast.bench.record import Case, Check, Row, Run, Timing, to_csv
+from xclip_fast.bench.run import Job, make_case, run
+from xclip_fast.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "benchmarks" / "schema.json").read_text())
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+CASE = Case("model", "B/32", 8, 1, 5, "float32", "forward", "normalised", "cpu")
+CHECK = Check("the definition in float64", 1e-7, 2e-7, 6e-7, True)
+TIMING = Timing("wall", "warm", 10.0, 9.0, 11.0, 0.5, "hf-sdpa", 1.5, 1.4, 1.6, 0.05, "faster", 5)
+FACTS = {
+    "utc": "2026-01-01T00:00:00+00:00",
+    "commit": "abc1234",
+    "xclip_fast": "0.1.0",
+    "python": "3.12",
+    "torch": "2.11",
+    "processor": "a processor",
+    "cores": 2,
+    "threads": 2,
+    "capability": "AVX2",
+    "system": "Linux",
+    "gpu": None,
+    "triton": None,
+    "transformers": None,
+    "numpy": "2",
+}
+RUN = Run(
+    FACTS,
+    {"float32_tflops": 0.1, "copy_gbs": 10.0},
+    [
+        Row(CASE, "layers", "timed", None, CHECK, TIMING),
+        Row(CASE, "engine", "unavailable", "=cmd|' /C calc'!A0"),
+        Row(CASE, "wrong", "wrong", "beyond the allowance", replace(CHECK, error=None, passed=False)),
+    ],
+)
+
+
+def test_there_are_results() -> None:
+    assert RESULTS
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_result_has_the_schema(path: Path) -> None:
+    content = json.loads(path.read_text())
+    VALIDATOR.validate(content)
+    found = Run.load(path)
+    assert found.to_dict() == content
+    assert found.sound
+    # a figure without a gate and its origin is none
+    assert all(row.check is not None and row.check.passed for row in found.rows if row.timing is not None)
+    assert "/" not in found.facts["commit"]
+
+
+def test_the_schema_is_a_schema_and_takes_what_is_written() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    VALIDATOR.validate(json.loads(json.dumps(RUN.to_dict())))
+
+
+def test_a_measured_run_has_the_schema(tmp_path: Path) -> None:
+    jobs = [Job(make_case("model", "tiny"), ("layers", "engine")), Job(make_case("layer_norm", "tiny"), ("torch",))]
+    found = run(jobs, Effort(1, 0.001, memory=False), lambda row: None)
+    path = tmp_path / "results.json"
+    found.save(path)
+    VALIDATOR.validate(json.loads(path.read_text()))
+    assert Run.load(path).rows == found.rows
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def changed(place: str, value: Any) -> dict[str, Any]:
+    """The content of a run with another value at a place such as "rows.0.status"."""
+    content = json.loads(json.dumps(RUN.to_dict()))
+    *way, last = [int(part) if part.isdigit() else part for part in place.split(".")]
+    at: Any = content
+    for part in way:
+        at = at[part]
+    if value is None and last in ("commit", "torch_error"):
+        del at[last]
+    else:
+        at[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("schema", 2),
+        ("facts.commit", None),
+        ("facts.gpu", ["a list"]),
+        ("rows.0.status", "excellent"),
+        ("rows.0.timing", None),
+        ("rows.0.check", None),
+        ("rows.0.check.passed", False),
+        ("rows.0.check.torch_error", None),
+        ("rows.0.timing.median_ms", 0),
+        ("rows.0.timing.median_ms", "fast"),
+        ("rows.0.timing.verdict", "much faster"),
+        ("rows.0.case.dtype", "float8"),
+        ("rows.0.case.batch", 0),
+        ("rows.0.extra", 1),
+        ("rows.1.reason", None),
+        ("rows.1.timing", {"median_ms": 1.0}),
+        ("ceilings.copy_gbs", -1),
+    ],
+)
+def test_the_schema_refuses_what_is_no_result(place: str, value: Any) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        VALIDATOR.validate(changed(place, value))
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    bad = Run(FACTS, {}, [replace(RUN.rows[0], check=replace(CHECK, error=float("nan")))])
+    with pytest.raises(ValueError, match="Out of range float values"):
+        bad.save(tmp_path / "results.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("[]", "no results of a benchmark"),
+        ("{}", "no results of a benchmark"),
+        ('{"schema": 7}', "results of schema 7, this version reads 1"),
+        ('{"schema": 1, "facts": {}, "ceilings": {}, "rows": [{}]}', "no results of a benchmark"),
+    ],
+)
+def test_other_files_are_refused_in_a_line(content: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=words):
+        Run.load(path)
+    with pytest.raises(InputError, match="cannot read"):
+        Run.load(tmp_path / "missing.json")
+
+
+def test_csv_has_a_line_a_row_and_no_formula() -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(RUN.rows))))
+    assert [row["provider"] for row in rows] == ["layers", "engine", "wrong"]
+    assert rows[0]["timing.median_ms"] == "10.0"
+    assert rows[1]["reason"] == "'=cmd|' /C calc'!A0"
+    assert rows[1]["timing.median_ms"] == ""
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
+    text = tables.README.read_text(encoding="utf-8")
+    assert tables.filled(text) == text, "run: make tables"
+    assert "<!-- table: headline -->" in text
+
+
+def test_a_table_is_written_between_its_markers_and_nowhere_else(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- table: headline -->\nold | table\n<!-- end of table -->\nafter\n")
+    assert tables.write(path)
+    text = path.read_text()
+    assert text.startswith("before\n<!-- table: headline -->\n| |")
+    assert text.endswith("<!-- end of table -->\nafter\n")
+    assert "old | table" not in text
+    assert "| X-CLIP-B/16, 8 frames | 145 | 144.91 |" in text
+    assert not tables.write(path)
+
+
+def test_a_marker_of_no_table_is_an_error() -> None:
+    with pytest.raises((KeyError, InputError)):
+        tables.filled("<!-- table: nothing/models -->\n<!-- end of table -->")
+
+
+@pytest.mark.parametrize(
+    ("second", "noise", "verdict"),
+    [(8.0, 0.01, "faster"), (12.0, 0.01, "slower"), (10.3, 0.01, "no difference"), (8.0, 0.5, "no difference")],
+)
+def test_two_runs_are_compared_row_by_row(second: float, noise: float, verdict: str) -> None:
+    later = replace(TIMING, median_ms=second, noise=noise)
+    other = Run(FACTS, {}, [replace(RUN.rows[0], timing=later), Row(CASE, "new", "timed", None, CHECK, TIMING)])
+    (change,) = compare.compare(RUN, other)
+    assert (change.provider, change.verdict) == ("layers", verdict)
+
+
+@pytest.mark.parametrize(("second", "code"), [(8.0, 0), (12.0, 1)])
+def test_the_comparison_of_files_ends_with_a_code(
+    second: float, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    RUN.save(paths[0])
+    slower = replace(RUN.rows[0], timing=replace(TIMING, median_ms=second))
+    Run({**FACTS, "torch": "2.12"}, {}, [slower]).save(paths[1])
+    assert compare.main(*paths) == code
+    out = capsys.readouterr().out
+    assert "not the same: torch: 2.11 and 2.12" in out
+    assert "layers" in out
+
+
+def test_the_fastest_round_of_each_row_is_kept() -> None:
+    slow = replace(RUN.rows[0], timing=replace(TIMING, median_ms=20.0))
+    best = history._best([Run(FACTS, {}, [slow, RUN.rows[1]]), Run(FACTS, {}, [RUN.rows[0], RUN.rows[1]])])
+    assert best.rows == [RUN.rows[0], RUN.rows[1]]
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_every_suite_names_cases_and_providers_that_exist(suite: str) -> None:
+    found = suites.jobs(suite)
+    assert found
+    names = {job.case.name for job in found}
+    assert {"model", "frame_attention", "patch_embed"} <= names
+    assert all(job.providers for job in found)

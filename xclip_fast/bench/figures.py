@@ -1,0 +1,239 @@
+"""The figures of a report, as SVG texts: only those that the rows of a run have numbers for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from xclip_fast.bench.cases import OPS, config_of
+from xclip_fast.bench.record import Case, Row, Run
+
+MODEL = "model"
+INK, GRID = "#1b1f24", "#d5d9de"
+# told apart by eyes that see no red or green, and in print
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#5b3f8c")
+
+
+def figures(run: Run) -> dict[str, str]:
+    """Title to SVG."""
+    found = {
+        "Times as fast as the baseline": _speed_ups(_timed(run, models=True)),
+        "Latency against batch": _batches(_timed(run, models=True)),
+        "Ops: times as fast as the definition": _speed_ups(_timed(run, models=False)),
+        "Time of the parts": _parts(_timed(run, models=False)),
+        "Roofline": _roofline(run),
+        "Peak memory": _memory(_timed(run, models=True)),
+    }
+    return {title: svg for title, svg in found.items() if svg}
+
+
+def hero(run: Run, kind: str) -> bytes:
+    """The first figure alone, as "svg" or "png", for a README; empty when there is nothing to show."""
+    rows = _timed(run, models=True)
+    return _bars(rows, kind) if _contenders(rows) else b""
+
+
+def label(case: Case) -> str:
+    """A case in a few words."""
+    name = case.variant if case.name == MODEL else case.name
+    extra = ", train" if case.direction == "train" else ""
+    return f"{name}, batch {case.batch}, {case.dtype}{extra}"
+
+
+def _timed(run: Run, *, models: bool) -> list[Row]:
+    return [row for row in run.rows if row.timing is not None and (row.case.name == MODEL) is models]
+
+
+def _contenders(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.timing is not None and row.provider != row.timing.baseline]
+
+
+@contextmanager
+def _style() -> Iterator[Any]:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    # names come from files too: no formulas in them, and the same bytes in every run
+    settings: dict[Any, Any] = {
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "xclip_fast",
+        "font.size": 10,
+    }
+    settings |= {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
+    settings |= {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "grid.color": GRID}
+    with matplotlib.rc_context(settings):
+        yield plt
+        plt.close("all")
+
+
+def _draw(paint: Callable[[Any], None], height: float, kind: str = "svg") -> bytes:
+    with _style() as plt:
+        figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
+        paint(axes)
+        out = io.BytesIO()
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(out, format=kind, dpi=200, metadata=metadata)
+    return out.getvalue()
+
+
+def _svg(paint: Callable[[Any], None], height: float) -> str:
+    return _inline(_draw(paint, height))
+
+
+def _inline(data: bytes) -> str:
+    text = data.decode()
+    # inside a page there is neither a prologue nor a size in points
+    return text[text.index("<svg") :].replace('width="', 'data-width="', 1).replace('height="', 'data-height="', 1)
+
+
+def _speed_ups(rows: list[Row]) -> str:
+    if not _contenders(rows):
+        return ""
+    return _inline(_bars(rows, "svg"))
+
+
+def _bars(rows: list[Row], kind: str) -> bytes:
+    shown = _contenders(rows)
+
+    def paint(axes: Any) -> None:
+        names = list(dict.fromkeys(row.provider for row in shown))
+        for place, row in enumerate(shown):
+            found = row.timing
+            assert found is not None
+            errors = [[max(0.0, found.ratio - found.ratio_p10)], [max(0.0, found.ratio_p90 - found.ratio)]]
+            colour = COLOURS[names.index(row.provider) % len(COLOURS)]
+            sure = found.verdict != "no difference"
+            axes.barh(place, found.ratio, xerr=errors, color=colour, alpha=1.0 if sure else 0.45, ecolor=INK, capsize=2)
+            # the baseline against itself: what lies inside is no difference
+            axes.barh(
+                place,
+                2 * found.noise,
+                left=1 - found.noise,
+                color="none",
+                edgecolor=INK,
+                hatch="///",
+                lw=0.3,
+                alpha=0.6,
+            )
+        axes.axvline(1, color=INK, lw=1)
+        axes.set_yticks(range(len(shown)), [f"{label(row.case)}: {row.provider}" for row in shown])
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.margins(y=0.01)
+        axes.set_xlabel("times as fast as the baseline\nwhiskers: p10 to p90; hatched: the noise; pale: no difference")
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+
+    return _draw(paint, 1.0 + 0.3 * len(shown), kind)
+
+
+def _batches(rows: list[Row]) -> str:
+    lines: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.case.direction == "forward":
+            lines.setdefault((row.case.variant, row.case.dtype, row.provider), []).append(row)
+    lines = {key: line for key, line in lines.items() if len({row.case.batch for row in line}) > 1}
+    if not lines:
+        return ""
+
+    def paint(axes: Any) -> None:
+        names = list(dict.fromkeys(provider for _, _, provider in lines))
+        kinds = list(dict.fromkeys((variant, dtype) for variant, dtype, _ in lines))
+        for (variant, dtype, provider), line in lines.items():
+            line = sorted(line, key=lambda row: row.case.batch)
+            times = [row.timing.median_ms for row in line if row.timing is not None]
+            style = ("-", "--", ":", "-.")[kinds.index((variant, dtype)) % 4]
+            colour = COLOURS[names.index(provider) % len(COLOURS)]
+            batches = [row.case.batch for row in line]
+            axes.plot(batches, times, style, color=colour, marker="o", ms=3, label=f"{variant} {dtype} {provider}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("videos in the batch")
+        axes.set_ylabel("ms")
+        axes.grid()
+        axes.legend(fontsize=7, ncols=2, frameon=False)
+
+    return _svg(paint, 4.2)
+
+
+def _parts(rows: list[Row]) -> str:
+    """Time of each op in one forward pass: by the definition, and by the fastest that is right."""
+    found: dict[str, dict[str, float]] = {}
+    cases = {(row.case.variant, row.case.frames, row.case.batch, row.case.dtype) for row in rows}
+    if len(cases) != 1:
+        return ""
+    for row in rows:
+        if row.case.direction == "forward" and row.timing is not None and row.case.name in OPS:
+            calls = OPS[row.case.name].times(config_of(row.case.variant, row.case.frames))
+            found.setdefault(row.case.name, {})[row.provider] = calls * row.timing.median_ms
+    if not found:
+        return ""
+
+    def paint(axes: Any) -> None:
+        for place, which in enumerate(("definition", "fastest")):
+            left = 0.0
+            for index, (name, times) in enumerate(found.items()):
+                spent = times.get("reference", 0.0) if which == "definition" else min(times.values())
+                colour, hatch = COLOURS[index % len(COLOURS)], "" if index < len(COLOURS) else "..."
+                axes.barh(place, spent, left=left, color=colour, hatch=hatch, label=name if place == 0 else None)
+                left += spent
+        axes.set_yticks([0, 1], ["definition", "fastest"])
+        axes.invert_yaxis()
+        axes.set_xlabel("ms in one forward pass, calls times time of one")
+        axes.legend(fontsize=7, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+
+    return _svg(paint, 3.0)
+
+
+def _roofline(run: Run) -> str:
+    rows = [row for row in run.rows if row.roof is not None and row.timing is not None and row.roof.flops > 0]
+    if not rows or "copy_gbs" not in run.ceilings:
+        return ""
+
+    def paint(axes: Any) -> None:
+        points = [(row, row.roof.flops / row.roof.bytes) for row in rows if row.roof is not None]
+        low, high = min(x for _, x in points) / 2, max(x for _, x in points) * 2
+        copy = run.ceilings["copy_gbs"] * 1e9
+        for index, dtype in enumerate(dict.fromkeys(row.case.dtype for row in rows)):
+            rate = run.ceilings[f"{dtype}_tflops"] * 1e12
+            knee = rate / copy
+            x = sorted({low, max(low, min(high, knee)), high})
+            y = [min(rate, at * copy) / 1e12 for at in x]
+            axes.plot(
+                x, y, "-" if index == 0 else "--", color=INK, lw=1, label=f"{dtype} products and copies, measured"
+            )
+        names = list(dict.fromkeys(row.provider for row in rows))
+        for name in names:
+            mine = [(row, x) for row, x in points if row.provider == name]
+            rates = [row.roof.flops / row.timing.median_ms / 1e9 for row, _ in mine if row.roof and row.timing]
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            axes.plot([x for _, x in mine], rates, "o", ms=4, color=colour, label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("operations a byte")
+        axes.set_ylabel("TFLOP/s")
+        axes.grid(which="major")
+        axes.legend(fontsize=7, ncols=2, frameon=False)
+
+    return _svg(paint, 4.2)
+
+
+def _memory(rows: list[Row]) -> str:
+    shown = [row for row in rows if row.memory_mb is not None]
+    if not shown:
+        return ""
+
+    def paint(axes: Any) -> None:
+        axes.barh(range(len(shown)), [row.memory_mb for row in shown], color=COLOURS[0])
+        axes.set_yticks(range(len(shown)), [f"{label(row.case)}: {row.provider}" for row in shown])
+        axes.invert_yaxis()
+        axes.set_xlabel("MB, in a process of its own")
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+
+    return _svg(paint, 1.0 + 0.3 * len(shown))

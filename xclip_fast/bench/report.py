@@ -1,0 +1,76 @@
+"""One HTML file for a run: no script, no network, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xclip_fast.bench.record import Run
+from xclip_fast.checkpoints.files import replacing
+from xclip_fast.errors import InputError
+
+
+def write_report(run: Run, path: Path) -> None:
+    """Write the report of a run in one step.
+
+    Raises:
+        InputError: matplotlib or jinja2 is not installed.
+    """
+    text = render(run)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_figure(run: Run, path: Path) -> None:
+    """Write the speed-ups alone, as the suffix of the path says: .svg or .png.
+
+    Raises:
+        InputError: another suffix, nothing to show, or matplotlib is not installed.
+    """
+    kind = path.suffix.removeprefix(".")
+    if kind not in ("svg", "png"):
+        raise InputError(f"a figure is .svg or .png, found {path.name!r}")
+    try:
+        from xclip_fast.bench.figures import hero
+
+        data = hero(run, kind)
+    except ImportError as error:
+        raise _lacking(error) from error
+    if not data:
+        raise InputError("no provider but the baseline was timed: there is nothing to draw")
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def render(run: Run) -> str:
+    """The report as text; everything that is not a figure of ours is escaped.
+
+    Raises:
+        InputError: matplotlib or jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        from xclip_fast.bench.figures import figures, label
+
+        drawn = figures(run)
+    except ImportError as error:
+        raise _lacking(error) from error
+    environment = Environment(
+        loader=PackageLoader("xclip_fast", "bench"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["label"] = label
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        figures=drawn,
+        timed=[row for row in run.rows if row.timing is not None],
+        others=[row for row in run.rows if row.timing is None],
+        where=run.facts.get("gpu") or run.facts.get("processor"),
+    )
+
+
+def _lacking(error: ImportError) -> InputError:
+    return InputError(f"a report needs matplotlib and jinja2, found no {error.name}: pip install 'xclip-fast[bench]'")
