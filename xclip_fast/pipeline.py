@@ -70,7 +70,7 @@ class Classifier:
         for some in views.to(self.text.device).split(VIEWS_AT_ONCE):
             logits = class_logits(self.model, self.model.encode_video(some), self.text)
             total += logits.float().softmax(dim=-1).sum(dim=0).cpu()
-        return _finite(total / len(views))
+        return check_finite(total / len(views))
 
     def top(self, views: Tensor, count: int = 5) -> list[Prediction]:
         """The likeliest ``count`` labels of one video, best first; ties keep the order of the labels."""
@@ -94,7 +94,7 @@ def embed(model: Any, views: Tensor) -> VideoFeatures:
     parts = [model.encode_video(some) for some in views.to(device).split(VIEWS_AT_ONCE)]
     video = torch.cat([part.video for part in parts]).float().mean(dim=0).cpu()
     patches = torch.cat([part.patches for part in parts]).float().mean(dim=0).cpu()
-    return VideoFeatures(_finite(video), _finite(patches))
+    return VideoFeatures(check_finite(video), check_finite(patches))
 
 
 def each_file(
@@ -108,7 +108,7 @@ def each_file(
         except InputError as refused:
             error = refused
         except (MemoryError, RuntimeError) as failed:
-            if not _is_out_of_memory(failed):
+            if not is_out_of_memory(failed):
                 raise
             error = InputError(f"{path}: not enough memory: use fewer views or frames, or another device")
         yield path, result, error
@@ -136,12 +136,18 @@ def read_labels(path: str) -> list[str]:
     return labels
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception, of Python or torch, says that there is no memory left."""
     # on the CPU torch raises a plain RuntimeError
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _finite(values: Tensor) -> Tensor:
+def check_finite(values: Tensor) -> Tensor:
+    """The values given.
+
+    Raises:
+        InputError: one of them is NaN or infinite.
+    """
     if not values.isfinite().all():
         raise InputError("the model gave values that are not numbers: check the weights, or compute in float32")
     return values

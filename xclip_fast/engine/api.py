@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from xclip_fast.engine.texts import EncodedTexts, KeptTexts, TextTower
 from xclip_fast.errors import InputError
 from xclip_fast.reference.model import VideoFeatures, check_tokens, check_video
 from xclip_fast.text import apply_template, clean_labels, get_tokenizer
+
+if TYPE_CHECKING:
+    from xclip_fast.throughput import FileFeatures
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
 _PROBE_FRAMES = 2  # of the random clip that a new engine is checked with
@@ -142,6 +146,17 @@ class Engine:
         with torch.inference_mode(), self._quiet():
             video = self._checked(video)
             return self._embedding(video) if self._graphs is None else self._graphs[1](video)[0]
+
+    def embed_files(self, paths: Iterable[str | os.PathLike[str]], **options: Any) -> Iterator[FileFeatures]:
+        """Features of video files in their order, decoded in processes of their own; see ``throughput.embed_files``.
+
+        Args:
+            paths: local video files.
+            options: batch_size, patches, clips, crops, preset, backend, workers and timeout.
+        """
+        from xclip_fast.throughput import embed_files
+
+        return embed_files(self, paths, **options)
 
     def encode_texts(self, classes: Sequence[str] | Tensor, template: str = "{}") -> EncodedTexts:
         """A class set for ``classify`` and ``logits`` of this engine; the sets used last are kept.

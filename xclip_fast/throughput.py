@@ -1,0 +1,203 @@
+"""Features of many video files: decoded in processes of their own while the model computes, in full batches."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xclip_fast.errors import InputError
+from xclip_fast.pipeline import check_finite, is_out_of_memory
+from xclip_fast.video.pool import DEADLINE_SECONDS, decode_files
+
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class FileFeatures:
+    """What became of one file.
+
+    path: as given.
+    video: float32 (E,) on the CPU, not normalised, the mean over the views; None for a file that cannot be used.
+    patches: float32 (N, E), or None where they were not asked for.
+    error: why the file cannot be used.
+    """
+
+    path: str
+    video: Tensor | None = None
+    patches: Tensor | None = None
+    error: InputError | None = None
+
+
+def embed_files(
+    model: Any,
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    batch_size: int = BATCH_SIZE,
+    patches: bool = False,
+    clips: int = 1,
+    crops: int = 1,
+    preset: str = "official",
+    backend: str = "auto",
+    workers: int | None = None,
+    timeout: float = DEADLINE_SECONDS,
+) -> Iterator[FileFeatures]:
+    """The features of each file, in the order of the files; one that cannot be used comes with its error.
+
+    Views of several files share a batch. The number of workers changes no bit. A batch of another size, or a file more
+    or less before it, may change the rounding of a product: some 1e-6 of a feature in float32.
+
+    Args:
+        model: an ``Engine``, or what ``create_model`` or ``load_model`` returns.
+        paths: local video files.
+        batch_size: views in a batch.
+        patches: also the patch features.
+        clips, crops, preset, backend: as for ``load_video``; frames and size are the model's.
+        workers, timeout: as for ``decode_files``. Ending the iterator ends the processes.
+
+    Raises:
+        InputError: an option cannot be used, the memory is too small for the batch, or the processes do not start.
+        ValueError: a number is out of range.
+    """
+    return embed_in_groups(
+        model,
+        [os.fsdecode(path) for path in paths],
+        (),
+        batch_size=batch_size,
+        patches=patches,
+        clips=clips,
+        crops=crops,
+        preset=preset,
+        backend=backend,
+        workers=workers,
+        timeout=timeout,
+    )
+
+
+def embed_in_groups(
+    model: Any, paths: Sequence[str], ends: Collection[int], *, batch_size: int, patches: bool, **decoding: Any
+) -> Iterator[FileFeatures]:
+    """``embed_files``, but no batch goes on past the files whose places are in ``ends``."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    config = model.config
+    decoded = decode_files(paths, frames=config.frames, size=config.image_size, **decoding)
+    views = config.frames, config.image_size, config.image_size, 3
+    return _embed(_Batches(model, batch_size, views, patches), paths, ends, decoded)
+
+
+def _embed(batches: _Batches, paths: Sequence[str], ends: Collection[int], decoded: Any) -> Iterator[FileFeatures]:
+    waiting: deque[_File] = deque()
+    with closing(decoded):
+        for number, (path, found) in enumerate(zip(paths, decoded, strict=True)):
+            file = _File(path, found if isinstance(found, InputError) else None)
+            waiting.append(file)
+            if isinstance(found, Tensor):
+                file.missing = len(found)
+                for view in found:
+                    batches.add(file, view)
+            if number in ends or number == len(paths) - 1:
+                batches.flush()
+            while waiting and not waiting[0].missing:
+                yield waiting.popleft().features()
+
+
+@dataclass
+class _File:
+    path: str
+    error: InputError | None
+    missing: int = 0
+    rows: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    def take(self, row: tuple[Tensor, ...]) -> None:
+        self.rows.append(row)
+        self.missing -= 1
+
+    def features(self) -> FileFeatures:
+        if self.error is not None:
+            return FileFeatures(self.path, error=self.error)
+        try:
+            means = [check_finite(torch.stack(views).mean(dim=0)) for views in zip(*self.rows, strict=True)]
+        except InputError as error:
+            return FileFeatures(self.path, error=error)
+        return FileFeatures(self.path, means[0], means[1] if len(means) > 1 else None)
+
+
+class _Batches:
+    """Views on their way through the model.
+
+    On a GPU two pinned buffers take turns: one is filled while the other is copied and computed, and nothing waits for
+    the results of a batch before the next one is under way.
+    """
+
+    def __init__(self, model: Any, size: int, view: tuple[int, ...], patches: bool) -> None:
+        self.encode = _encoder(model, patches)
+        self.device = torch.device(getattr(model, "device", None) or next(model.parameters()).device)
+        self.pinned = self.device.type == "cuda"
+        shape = size, *view
+        count = 2 if self.pinned else 1
+        self.buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=self.pinned) for _ in range(count)]
+        self.owners: list[_File] = []
+        self.flying: deque[tuple[list[_File], list[Tensor], torch.cuda.Event | None]] = deque()
+
+    def add(self, owner: _File, view: Tensor) -> None:
+        """Put a view into the batch; a full one goes to the model."""
+        self.buffers[0][len(self.owners)].copy_(view)
+        self.owners.append(owner)
+        if len(self.owners) == len(self.buffers[0]):
+            self._launch()
+
+    def flush(self) -> None:
+        """Compute what is left, and hand out all results."""
+        if self.owners:
+            self._launch()
+        while self.flying:
+            self._land()
+
+    def _launch(self) -> None:
+        try:
+            found = self.encode(self.buffers[0][: len(self.owners)].to(self.device, non_blocking=True))
+            event = None
+            if self.pinned:
+                found = [self._to_host(rows) for rows in found]
+                event = torch.cuda.current_stream(self.device).record_event()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = len(self.owners)
+            raise InputError(f"not enough memory for a batch of {size} views: use a smaller batch size") from None
+        self.flying.append((self.owners, [*found], event))
+        self.owners = []
+        # the buffer used longest ago is filled next
+        self.buffers.append(self.buffers.pop(0))
+        while len(self.flying) >= len(self.buffers):
+            self._land()
+
+    def _to_host(self, rows: Tensor) -> Tensor:
+        return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+
+    def _land(self) -> None:
+        owners, found, event = self.flying.popleft()
+        if event is not None:
+            event.synchronize()
+        for place, owner in enumerate(owners):
+            owner.take(tuple(rows[place].float() for rows in found))
+
+
+def _encoder(model: Any, patches: bool) -> Callable[[Tensor], Sequence[Tensor]]:
+    """What makes the rows of a batch: of the videos, and of the patches where they are wanted."""
+
+    @torch.inference_mode()
+    def encode(views: Tensor) -> Sequence[Tensor]:
+        # an engine saves the last block of patches that nobody wants
+        if not patches and hasattr(model, "embed_video"):
+            return [model.embed_video(views)]
+        return model.encode_video(views)[: 2 if patches else 1]
+
+    return encode
