@@ -125,7 +125,7 @@ def _bars(rows: list[Row], kind: str) -> bytes:
         axes.invert_yaxis()
         axes.set_xlim(left=0)
         axes.margins(y=0.01)
-        axes.set_xlabel("times as fast as the baseline\nwhiskers: p10 to p90; hatched: the noise; pale: no difference")
+        axes.set_xlabel("times as fast as the baseline\nwhiskers p10 to p90, hatched the noise;\npale: no difference")
         axes.grid(axis="x")
         axes.set_axisbelow(True)
 
@@ -151,12 +151,12 @@ def _batches(rows: list[Row]) -> str:
             colour = COLOURS[names.index(provider) % len(COLOURS)]
             batches = [row.case.batch for row in line]
             axes.plot(batches, times, style, color=colour, marker="o", ms=3, label=f"{variant} {dtype} {provider}")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        _logarithmic(axes)
+        axes.set_xticks(sorted({row.case.batch for line in lines.values() for row in line}))
         axes.set_xlabel("videos in the batch")
         axes.set_ylabel("ms")
         axes.grid()
-        axes.legend(fontsize=7, ncols=2, frameon=False)
+        axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
     return _svg(paint, 4.2)
 
@@ -213,14 +213,25 @@ def _roofline(run: Run) -> str:
             rates = [row.roof.flops / row.timing.median_ms / 1e9 for row, _ in mine if row.roof and row.timing]
             colour = COLOURS[names.index(name) % len(COLOURS)]
             axes.plot([x for _, x in mine], rates, "o", ms=4, color=colour, label=name)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_xlabel("operations a byte")
         axes.set_ylabel("TFLOP/s")
         axes.grid(which="major")
-        axes.legend(fontsize=7, ncols=2, frameon=False)
+        axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
     return _svg(paint, 4.2)
+
+
+def _logarithmic(axes: Any) -> None:
+    """Both axes, with plain numbers on them."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    from matplotlib.ticker import LogLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, place: f"{value:g}")
+        axis.set_minor_formatter(lambda value, place: "")
 
 
 def _memory(rows: list[Row]) -> str:

@@ -96,6 +96,11 @@ def measure_op(
             yield Row(case, name, FAILED, f"{type(error).__name__}: {error}"[:300])
 
 
+def timed_call(case: Case, name: str) -> Callable[[], object]:
+    """One call of an op on a backend, as it is timed: random arguments of the case's shape, made before."""
+    return _step(find_op(case.name), inputs_of(case), name, case.direction == "train")
+
+
 def _refusal(case: Case, name: str, arguments: Inputs) -> str | None:
     if name in (BASELINE, "torch", "compile"):
         return None

@@ -1,0 +1,159 @@
+"""The report: one file without network or script, whatever the results hold; figures only of what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from xclip_fast.bench.figures import figures
+from xclip_fast.bench.record import Amdahl, Case, Check, Roof, Row, Run, Timing
+from xclip_fast.bench.report import render, write_figure, write_report
+from xclip_fast.cli import main
+from xclip_fast.errors import InputError
+
+CASE = Case("model", "B/32", 8, 1, 5, "float32", "forward", "normalised", "cpu")
+CHECK = Check("the definition in float64", 1e-7, 2e-7, 6e-7, True)
+TIMING = Timing("wall", "warm", 10.0, 9.0, 11.0, 0.5, "hf-sdpa", 1.5, 1.4, 1.6, 0.05, "faster", 5)
+BASE = replace(TIMING, ratio=1.0, ratio_p10=0.98, ratio_p90=1.02, verdict="no difference")
+ROOF = Roof(10**9, 10**7, 5.0, 0.5)
+FACTS = {
+    "utc": "2026-01-01T00:00:00+00:00",
+    "commit": "abc",
+    "xclip_fast": "0.1.0",
+    "processor": "a processor",
+    "gpu": None,
+}
+
+
+def rows(batch: int) -> list[Row]:
+    case, op = replace(CASE, batch=batch), replace(CASE, name="layer_norm", batch=batch)
+    return [
+        Row(case, "hf-sdpa", "timed", None, CHECK, BASE, ROOF, memory_mb=900.0),
+        Row(case, "layers", "timed", None, CHECK, TIMING, ROOF, launches=160, memory_mb=800.0),
+        Row(case, "engine", "unavailable", "why <not>"),
+        Row(op, "reference", "timed", None, CHECK, replace(BASE, baseline="reference"), ROOF, Amdahl(0.1, 1.0, 1.1)),
+        Row(op, "torch", "timed", None, CHECK, replace(TIMING, baseline="reference"), ROOF, Amdahl(0.1, 1.05, 1.1)),
+    ]
+
+
+def whole(*batches: int) -> Run:
+    found = [row for batch in batches for row in rows(batch)]
+    return Run(FACTS, {"float32_tflops": 0.1, "copy_gbs": 10.0}, found)
+
+
+def test_every_figure_is_there_when_its_numbers_are() -> None:
+    found = figures(whole(1, 4))
+    assert list(found) == [
+        "Times as fast as the baseline",
+        "Latency against batch",
+        "Ops: times as fast as the definition",
+        "Roofline",
+        "Peak memory",
+    ]
+    assert "Time of the parts" in figures(whole(1))
+    assert all(svg.startswith("<svg") and svg.rstrip().endswith("</svg>") for svg in found.values())
+    assert "layers" in found["Times as fast as the baseline"]
+    assert "mathdefault" not in "".join(found.values())
+
+
+def test_nothing_measured_is_a_report_without_figures() -> None:
+    empty = Run(FACTS, {}, [Row(CASE, "engine", "failed", "out of luck")])
+    assert figures(empty) == {}
+    text = render(empty)
+    assert "<svg" not in text
+    assert "out of luck" in text
+    assert "<h1>How fast X-CLIP is on a processor</h1>" in render(Run(FACTS, {}, []))
+
+
+def test_the_report_needs_no_network_and_no_script(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(whole(1, 4), path)
+    text = path.read_text()
+    assert [path] == list(tmp_path.iterdir())
+    # names of XML vocabularies are no addresses to fetch
+    outside = set(re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)([^"\')\s>]+)', text))
+    assert outside == set()
+    assert "<script" not in text
+    assert "default-src 'none'" in text
+    for shown in ("B/32, batch 4, float32", "1.500", "1.400 to 1.600", "6.0e-07", "why &lt;not&gt;", "160", "50 %"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}", "$\\frac{1}{2}$", "]]></svg><b>"],
+)
+def test_text_of_results_stays_text(hostile: str) -> None:
+    run = Run(
+        {**FACTS, "processor": hostile, "commit": hostile},
+        {"float32_tflops": 0.1, "copy_gbs": 10.0},
+        [
+            Row(CASE, hostile, "timed", None, CHECK, TIMING, ROOF, memory_mb=1.0),
+            Row(CASE, "engine", "failed", hostile),
+        ],
+    )
+    text = render(run)
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "<b>" not in text
+    assert "49" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
+
+
+def test_the_same_run_gives_the_same_bytes() -> None:
+    assert render(whole(1, 4)) == render(whole(1, 4))
+
+
+@pytest.mark.parametrize(("suffix", "begin"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_a_figure_for_a_readme(suffix: str, begin: bytes, tmp_path: Path) -> None:
+    path = tmp_path / f"speed.{suffix}"
+    write_figure(whole(1), path)
+    assert path.read_bytes().startswith(begin)
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"\.svg or \.png, found 'speed.gif'"):
+        write_figure(whole(1), tmp_path / "speed.gif")
+    with pytest.raises(InputError, match="nothing to draw"):
+        write_figure(Run(FACTS, {}, []), tmp_path / "speed.svg")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(InputError, match=r"found no jinja2: pip install 'xclip-fast\[bench\]'"):
+        render(whole(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_all_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = {form: tmp_path / f"bench.{form}" for form in ("json", "csv", "html")}
+    arguments = ["bench", "--variant", "tiny", "--dtype", "float32", "--providers", "hf-sdpa,layers", "--json"]
+    arguments += ["--out", str(paths["json"]), "--csv", str(paths["csv"]), "--html", str(paths["html"])]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert Run.load(paths["json"]).to_dict() == json.loads(out)
+    assert paths["csv"].read_text().count("\n") == 3
+    assert "<svg" in paths["html"].read_text()
+    assert sorted(tmp_path.iterdir()) == sorted(paths.values())
+
+
+def test_the_table_of_the_command_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "--variant", "tiny", "--op", "mean_norm_over_frames", "--dtype", "float32,bfloat16"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "note: bfloat16 torch: timed" in err
+    assert "baseline" in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith(("ceilings", "triton", "extension"))) <= 80
+
+
+def test_profile_shows_what_takes_time_and_writes_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.json"
+    assert main(["profile", "--variant", "tiny", "--steps", "1", "--top", "4", "--out", str(trace), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["top"]) == 4
+    shares = [entry["share"] for entry in answer["top"]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 1
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert list(tmp_path.iterdir()) == [trace]
