@@ -14,6 +14,7 @@ from xclip_fast.engine.products import Product
 from xclip_fast.reference.positions import spatial_positions
 
 CHUNK_ROWS = 512  # their hidden rows of 4 D stay in the last cache, and the allocator keeps the pages
+_SCORES = 120_000  # of the attention at once: their float32 softmax stays in the second cache
 _SHORT = 320  # keys up to which two batched products beat the fused attention, in bfloat16
 
 
@@ -96,10 +97,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
     """(F, heads, L, head_dim) queries, contiguous keys and values; without a scale of its own for ``scale`` 1."""
     if query.dtype is not torch.bfloat16 or key.shape[2] > _SHORT or scale != 1.0:
         return scaled_dot_product_attention(query, key, value, scale=scale)
-    scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
-    # PyTorch's softmax is twice as fast into float32 as into bfloat16
-    weights = softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return torch.bmm(weights, value.flatten(0, 1)).view(query.shape)
+    shape = query.shape
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
+    mixed = torch.empty_like(query)
+    heads = max(1, _SCORES // (query.shape[1] * key.shape[2]))
+    for first in range(0, len(query), heads):
+        some = slice(first, first + heads)
+        # PyTorch's softmax is twice as fast into float32 as into bfloat16
+        weights = softmax(torch.bmm(query[some], key[some]), dim=-1, dtype=torch.float32).to(value.dtype)
+        torch.bmm(weights, value[some], out=mixed[some])
+    return mixed.view(shape)
 
 
 class CpuTower:
