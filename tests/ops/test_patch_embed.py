@@ -389,6 +389,10 @@ def wrong() -> dict[str, tuple[dict[str, object], str]]:
         "no frames": ({"frames": frames[0]}, r"frames must be uint8 \(F, H, W, 3\).*\(32, 48, 3\)"),
         "gray": ({"frames": frames[..., :1]}, r"found torch.uint8 \(2, 32, 48, 1\)"),
         "integers": ({"frames": frames.int()}, r"floating point \(F, 3, H, W\), found torch.int32"),
+        "small floats": (
+            {"frames": frames.permute(0, 3, 1, 2).to(torch.float8_e5m2)},
+            r"found torch.float8_e5m2 \(2, 3, 32, 48\)",
+        ),
         "floats with channels last": ({"frames": frames.float()}, r"found torch.float32 \(2, 32, 48, 3\)"),
         "no height": ({"frames": frames[:, :0]}, r"found torch.uint8 \(2, 0, 48, 3\)"),
         "a rest": ({"frames": frames[:, :31]}, "multiples of 16, found 31x48"),

@@ -62,7 +62,7 @@ def check(
     if not (
         frames.ndim == 4
         and 0 not in shape[1:]
-        and (frames.dtype == torch.uint8 or frames.is_floating_point())
+        and frames.dtype in (torch.uint8, *DTYPES)
         and (bytes_last or shape[1] == 3)
     ):
         raise ValueError(

@@ -231,7 +231,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         inputs
     )
     ctx.dtypes = class_embedding.dtype, positions.dtype, None if norm_bias is None else norm_bias.dtype
-    # without a norm only their dtypes matter, which embedded has
+    # to compute again what a call of the registered op did not save
     embedding = (class_embedding, positions) if norm_weight is not None and not saved else (None, None)
     ctx.save_for_backward(frames, weight, norm_weight, output[1] if saved else None, *embedding)
     ctx.dtype = dtype
@@ -249,13 +249,16 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     if norm_weight is not None:
         if embedded is None:
             embedded = _embedded_torch(frames, weight, class_embedding, positions, ctx.mean, ctx.std, ctx.dtype)
-        exact = embedded.to(exact_dtype(embedded.dtype))
-        mean = exact.mean(-1, keepdim=True)
-        variance = (exact - mean).square().mean(-1)
-        grad, vectors = torch.ops.xclip_fast.layer_norm_backward(
-            grad, None, embedded, norm_weight, None, mean.flatten(), (variance + ctx.eps).rsqrt().flatten()
+        exact = exact_dtype(embedded.dtype)
+        scale = norm_weight.to(exact)
+        normed, _, rstd = torch.native_layer_norm(embedded.to(exact), scale.shape, None, None, ctx.eps)
+        # of numbers that are centred already PyTorch's formula cancels nothing
+        zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
+        grad, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
+            grad.to(exact), normed, scale.shape, zero, one, scale, scale, [True, True, True]
         )
-        grad_norm_weight, grad_norm_bias = vectors[0].to(norm_weight.dtype), vectors[1].to(bias_dtype)
+        grad = grad * rstd
+        grad_norm_weight, grad_norm_bias = grad_norm_weight.to(norm_weight.dtype), grad_norm_bias.to(bias_dtype)
     wants_frames, wants_weight = ctx.needs_input_grad[:2]
     patch = weight.shape[-1]
     rows = grad[:, 1:].reshape(-1, len(weight)).to(weight.dtype)
