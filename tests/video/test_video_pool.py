@@ -1,0 +1,235 @@
+"""Decoding in processes: order, the same bits, and decoders that crash, hang or are interrupted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from made_clips import write
+from torch import Tensor
+
+from xclip_fast import InputError
+from xclip_fast.video import load_video, pool
+from xclip_fast.video.pool import decode_files, default_workers
+
+OPTIONS = {"frames": 4, "size": 32, "clips": 2}
+
+# stands before the real decoder, and does to a file what its name says
+HOSTILE = """
+import ctypes, os, signal, sys, time
+here = os.path.dirname(os.path.dirname(__file__))
+sys.path.remove(here)
+del sys.modules["av"]
+import av
+sys.path.insert(0, here)
+original = av.open
+
+def open(path, *arguments, **settings):
+    kind = os.path.basename(path).partition("-")[0]
+    if kind == "hang":
+        time.sleep(1000)
+    elif kind == "clutch":
+        ctypes.PyDLL(None).sleep(1000)  # never lets other threads run
+    elif kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif kind == "babble":
+        os.write(1, b"nonsense" * 1000)
+        os.write(2, b"nonsense" * 1000)
+    elif kind == "starve":
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    elif kind == "fault":
+        raise ZeroDivisionError("a fault of the program")
+    elif kind == "late":
+        time.sleep(0.3)
+    return original(path, *arguments, **settings)
+
+av.open = open
+"""
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("pool") / "clip.mp4", "mpeg4", size=(48, 64), frames=12)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch):
+    """Makes copies of the clip that the decoder treats by their names."""
+    package = tmp_path / "modules" / "av"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(HOSTILE)
+    # the processes look for modules where this one does; here the real decoder is loaded already
+    monkeypatch.syspath_prepend(package.parent)
+
+    def copies(*names: str) -> list[str]:
+        for name in names:
+            shutil.copy(clip, tmp_path / name)
+        return [str(tmp_path / name) for name in names]
+
+    return copies
+
+
+def kept(decoded) -> list[Tensor | InputError]:
+    return [found.clone() if isinstance(found, Tensor) else found for found in decoded]
+
+
+def children(parent: int) -> dict[int, str]:
+    """The state of each child of a process; Z is one that died and nobody waited for."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        # a process may end at any time
+        with suppress(OSError):
+            state, above = entry.read_text().rpartition(")")[2].split()[:2]
+            if int(above) == parent:
+                found[int(entry.parent.name)] = state
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_child_is_left() -> Iterator[None]:
+    """Every test ends all the processes it starts, and waits for them."""
+    before = children(os.getpid())
+    yield
+    assert children(os.getpid()).keys() <= before.keys()
+
+
+def test_processes_give_the_same_bits_in_the_order_of_the_files(tmp_path: Path, clip: Path, hostile) -> None:
+    odd = [tmp_path / name for name in ("new\nline.mp4", "Straße 日本.mp4", os.fsdecode(b"bad\xff.mp4"), "-x.mp4")]
+    for path in odd:
+        shutil.copy(clip, path)
+    # the first is the last to be ready
+    paths = [*hostile("late-1.mp4", "a.mp4", "babble-1.mp4"), *map(os.fsdecode, odd), "/no/such.mp4", ""]
+    options = {**OPTIONS, "crops": 3}
+    here = kept(decode_files(paths, **options, workers=0))
+    ahead = kept(decode_files(paths, **options, workers=2))
+    assert len(here) == len(ahead) == len(paths)
+    for one, other in zip(here[:-2], ahead[:-2], strict=True):
+        assert torch.equal(one, other)
+    assert [str(error) for error in here[-2:]] == [str(error) for error in ahead[-2:]]
+    assert torch.equal(here[0], load_video(clip, **options))
+
+
+def test_a_decoder_that_dies_or_hangs_costs_its_file_alone(hostile) -> None:
+    names = ["crash-1.mp4", "good-1.mp4", "clutch-1.mp4", "starve-1.mp4", "good-2.mp4"]
+    paths = hostile(*names)
+    # long enough for a first decode on a busy machine
+    found = kept(decode_files(paths, **OPTIONS, workers=1, timeout=2.5))
+    said = dict(zip(names, map(str, found), strict=True))
+    assert "crashed (SIGSEGV)" in said["crash-1.mp4"]
+    assert "stopped after 2.5 seconds" in said["clutch-1.mp4"]
+    assert "not enough memory" in said["starve-1.mp4"]
+    for path, one in zip(paths, found, strict=True):
+        assert isinstance(one, Tensor if "good" in path else InputError)
+        if isinstance(one, InputError):
+            assert path in str(one)
+            assert "\n" not in str(one)
+
+
+def test_a_fault_of_the_program_is_not_hidden(hostile) -> None:
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: a fault of the program"):
+        kept(decode_files(hostile("good.mp4", "fault-1.mp4"), **OPTIONS, workers=1))
+
+
+def test_leaving_early_ends_every_process(hostile) -> None:
+    with closing(decode_files(hostile("good.mp4", *(f"hang-{n}.mp4" for n in range(9))), **OPTIONS, workers=2)) as run:
+        assert isinstance(next(run), Tensor)
+        assert children(os.getpid())
+
+
+def test_what_processes_log_is_logged_here_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short = [str(write(tmp_path / f"{n}.mp4", "mpeg4", size=(48, 64), frames=n)) for n in (1, 2, 3)]
+    with caplog.at_level(logging.WARNING, "xclip_fast"):
+        kept(decode_files([*short, short[0]], **OPTIONS, workers=1))
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [*short, short[0]]
+
+
+def test_slots_bound_how_far_it_runs_ahead(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 2 * 4 * 32 * 32 * 3
+    monkeypatch.setattr(pool, "AHEAD_BYTES", size)
+    seen = []
+    for found in decode_files([str(clip)] * 4, **OPTIONS, workers=2):
+        assert found._base is not None
+        seen.append((found.data_ptr(), found.untyped_storage().nbytes()))
+    # one slot, whose views are all that is shared
+    assert len(set(seen)) == 1
+    assert seen[0][1] == size
+
+
+def test_no_files() -> None:
+    for workers in (None, 0, 3):
+        assert kept(decode_files([], **OPTIONS, workers=workers)) == []
+
+
+def test_processes_that_do_not_start_are_one_line(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code, words in (("raise SystemExit(7)", "exit status 7"), ("import time; time.sleep(60)", "SIGKILL")):
+        (tmp_path / "worker.py").write_text(code)
+        monkeypatch.setattr(pool, "_WORKER", tmp_path / "worker.py")
+        monkeypatch.setattr(pool, "_START_SECONDS", 1)
+        with pytest.raises(InputError, match=words) as refused:
+            kept(decode_files([str(clip)], **OPTIONS, workers=1))
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"workers": -1}, ValueError),
+        ({"timeout": 0}, ValueError),
+        ({"timeout": float("nan")}, ValueError),
+        ({"crops": 2}, ValueError),
+        ({"clips": 0}, ValueError),
+        ({"preset": "none"}, InputError),
+        ({"backend": "none"}, InputError),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(wrong: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        decode_files(["a.mp4"], **{**OPTIONS, **wrong})
+
+
+def test_few_files_need_no_process() -> None:
+    assert default_workers(7) == 0
+    assert 1 <= default_workers(10**6) <= 8
+
+
+SCRIPT = """
+import sys
+from xclip_fast.video.pool import decode_files
+# no guard of __main__ is needed
+sys.path.insert(0, sys.argv[1])
+for found in decode_files(sys.argv[2:], frames=4, size=32, clips=2, workers=1):
+    print(tuple(found.shape), flush=True)
+"""
+
+
+def test_processes_end_with_a_parent_that_is_killed(hostile, tmp_path: Path) -> None:
+    paths = hostile("good.mp4", "hang-1.mp4")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, script, tmp_path / "modules", *paths]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "(2, 4, 32, 32, 3)\n"
+        workers = children(process.pid)
+        assert workers
+        process.kill()
+    deadline = time.monotonic() + 20
+    # where nobody adopts the dead, they stay listed
+    while any(running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
