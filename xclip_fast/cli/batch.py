@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -74,25 +74,45 @@ def progress_bar(wanted: bool = True) -> Iterator[Progress]:
         yield progress
 
 
+class FileProgress:
+    """A bar over files, and a line on stderr for each that cannot be used: a context manager."""
+
+    def __init__(self, files: int, what: str) -> None:
+        self.files, self.what = files, what
+        self.stack = ExitStack()
+
+    def __enter__(self) -> FileProgress:
+        self.bar = self.stack.enter_context(progress_bar(self.files > 1))
+        self.task = self.bar.add_task(self.what, total=self.files)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def done(self, path: str, error: str | None) -> str | None:
+        """Count a file; the line that was shown if there is an error."""
+        message = None
+        if error is not None:
+            named = path in error or ascii(path) in error
+            message = printable(error if named else f"{path}: {error}")
+            problem(message)
+        self.bar.advance(self.task)
+        return message
+
+
 def through_files(
     videos: list[str], work: Callable[[str], Result], what: str
 ) -> Iterator[tuple[str, Result | None, str | None]]:
     """(file, result, None) or (file, None, problem) for each file; problems go to stderr as they come."""
     from xclip_fast.pipeline import each_file
 
-    with progress_bar(len(videos) > 1) as progress:
-        task = progress.add_task(what, total=len(videos))
+    with FileProgress(len(videos), what) as progress:
         # where results appear on the terminal of the bar, it makes room for them
-        shared = stdout.is_terminal and not progress.disable
+        shared = stdout.is_terminal and not progress.bar.disable
         for path, result, error in each_file(videos, work):
-            message = None
-            if error is not None:
-                named = path in str(error) or ascii(path) in str(error)
-                message = printable(error if named else f"{path}: {error}")
-                problem(message)
-            progress.advance(task)
+            message = progress.done(path, None if error is None else str(error))
             if shared:
-                progress.stop()
+                progress.bar.stop()
             yield path, result, message
             if shared:
-                progress.start()
+                progress.bar.start()

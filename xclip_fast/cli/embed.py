@@ -1,12 +1,12 @@
-"""``xclip-fast embed``: features of videos in one file."""
+"""``xclip-fast embed``: features of videos in one file, or in a folder of shards."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from xclip_fast.cli.batch import open_model, through_files, view_loader
+from xclip_fast.cli.batch import FileProgress, open_model
 from xclip_fast.cli.console import BAD_INPUT, note
 from xclip_fast.cli.options import (
     DEMO,
@@ -23,46 +23,91 @@ from xclip_fast.cli.options import (
 )
 from xclip_fast.errors import InputError
 
+SECONDS = 300.0
+
 
 def embed(
     videos: Videos,
-    out: Annotated[str, typer.Option(metavar="FILE", help="Output: .safetensors, .npz or .parquet.")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="A .safetensors, .npz or .parquet file, or a folder.")],
     patches: Annotated[bool, typer.Option("--patches", help="Also the patch features, N for each video.")] = False,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Write shards of so many files to the folder; run again, it goes on.", show_default=False
+        ),
+    ] = None,
+    shard_format: Annotated[str, typer.Option(help="Of the shards: safetensors or parquet.")] = "safetensors",
     weights: Weights = DEMO,
     preset: Preset = None,
     frames: Frames = None,
     views: Views = "1x1",
+    batch_size: Annotated[int, typer.Option(min=1, help="Views that are computed at once.")] = 8,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Processes that decode; 0 for none.", show_default="one a core, at most 8; none for few files"
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a process gives up a file.")] = SECONDS,
     device: Device = "auto",
     dtype: Precision = "float32",
     backend: Backend = "auto",
 ) -> None:
-    """Write the features of videos to one file.
+    """Write the features of videos to one file, or to a folder of shards.
 
-    The features are float32, not normalised, and the mean over the views of a video. The file appears whole or not at
-    all. A file that cannot be used is reported and left out; the exit code is then 2.
+    The features are float32, not normalised, and the mean over the views of a video. A file appears whole or not at
+    all. A video that cannot be used is reported and left out; the exit code is then 2. With --shard-size a run that was
+    stopped goes on where it was when the same command is given again.
     """
-    from xclip_fast.features import check_features_path, save_features
-
-    check_features_path(out)
+    from xclip_fast.features import check_features_path
 
     plan = plan_views(views, preset or default_preset(weights), backend)
+    options = {**plan, "batch_size": batch_size, "patches": patches}
+    decoding = {"workers": workers, "timeout": timeout}
+    if not timeout > 0:
+        raise InputError(f"--timeout must be more than 0 seconds, found {timeout:g}: leave it out for {SECONDS:g}")
+    if shard_size is None:
+        check_features_path(out)
+        failed = _to_file(videos, out, open_model(weights, frames, device, dtype), options, decoding)
+    else:
+        model = open_model(weights, frames, device, dtype)
+        options |= {"shard_size": shard_size, "format": shard_format}
+        failed = _to_shards(videos, out, model, options, decoding)
+    if failed:
+        raise typer.Exit(BAD_INPUT)
 
+
+def _to_file(videos: list[str], out: str, model: Any, options: dict[str, Any], decoding: dict[str, Any]) -> int:
     import torch
 
-    from xclip_fast import pipeline
+    from xclip_fast.features import save_features
+    from xclip_fast.throughput import embed_files
 
-    model = open_model(weights, frames, device, dtype)
-    load = view_loader(model, plan)
-
-    def features(path: str) -> tuple[torch.Tensor, ...]:
-        # patch features are large: kept only when they are asked for
-        return pipeline.embed(model, load(path))[: 2 if patches else 1]
-
-    kept = [(path, found) for path, found, _ in through_files(videos, features, "embed") if found is not None]
-    if not kept:
+    names: list[str] = []
+    rows: list[tuple[torch.Tensor, ...]] = []
+    with FileProgress(len(videos), "embed") as progress:
+        for found in embed_files(model, videos, **options, **decoding):
+            progress.done(found.path, None if found.error is None else str(found.error))
+            if found.error is None:
+                names.append(found.path)
+                rows.append(tuple(row for row in (found.video, found.patches) if row is not None))
+    if not rows:
         raise InputError(f"no file could be used: {out} was not written")
-    columns = [torch.stack(column).numpy() for column in zip(*(found for _, found in kept), strict=True)]
-    save_features(out, [path for path, _ in kept], *columns)
-    note(f"wrote {out}: {len(kept)} of {len(videos)} videos, {columns[0].shape[1]} numbers each")
-    if len(kept) < len(videos):
-        raise typer.Exit(BAD_INPUT)
+    columns = [torch.stack(column).numpy() for column in zip(*rows, strict=True)]
+    save_features(out, names, *columns)
+    note(f"wrote {out}: {len(names)} of {len(videos)} videos, {columns[0].shape[1]} numbers each")
+    return len(videos) - len(names)
+
+
+def _to_shards(videos: list[str], out: str, model: Any, options: dict[str, Any], decoding: dict[str, Any]) -> int:
+    from xclip_fast.shards import Request, embed_to_shards, weights_digest
+
+    weight = next(model.parameters())
+    settings = {"model": model.config.to_dict(), "dtype": str(weight.dtype), "device": weight.device.type}
+    request = Request(videos, weights_digest(model), settings=settings, **options)
+    with FileProgress(len(videos), "embed") as progress:
+        written = embed_to_shards(model, out, request, progress.done, **decoding)
+    if not written.rows:
+        raise InputError(f"no file could be used: {out} holds no features")
+    note(f"wrote {out}: {written.rows} of {len(videos)} videos, {written.width} numbers each")
+    return written.failed
