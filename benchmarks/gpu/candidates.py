@@ -42,7 +42,9 @@ def _frames(load: Load) -> list[Any]:
     tokens = load.config.patches + 1
     sizes = [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)]
     sizes += [(128, 64, 4, 2), (64, 32, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)]
-    return [frame_attention.plan(tokens, queries, keys, warps, stages) for queries, keys, warps, stages in sizes]
+    made = [frame_attention.plan(tokens, queries, keys, warps, stages) for queries, keys, warps, stages in sizes]
+    # short frames cut several of them alike
+    return list(dict.fromkeys(made))
 
 
 def _prompts(load: Load) -> list[Any]:

@@ -14,6 +14,7 @@ from xclip_fast import ops
 from xclip_fast.bench import memory, models, operators, providers
 from xclip_fast.bench.cases import OPS, SIZES, config_of, find_op
 from xclip_fast.bench.inputs import OUTLIER_SCALE, OUTLIERS, Draw
+from xclip_fast.bench.machine import ceilings
 from xclip_fast.bench.models import Effort, measure_model
 from xclip_fast.bench.operators import measure_op
 from xclip_fast.bench.providers import PROVIDERS, Provider, Setting, UnavailableError
@@ -25,6 +26,12 @@ from xclip_fast.errors import InputError
 EFFORT = Effort(blocks=1, block=0.001, memory=False)
 CEILINGS = {"float32_tflops": 0.1, "copy_gbs": 10.0}
 CASE = make_case("model", "tiny", batch=2)
+
+
+@pytest.fixture(autouse=True)
+def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    # measuring them takes seconds, and one test does
+    monkeypatch.setattr("xclip_fast.bench.run.ceilings", lambda *arguments, **named: CEILINGS)
 
 
 def test_contenders_take_turns_as_first_second_second_first() -> None:
@@ -153,8 +160,15 @@ def test_a_run_is_sound_when_nothing_is_wrong_or_failed(name: str, sound: bool) 
     found = run([Job(CASE, (name,))], EFFORT, shown.append)
     assert found.sound is sound
     assert found.rows == shown
-    assert found.ceilings.keys() == {"float32_tflops", "copy_gbs"}
-    assert min(found.ceilings.values()) > 0
+    assert found.ceilings == CEILINGS
+
+
+def test_the_ceilings_are_those_of_a_machine() -> None:
+    found = ceilings("cpu", ("float32",), seconds=0.01)
+    assert found.keys() == CEILINGS.keys()
+    # a core of the slowest machine and a rack of the fastest
+    assert 1e-3 < found["float32_tflops"] < 1e4
+    assert 0.1 < found["copy_gbs"] < 1e5
 
 
 @pytest.mark.parametrize("direction", ["forward", "train"])
@@ -204,7 +218,11 @@ def test_peak_memory_is_of_a_process_of_its_own() -> None:
     assert found is not None
     # python with torch, and not much more
     assert 50 < found < 3000
-    assert memory.peak_memory(CASE, "no such provider") is None
+
+
+def test_a_process_that_cannot_measure_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "false")
+    assert memory.peak_memory(CASE, "layers") is None
 
 
 @pytest.mark.parametrize("op", OPS)
