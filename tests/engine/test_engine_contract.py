@@ -204,6 +204,14 @@ def test_several_threads_get_the_same_answers(model: XCLIP) -> None:
     assert all(torch.equal(found[index], wanted[index]) for index in range(len(videos)))
 
 
+def test_text_features_that_are_known(model: XCLIP, engine: Engine) -> None:
+    video, tokens = random_video(), random_tokens()
+    known = engine.texts_of(model.encode_text(tokens))
+    torch.testing.assert_close(engine.logits(engine.encode_video(video), known), engine(video, tokens))
+    with pytest.raises(ValueError, match=r"\(K, 128\)"):
+        engine.texts_of(torch.zeros(3, 64))
+
+
 def test_class_sets_are_encoded_once(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model)
     calls = []

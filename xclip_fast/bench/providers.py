@@ -204,7 +204,7 @@ def _engine(dtype: str | None = None) -> Callable[[Setting], Classify]:
         if setting.case.direction == "train":
             raise UnavailableError("the engine is for inference")
         try:
-            from xclip_fast.engine import EncodedTexts, Engine
+            from xclip_fast.engine import Engine
         except ImportError as error:
             raise UnavailableError(f"this version has no engine: {error}") from error
         model: Any = _layers(replace(setting, case=replace(setting.case, dtype="float32")))
@@ -216,8 +216,7 @@ def _engine(dtype: str | None = None) -> Callable[[Setting], Classify]:
 
         def classify(video: Tensor, text: Tensor) -> Tensor:
             features = engine.encode_video(video)
-            text = text.to(features.video.dtype)
-            logits: Tensor = engine.logits(features, EncodedTexts(text, engine._heads.first_query(text)))
+            logits: Tensor = engine.logits(features, engine.texts_of(text))
             return logits
 
         return classify

@@ -110,9 +110,13 @@ class Engine:
         self._kept = KeptTexts()
         with torch.no_grad(), self._quiet():
             probe = self._probe(_PROBE_FRAMES) if clips is None else self._checked(clips)
-            self._products = tuple(check_products(model, self._packing, probe))
-            tower = CudaTower if self.device.type == "cuda" else CpuTower
-            self._tower: CpuTower | CudaTower = tower(model.visual, self.config, self._packing)
+            errors, blocks = check_products(model, self._packing, probe)
+            self._products = tuple(errors)
+            self._tower: CpuTower | CudaTower
+            if self.device.type == "cuda":
+                self._tower = CudaTower(model.visual, self.config, self._packing)
+            else:
+                self._tower = CpuTower(model.visual, self.config, self._packing, blocks=blocks)
             self._heads = Heads(model, self._packing)
             self._texts = TextTower(model, self._packing)
         self._graphs = None
@@ -177,6 +181,16 @@ class Engine:
         check_tokens(tokens, self.config)
         with torch.inference_mode(), self._quiet():
             return self._kept.get(tokens, self._encode_texts)
+
+    def texts_of(self, features: Tensor) -> EncodedTexts:
+        """A class set for this engine of text features (K, E) that are known already, such as the model's own."""
+        if features.ndim != 2 or features.shape[1] != self.config.embed_dim or not features.is_floating_point():
+            raise ValueError(
+                f"features must be floating point (K, {self.config.embed_dim}), "
+                f"found {features.dtype} {tuple(features.shape)}"
+            )
+        with torch.inference_mode(), self._quiet():
+            return self._heads.prepare(features.to(self.device))
 
     def classify(self, video: Tensor, classes: EncodedTexts | Sequence[str] | Tensor) -> Tensor:
         """Class probabilities, float32 (B, K): the softmax of ``logits``.
@@ -257,9 +271,7 @@ class Engine:
         return self._heads.integrate(frame_features.view(-1, video.shape[1], frame_features.shape[1]))
 
     def _encode_texts(self, tokens: Tensor) -> EncodedTexts:
-        features = self._texts(tokens)
-        kept = "prompt_query" in self._packing.rewrites
-        return EncodedTexts(features, self._heads.first_query(features) if kept else features[:, :0])
+        return self._heads.prepare(self._texts(tokens))
 
     def _checked(self, video: Tensor) -> Tensor:
         check_video(video)

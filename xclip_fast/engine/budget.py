@@ -65,32 +65,36 @@ class _Recorder:
         return self.product.add(stream, x)
 
 
-def check_products(model: Any, packing: Packing, clips: Tensor) -> list[ProductError]:
-    """The error of each product on what it meets when the model sees the clips; float32 itself has none.
+def check_products(model: Any, packing: Packing, clips: Tensor) -> tuple[list[ProductError], list[Block] | None]:
+    """The error of each product on what it meets when the model sees the clips, and the blocks as the CPU runs them.
+
+    In float32 there is nothing to check, and no block is packed.
 
     Products that break their budget, and for float8 those of the first and the last block, are entered in
     ``packing.kept``.
     """
     asked = packing.narrow or str(packing.dtype).removeprefix("torch.")
     if asked not in BUDGETS:
-        return []
-    errors = []
-    blocks = len(model.visual.transformer.resblocks)
+        return [], None
+    errors, packed = [], []
     higher = packing.dtype if packing.narrow else torch.float32
+    resblocks = model.visual.transformer.resblocks
     for index, block, low in _recorded(model, packing, clips):
         found = {name: _largest_error(getattr(block, name), getattr(low, name), packing.dtype) for name in PRODUCTS}
         broken = {name for name, error in found.items() if not error <= BUDGETS[asked]}
         if not packing.narrow and broken & {"fc", "projection"}:
             # what the one gives may be beyond the other's range
             broken |= {"fc", "projection"}
-        at_the_ends = packing.narrow == "float8_e4m3fn" and index in (0, blocks - 1)
+        at_the_ends = packing.narrow == "float8_e4m3fn" and index in (0, len(resblocks) - 1)
         for name in PRODUCTS:
             used = asked
             if at_the_ends or name in broken:
                 packing.kept[place_of(index, name)] = higher
                 used = str(higher).removeprefix("torch.")
             errors.append(ProductError(place_of(index, name), asked, used, found[name], BUDGETS[asked]))
-    return errors
+        if packing.device.type == "cpu":
+            packed.append(pack_block(resblocks[index], index, model.config, packing) if broken else low)
+    return errors, packed or None
 
 
 def _recorded(model: Any, packing: Packing, clips: Tensor) -> Iterator[tuple[int, Block, Block]]:
@@ -99,7 +103,7 @@ def _recorded(model: Any, packing: Packing, clips: Tensor) -> Iterator[tuple[int
     low = replace(packing, rewrites=packing.rewrites & CPU_REWRITES)
     exact = replace(low, dtype=torch.float32, narrow=None, kept={})
     resblocks = list(model.visual.transformer.resblocks)
-    chunks = CpuTower(model.visual, model.config, exact, blocks=0).embed(clips)
+    chunks = CpuTower(model.visual, model.config, exact, blocks=[]).embed(clips)
     for index, resblock in enumerate(resblocks):
         block = pack_block(resblock, index, model.config, exact)
         for name in PRODUCTS:

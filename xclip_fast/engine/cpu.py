@@ -116,10 +116,10 @@ class CpuTower:
         visual: ``reference.VisionTower`` or what extends it; it is read, never kept.
         config: the model's sizes.
         packing: how its weights become products.
-        blocks: how many of the first blocks to pack; all of them by default.
+        blocks: its blocks, where they are packed already.
     """
 
-    def __init__(self, visual: Any, config: Any, packing: Packing, *, blocks: int | None = None) -> None:
+    def __init__(self, visual: Any, config: Any, packing: Packing, *, blocks: list[Block] | None = None) -> None:
         self.config, self.packing = config, packing
         self.dtype, self.rewrites = packing.dtype, packing.rewrites
         self.positions = exact(visual.positional_embedding)
@@ -131,10 +131,12 @@ class CpuTower:
         row = layer_norm(row, row.shape, exact(norm.weight), exact(norm.bias), norm.eps)
         self.class_token = packing.tensor(row)
         self._pack_pixels(exact(visual.conv1.weight))
-        resblocks = list(visual.transformer.resblocks)[:blocks]
-        self.blocks = [pack_block(block, i, config, packing) for i, block in enumerate(resblocks)]
+        resblocks = visual.transformer.resblocks
+        if blocks is None:
+            blocks = [pack_block(block, i, config, packing) for i, block in enumerate(resblocks)]
+        self.blocks = blocks
         if self.blocks and "first_message" in self.rewrites:
-            self.blocks[0].message = packing.tensor(first_message(visual.transformer.resblocks[0], row))
+            self.blocks[0].message = packing.tensor(first_message(resblocks[0], row))
         norm = visual.ln_post
         self.norm_post = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
         self.projection = packing.product(exact(visual.proj).t(), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,10 @@ class Heads:
         norm = model.prompts_visual_ln
         self.patch_norm = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
         self.patch_projection = packing.product(exact(model.prompts_visual_proj).t(), None)
+        if packing.device.type == "cpu":
+            # half precision in the prompts is most of what logits err, and on the CPU it saves little
+            packing = replace(packing, dtype=_wide(packing.dtype))
+        self.prompt_dtype = packing.dtype
         prompts = model.prompts_generator
         attentions = [layer.cross_attn for layer in prompts.decoder]
         self.heads = attentions[0].heads
@@ -118,14 +122,17 @@ class Heads:
     def _project(self, x: Tensor) -> Tensor:
         return self.patch_projection(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
-    def first_query(self, features: Tensor) -> Tensor:
-        """What the first prompt layer asks for texts (K, E): it depends on them alone."""
-        return self.layers[0].query(self.layers[0].norm_1(features))
+    def prepare(self, features: Tensor) -> EncodedTexts:
+        """Text features (K, E) with what the first prompt layer asks for them: it depends on them alone."""
+        features = features.to(self.prompt_dtype)
+        if "prompt_query" not in self.rewrites:
+            return EncodedTexts(features, features[:, :0])
+        return EncodedTexts(features, self.layers[0].query(self.layers[0].norm_1(features)))
 
     def logits(self, features: VideoFeatures, texts: EncodedTexts) -> Tensor:
         """float32 logits (B, K); at no time are all videos held with all classes."""
         video, patches = features
-        rows = patches.flatten(0, 1)
+        rows = patches.to(self.prompt_dtype).flatten(0, 1)
         key_value = self.key_value(self.norm(rows)).view(*patches.shape[:2], len(self.layers), 2, patches.shape[2])
         wide = _wide(video.dtype)
         columns = []

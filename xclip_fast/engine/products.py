@@ -168,9 +168,9 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 def int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) as int8 and the float32 scale of each row; a row of zeros has the scale 1."""
-    largest = weight.abs().amax(dim=1)
-    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest)).float()
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    largest = weight.float().abs().amax(dim=1)
+    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    return (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def int8_rows(x: Tensor) -> tuple[Tensor, float, int]:
