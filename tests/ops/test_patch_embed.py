@@ -130,6 +130,8 @@ def test_products_of_bytes_and_of_floats(
     if bytes_of == "all" and not torch.cpu._is_vnni_supported():
         pytest.skip("this processor has no product of bytes")
     monkeypatch.setattr(_patch_extension, "MIN_INTEGER_ROWS", 0 if bytes_of == "all" else 10**9)
+    # two frames of six patches at a time, then one
+    monkeypatch.setattr(_patch_extension, "INTEGER_ROWS", 12)
     for kind in ("last", "first"):
         check(arguments((3, 2 * patch, 3 * patch, patch, 37), dtype, kind=kind, norm=norm), "extension", bytes_of)
 

@@ -20,7 +20,7 @@ LONGEST_SIDE = 32768
 MAX_INTEGER_ROW = 2**31 // (128 * 128) - 1
 # with fewer patches than this, splitting the weights into bytes costs more than the product of floats
 MIN_INTEGER_ROWS = 128
-INTEGER_ROWS = 512  # multiplied at a time by one or two threads
+INTEGER_ROWS = 2048  # multiplied at a time by one or two threads
 
 
 def refusal(frames: Tensor, weight: Tensor) -> str | None:
@@ -88,14 +88,16 @@ def _on_cpu(call: Call) -> tuple[Tensor, Tensor]:
         pieces = 3 if weight.dtype == torch.float32 else 2
         matrix, unit, bias = native.pack_weights(weight.contiguous(), _table(factors), pieces)
         dtype, multiply = torch.int8, torch._int_mm
-        # the sums of some frames at a time, which stay in the cache until they are tokens
+        # the sums of some frames at a time: of all at once they would take three times the memory of the tokens
         some = max(1, INTEGER_ROWS * max(1, torch.get_num_threads() // 2) // patches)
     else:
         matrix, unit, bias = weight.flatten(1), None, None
         dtype, multiply, some = weight.dtype, torch.mm, max(1, count)
+    sums = weight.new_empty(min(some, count) * patches, len(matrix), dtype=torch.int32 if unit is not None else dtype)
     for first in range(0, count, some):
         part = slice(first, first + some)
-        product = multiply(patch_rows(frames[part], weight.shape[-1], factors, dtype), matrix.T)
+        rows = patch_rows(frames[part], weight.shape[-1], factors, dtype)
+        product = multiply(rows, matrix.T, out=sums[: len(rows)])
         saved = embedded[part] if call.save_embedded else None
         native.patch_tokens(product, unit, bias, *vectors, call.eps, tokens[part], saved)
     return tokens, embedded
