@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     tables = commands.add_parser("tables", help="write the README's tables from benchmarks/results")
     tables.set_defaults(run=_tables)
 
+    report = commands.add_parser("report", help="a page (.html) or a figure (.svg, .png) of a file of results")
+    report.add_argument("results", type=Path)
+    report.add_argument("out", type=Path)
+    report.set_defaults(run=_report)
+
     compare = commands.add_parser("compare", help="two files of results of one machine")
     compare.add_argument("first", type=Path)
     compare.add_argument("second", type=Path)
@@ -96,6 +101,15 @@ def _tables(options: argparse.Namespace) -> int:
     from benchmarks.tables import README, write
 
     print(f"{README.name}: {'written' if write() else 'as it was'}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from xclip_fast.bench.record import Run
+    from xclip_fast.bench.report import write_figure, write_report
+
+    write = write_report if options.out.suffix == ".html" else write_figure
+    write(Run.load(options.results), options.out)
     return 0
 
 
