@@ -78,7 +78,7 @@ def extension_arguments() -> dict[str, object]:
                     objects = compile_cuda(nvcc, Path(self.build_temp))
                 except (CompileError, OSError, subprocess.CalledProcessError) as error:
                     if MODE == "1":
-                        raise
+                        sys.exit(f"xclip_fast: the CUDA part of the extension cannot be built: {error}")
                     print(f"xclip_fast: an extension without CUDA: {error}", file=sys.stderr)
             native.extra_objects += objects
             native.define_macros += [("XCLIP_FAST_CUDA", "1")] * bool(objects)
