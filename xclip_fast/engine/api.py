@@ -6,7 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,10 @@ class Engine:
         self.dtype = weight.dtype if dtype is None else dtype
         self.config = model.config
         stream, narrow = _precision(self.dtype, self.device)
+        if self.device == torch.device("cuda"):
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        if narrow == "float8_e4m3fn" and (self.config.vision_width % 16 or self.config.vision_mlp_width % 16):
+            raise InputError("an engine in float8_e4m3fn was asked for: widths must be multiples of 16; use bfloat16")
         rewrites = CUDA_REWRITES if self.device.type == "cuda" else CPU_REWRITES
         self._packing = Packing(self.device, stream, rewrites if _rewrites is None else _rewrites, narrow)
         self._model = weakref.ref(model)
@@ -279,7 +283,7 @@ class Engine:
         height, width = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]
         if height % side or width % side:
             raise ValueError(f"height and width of the frames must be multiples of {side}, found {height}x{width}")
-        return video.to(self.device, non_blocking=True)
+        return video.to(self.device)
 
     def _probe(self, frames: int) -> Tensor:
         size = self.config.image_size
@@ -290,7 +294,8 @@ class Engine:
     @contextmanager
     def _quiet(self) -> Iterator[None]:
         # the engine's precision is its own, whatever autocast says
-        with torch.autocast(self.device.type, enabled=False):
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with torch.autocast(self.device.type, enabled=False), on_device:
             yield
 
 

@@ -142,7 +142,7 @@ class CpuTower:
         self.projection = packing.product(exact(visual.proj).t(), None)
 
     def __call__(self, video: Tensor, *, patches: bool) -> tuple[Tensor, list[Tensor]]:
-        """A checked video to frame features (B * T, E), and the tokens of its frames in parts (1, frames, S, D)."""
+        """A checked video to frame features (B * T, E), and the tokens in the parts of ``embed``."""
         frames = video.shape[1]
         chunks = self.embed(video)
         last = len(self.blocks) - 1
@@ -152,10 +152,18 @@ class CpuTower:
         return self.projection(self.norm_post(class_tokens(chunks))), chunks
 
     def embed(self, video: Tensor) -> list[Tensor]:
-        """The tokens that enter the first block, as many frames of one video in each part as stay in the caches."""
+        """The tokens that enter the first block, in parts (videos, frames, S, D) that stay in the caches.
+
+        A part is of whole videos, or of some frames of one. Bytes share a scale, so theirs is of one video always.
+        """
         height, width = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]
         at_once = max(1, CHUNK_ROWS // (height * width // self.config.patch_size**2 + 1))
-        return [self._embed(part).unsqueeze(0) for one in video for part in one.split(at_once)]
+        videos = 1 if self.packing.narrow else max(1, at_once // video.shape[1])
+        if at_once >= video.shape[1]:
+            parts = list(video.split(videos))
+        else:
+            parts = [some.unsqueeze(0) for one in video for some in one.split(at_once)]
+        return [self._embed(part.flatten(0, 1)).unflatten(0, part.shape[:2]) for part in parts]
 
     def _pack_pixels(self, weight: Tensor) -> None:
         mean, std = (
@@ -171,7 +179,7 @@ class CpuTower:
         self.byte_patch = self.packing.product(folded.movedim(1, 3).flatten(1), bias)
 
     def _embed(self, frames: Tensor) -> Tensor:
-        """Frames of one video to tokens (frames, S, D) behind the first norm."""
+        """Frames to tokens (frames, S, D) behind the first norm."""
         side = self.config.patch_size
         if frames.dtype == torch.uint8 and "pixels" not in self.rewrites:
             frames = ((frames.to(self.mean.dtype) / 255 - self.mean) / self.std).movedim(-1, 1)
@@ -202,19 +210,19 @@ class CpuTower:
 
 def class_tokens(chunks: list[Tensor]) -> Tensor:
     """The class tokens (F, D) of all frames."""
-    return torch.cat([chunk[0, :, 0] for chunk in chunks])
+    return torch.cat([chunk[:, :, 0].flatten(0, 1) for chunk in chunks])
 
 
 def step(block: Block, chunks: list[Tensor], frames: int, *, class_row: bool = False) -> list[Tensor]:
-    """One block on the tokens of all frames, in parts (1, frames, S, D); or their class tokens alone, S being 1."""
-    counts = [chunk.shape[1] for chunk in chunks]
+    """One block on the tokens of all frames, in parts (videos, frames, S, D), or giving class tokens alone: S is 1."""
+    counts = [chunk.shape[0] * chunk.shape[1] for chunk in chunks]
     if isinstance(block.message, Tensor):
         messages = block.message.expand(sum(counts), -1)
     else:
         messages = block.message(class_tokens(chunks), frames)
-    parts = zip(chunks, messages.split(counts), strict=True)
+    parts = list(zip(chunks, messages.split(counts), strict=True))
     rows = [block(chunk.flatten(0, 2), message, class_row=class_row) for chunk, message in parts]
-    return [x.view(1, count, -1, x.shape[1]) for x, count in zip(rows, counts, strict=True)]
+    return [x.view(*chunk.shape[:2], -1, x.shape[1]) for x, (chunk, _) in zip(rows, parts, strict=True)]
 
 
 def pack_block(block: Any, index: int, config: Any, packing: Packing) -> Block:

@@ -6,6 +6,7 @@ in ``_Side``.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,25 +74,32 @@ class _Block:
 
 
 class _Side:
-    """Work beside the main stream; on the CPU it is simply done."""
+    """Work beside the main stream; on the CPU it is simply done. Each thread has a stream of its own.
+
+    So what one thread captures is never mixed with what another runs.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.device, self.local = device, threading.local()
 
     def begin(self, work: Callable[[], Tensor]) -> Tensor:
         """Start work that reads what the main stream has made so far."""
-        if self.stream is None:
+        if self.device.type != "cuda":
             return work()
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
+        if not hasattr(self.local, "stream"):
+            self.local.stream = torch.cuda.Stream(self.device, priority=-1)
+        self.local.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.local.stream):
             return work()
 
     def join(self, result: Tensor) -> Tensor:
         """The result, for the main stream."""
-        if self.stream is not None:
-            main = torch.cuda.current_stream(self.stream.device)
-            main.wait_stream(self.stream)
-            result.record_stream(main)
+        if self.device.type == "cuda":
+            main = torch.cuda.current_stream(self.device)
+            main.wait_stream(self.local.stream)
+            # in a graph nothing but the graph's own order can reuse the memory
+            if not torch.cuda.is_current_stream_capturing():
+                result.record_stream(main)
         return result
 
 

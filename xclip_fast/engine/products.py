@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from functools import cache
 from math import isfinite
@@ -212,6 +213,9 @@ def onednn_packs(dtype: torch.dtype) -> bool:
 @cache
 def onednn_int8() -> bool:
     """Whether this processor and this PyTorch run ``Int8Product``, and rightly: older ones saturate."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        # elsewhere oneDNN is right, and a thousand times slower
+        return False
     # the largest sums there are, and some of no pattern
     x = torch.ones(64, 64) - torch.arange(64.0).remainder(7)[:, None] / 8
     weight = torch.ones(64, 64) - torch.eye(64).cumsum(0) / 2
