@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from xclip_fast.bench.cases import OPS
 from xclip_fast.bench.operators import BACKENDS
-from xclip_fast.bench.providers import QUICK
 from xclip_fast.bench.run import MODEL, Job, make_case
 
+PROVIDERS = ("hf-sdpa", "reference", "layers", "optimized", "engine", "engine-int8")  # what runs without a GPU
 OP_BACKENDS = tuple(name for name in BACKENDS if name != "compile")
 
 
@@ -26,8 +26,7 @@ _DTYPES = ("float32", "bfloat16")
 
 
 def _model(variant: str, batch: int, dtype: str, direction: str = "forward") -> Job:
-    # what cannot run without a GPU would be a line of its own in every table
-    names = tuple(name for name in QUICK if name != "engine-float8")
+    names = PROVIDERS
     if direction == "train":
         names = tuple(name for name in names if not name.startswith("engine"))
     return Job(make_case(MODEL, variant, batch=batch, dtype=dtype, direction=direction), names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,8 +63,7 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
     name, baseline, torch_error = _baseline(setting, inputs, truth)
     methods = ("graph", "wall") if case.device != "cpu" and case.direction == "forward" else ("wall",)
     bases = {
-        method: _Base(name, method, _sample(name, baseline, inputs, case, method, effort), case, effort)
-        for method in methods
+        method: _Base(name, _sample(name, baseline, inputs, case, method, effort), case, effort) for method in methods
     }
     for provider in providers:
         built: Any = None
@@ -157,9 +157,11 @@ def _truth(setting: Setting, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]
     return {name: torch.cat([answers[name] for answers in found]).cpu() for name in found[0]}
 
 
-def _error(classify: Classify, inputs: tuple[Tensor, Tensor], truth: dict[str, Tensor], train: bool) -> float:
+def _error(
+    classify: Classify, inputs: tuple[Tensor, Tensor], truth: dict[str, Tensor], train: bool, poisoned: bool = True
+) -> float:
     # nothing that a provider leaves unwritten may look like a result
-    with poisoned_memory():
+    with poisoned_memory() if poisoned else nullcontext():
         found = _answers(classify, inputs, train)
     return max(relative_error(found[name], exact) for name, exact in truth.items())
 
@@ -190,35 +192,45 @@ def _check(
     allowed = found.limit or min(2 * torch_error + tolerance.rounding, max(model, torch_error))
     if not found.same:
         return Check("none: it computes something else", None, torch_error, allowed, True)
-    error = _error(built, inputs, truth, setting.case.direction == "train")
+    error = _error(built, inputs, truth, setting.case.direction == "train", not found.compiled)
     return Check("the definition in float64", finite(error), torch_error, allowed, error <= allowed)
 
 
 def _sample(
     provider: str, built: Classify, inputs: tuple[Tensor, Tensor], case: Case, method: str, effort: Effort
-) -> Sample:
+) -> tuple[Sample, str]:
+    """How to time a provider, and the method that came of it: what cannot be captured is timed between events."""
     run = step(built, inputs, case.direction == "train")
     run()  # compilers and caches work outside of the time
     if case.device == "cpu":
-        return sampler(run, case.device, effort.block, graph=False)
+        return sampler(run, case.device, effort.block, graph=False), "wall"
     if method == "wall":
-        return wall(run, effort.block)
-    return sampler(run, case.device, effort.block, graph=not PROVIDERS[provider].own_graph)
+        return wall(run, effort.block), method
+    if PROVIDERS[provider].own_graph:
+        return sampler(run, case.device, effort.block, graph=False), "graph"
+    try:
+        return sampler(run, case.device, effort.block, graph=True), "graph"
+    except RuntimeError as error:
+        _log.warning("%s cannot be captured into a CUDA graph: %s", provider, error)
+        return sampler(run, case.device, effort.block, graph=False), "events"
 
 
 class _Base:
     """The baseline by one method, and how far it strays from itself."""
 
-    def __init__(self, name: str, method: str, sample: Sample, case: Case, effort: Effort) -> None:
-        self.name, self.method, self.sample, self.effort = name, method, sample, effort
+    def __init__(self, name: str, timed: tuple[Sample, str], case: Case, effort: Effort) -> None:
+        self.name, self.effort = name, effort
+        self.sample, self.method = timed
         self.clock = Clock(case.device)
-        self.itself = alternate(sample, sample, effort.blocks, self.clock)
+        self.itself = alternate(self.sample, self.sample, effort.blocks, self.clock)
         self.noise = noise_of(self.itself)
 
-    def against(self, other: Sample | None) -> Timing:
+    def against(self, other: tuple[Sample, str] | None) -> Timing:
         """The baseline in turn with another provider, or with itself."""
-        blocks = self.itself if other is None else alternate(self.sample, other, self.effort.blocks, self.clock)
-        return timing_of(blocks, self.name, self.noise, method=self.method)
+        if other is None:
+            return timing_of(self.itself, self.name, self.noise, method=self.method)
+        blocks = alternate(self.sample, other[0], self.effort.blocks, self.clock)
+        return timing_of(blocks, self.name, self.noise, method=other[1])
 
 
 def _row(case: Case, provider: str, check: Check, timing: Timing, ceilings: dict[str, float]) -> Row:
