@@ -123,3 +123,13 @@ def test_only_stable_functions_of_torch_are_called() -> None:
     assert [name for name in torch_calls if not re.match(r"(aoti_torch|torch)_[a-z0-9_]+$", name)] == []
     # of the C++ runtime nothing carries a class of torch in its name either
     assert [name for name in needed if re.search(r"c10|2at|5torch", name)] == []
+
+
+@built
+def test_the_operators_are_registered_for_what_was_built() -> None:
+    for name in ("patch_rows", "pack_weights", "patch_tokens"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"xclip_fast_native::{name}", "CPU")
+    on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("xclip_fast_native::patch_embed_cuda", "CUDA")
+    assert on_cuda == bool(_extension.architectures())
+    # the caller hands the stream over, as a number
+    assert "int stream" in str(torch.ops.xclip_fast_native.patch_embed_cuda.default._schema)

@@ -20,7 +20,7 @@ LONGEST_SIDE = 32768
 MAX_INTEGER_ROW = 2**31 // (128 * 128) - 1
 # with fewer patches than this, splitting the weights into bytes costs more than the product of floats
 MIN_INTEGER_ROWS = 128
-INTEGER_ROWS = 2048  # multiplied at a time by one or two threads
+INTEGER_ROWS = 1024  # multiplied at a time by one or two threads
 
 
 def refusal(frames: Tensor, weight: Tensor) -> str | None:
