@@ -122,6 +122,13 @@ def test_parity_other_models(sizes: dict[str, object], tower: type) -> None:
     )
 
 
+def test_stream_is_updated_in_place(model: XCLIP) -> None:
+    tower = make_engine(model, CudaTower, ALL)._tower
+    tokens = tower._embed(random_video())
+    for block in tower.blocks:
+        assert block(tokens, tower.side, False).data_ptr() == tokens.data_ptr()
+
+
 def test_text_is_cut(model: XCLIP) -> None:
     tokens = random_tokens()
     with Trace() as trace:

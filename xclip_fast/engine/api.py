@@ -46,7 +46,7 @@ class Report:
     video_cosine: the smallest cosine of a video feature with the model's.
     top1_agreement: share of clips whose best class is the model's, among 100 random directions or the texts given.
 
-    The last three are None once the model is gone.
+    The last three compare with the model as it is now, and are None once it is gone.
     """
 
     dtype: str
@@ -219,17 +219,15 @@ class Engine:
         """Logits, float32 (B, K), of videos (see ``encode_video``) and class texts (K, L), as the model gives them."""
         return self.logits(self.encode_video(video), self.encode_texts(tokens))
 
-    def report(
-        self, clips: Tensor | None = None, classes: EncodedTexts | Sequence[str] | Tensor | None = None
-    ) -> Report:
+    def report(self, clips: Tensor | None = None, classes: Sequence[str] | Tensor | None = None) -> Report:
         """How far the engine is from its model in float32, product by product and as a whole.
 
         Args:
             clips: as for ``encode_video``; by default one of noise.
-            classes: the class set whose best is compared; by default 100 random directions of the embedding.
+            classes: labels or token ids, whose best is compared; by default 100 random directions of the embedding.
 
         Raises:
-            ValueError: the clips have another shape or dtype.
+            InputError, ValueError: as ``encode_video`` and ``encode_texts``.
         """
         model = self._model()
         error = cosine = agreement = None
@@ -257,7 +255,6 @@ class Engine:
             directions = torch.randn(truth.video.shape[1], 100, generator=generator).to(self.device)
             best = (truth.video @ directions).argmax(-1), (found.video.float() @ directions).argmax(-1)
         else:
-            classes = [f"{label}" for label in classes] if not isinstance(classes, Tensor) else classes
             best = (
                 exact.logits(truth, exact.encode_texts(classes)).argmax(-1),
                 self.logits(found, self.encode_texts(classes)).argmax(-1),
