@@ -1,4 +1,4 @@
-"""The one exception type that means "the input is at fault, not the library"."""
+"""The one exception type that means "the input is at fault, not the library", and how a lack of memory shows."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,13 @@ class InputError(ValueError):
 
     The message is one line: what was asked, what was found, what to do. The command line prints it and exits with 2.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, of Python or torch, says that there is no memory left."""
+    # on the CPU torch raises a plain RuntimeError
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

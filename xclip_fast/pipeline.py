@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xclip_fast.classes import class_logits
-from xclip_fast.errors import InputError
+from xclip_fast.errors import InputError, is_out_of_memory
 from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.text import TextCache, Tokenizer, apply_template, clean_labels
 
@@ -134,12 +134,6 @@ def read_labels(path: str) -> list[str]:
     if not labels:
         raise InputError(f"label file {path} holds no label: give one label a line")
     return labels
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception, of Python or torch, says that there is no memory left."""
-    # on the CPU torch raises a plain RuntimeError
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def check_finite(values: Tensor) -> Tensor:

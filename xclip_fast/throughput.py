@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xclip_fast.errors import InputError
-from xclip_fast.pipeline import check_finite, is_out_of_memory
+from xclip_fast.errors import InputError, is_out_of_memory
+from xclip_fast.pipeline import check_finite
 from xclip_fast.video.pool import DEADLINE_SECONDS, decode_files
 
 BATCH_SIZE = 8

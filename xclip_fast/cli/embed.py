@@ -70,9 +70,8 @@ def embed(
         check_features_path(out)
         failed = _to_file(videos, out, open_model(weights, frames, device, dtype), options, decoding)
     else:
-        model = open_model(weights, frames, device, dtype)
         options |= {"shard_size": shard_size, "format": shard_format}
-        failed = _to_shards(videos, out, model, options, decoding)
+        failed = _to_shards(videos, out, open_model(weights, frames, device, dtype), options, decoding)
     if failed:
         raise typer.Exit(BAD_INPUT)
 
@@ -80,13 +79,15 @@ def embed(
 def _to_file(videos: list[str], out: str, model: Any, options: dict[str, Any], decoding: dict[str, Any]) -> int:
     import torch
 
+    from xclip_fast.engine import Engine
     from xclip_fast.features import save_features
-    from xclip_fast.throughput import embed_files
 
+    engine = Engine(model)
+    del model  # the engine has weights of its own
     names: list[str] = []
     rows: list[tuple[torch.Tensor, ...]] = []
     with FileProgress(len(videos), "embed") as progress:
-        for found in embed_files(model, videos, **options, **decoding):
+        for found in engine.embed_files(videos, **options, **decoding):
             progress.done(found.path, None if found.error is None else str(found.error))
             if found.error is None:
                 names.append(found.path)
@@ -100,13 +101,16 @@ def _to_file(videos: list[str], out: str, model: Any, options: dict[str, Any], d
 
 
 def _to_shards(videos: list[str], out: str, model: Any, options: dict[str, Any], decoding: dict[str, Any]) -> int:
+    from xclip_fast.engine import Engine
     from xclip_fast.shards import Request, embed_to_shards, weights_digest
 
     weight = next(model.parameters())
     settings = {"model": model.config.to_dict(), "dtype": str(weight.dtype), "device": weight.device.type}
     request = Request(videos, weights_digest(model), settings=settings, **options)
+    engine = Engine(model)
+    del model
     with FileProgress(len(videos), "embed") as progress:
-        written = embed_to_shards(model, out, request, progress.done, **decoding)
+        written = embed_to_shards(engine, out, request, progress.done, **decoding)
     if not written.rows:
         raise InputError(f"no file could be used: {out} holds no features")
     note(f"wrote {out}: {written.rows} of {len(videos)} videos, {written.width} numbers each")

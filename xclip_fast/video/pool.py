@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xclip_fast.errors import InputError
+from xclip_fast.errors import InputError, is_out_of_memory
 from xclip_fast.video.backends import BACKENDS
 from xclip_fast.video.load import load_video
 from xclip_fast.video.preprocess import check_crops, get_preset
@@ -99,12 +99,21 @@ def decode_files(
     return _decode_here(paths, options)
 
 
+def load_or_error(path: str, options: dict[str, Any]) -> Tensor | InputError:
+    """What ``load_video`` gives for a file, or why it cannot be used."""
+    try:
+        return load_video(path, **options)
+    except InputError as error:
+        return error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return InputError(f"{path}: not enough memory to decode it: use fewer views or frames")
+
+
 def _decode_here(paths: Sequence[str], options: dict[str, Any]) -> Iterator[Tensor | InputError]:
     for path in paths:
-        try:
-            yield load_video(path, **options)
-        except InputError as error:
-            yield error
+        yield load_or_error(path, options)
 
 
 def _decode_ahead(

@@ -56,18 +56,15 @@ def _limit_dump() -> None:
 
 
 def _decode(path: str, views: Any, options: dict[str, Any]) -> dict[str, Any]:
-    from xclip_fast.errors import InputError
-    from xclip_fast.pipeline import is_out_of_memory
-    from xclip_fast.video import load_video
+    from xclip_fast.video.pool import load_or_error
 
     try:
-        views.copy_(load_video(path, **options))
-    except InputError as error:
-        return {"error": str(error)}
-    except Exception as error:
-        if is_out_of_memory(error):
-            return {"error": f"{path}: not enough memory to decode it: use fewer views or frames"}
+        found = load_or_error(path, options)
+    except Exception:
         return {"fault": traceback.format_exc()}
+    if isinstance(found, Exception):
+        return {"error": str(found)}
+    views.copy_(found)
     return {}
 
 
@@ -88,8 +85,7 @@ def main() -> None:
         sys.path[:] = work["path"]
         import torch
 
-        import xclip_fast.pipeline
-        import xclip_fast.video  # noqa: F401
+        import xclip_fast.video.pool  # noqa: F401
 
         torch.set_num_threads(1)
         shared = mmap.mmap(work["memory"], 0)
