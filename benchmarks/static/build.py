@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -36,7 +37,8 @@ class Build:
     """Machine code of one kernel, one shape and one architecture.
 
     Attributes:
-        kernel, shape, arch: what was built; 90 means sm_90.
+        kernel, shape, arch: what was built, and a shape that needs it; 90 means sm_90.
+        variant: its constants in words, and a digest of all that was specialised: the same whatever shape asked first.
         registers: of a thread.
         stack: bytes of a thread, where spilled registers lie.
         spills: loads and stores of local memory in the code.
@@ -50,6 +52,7 @@ class Build:
     kernel: str
     shape: str
     arch: int
+    variant: str
     registers: int
     stack: int
     spills: int
@@ -129,6 +132,7 @@ def measure(compiled: Any, kernel: str, shape: str, arch: int) -> Build:
         kernel=kernel,
         shape=shape,
         arch=arch,
+        variant=_variant(compiled),
         registers=registers,
         stack=stack,
         spills=sum(count for name, count in instructions.items() if _stem(name) in ("LDL", "STL")),
@@ -138,6 +142,21 @@ def measure(compiled: Any, kernel: str, shape: str, arch: int) -> Build:
         rows=tuple(map(int, _PRODUCT.findall(source))),
         exponentials="math.exp2" in source,
     )
+
+
+def _variant(compiled: Any) -> str:
+    source, metadata = compiled.src, compiled.metadata
+    names = list(source.signature)
+    constants = {names[index]: value for (index, *_), value in source.constants.items()}
+    words = [
+        name if value is True else f"{name}={value}"
+        for name, value in constants.items()
+        if name.isupper() and value not in (False, None)
+    ]
+    aligned = sorted((index, str(facts)) for index, facts in source.attrs.items() if facts)
+    launch = metadata.num_warps, metadata.num_stages
+    digest = hashlib.sha256(repr((source.signature, constants, aligned, launch)).encode()).hexdigest()
+    return f"{' '.join(words)}, {metadata.num_warps} warps, {digest[:8]}"
 
 
 def blocks(arch: int, registers: int, warps: int, shared: int, columns: int = 0) -> int:

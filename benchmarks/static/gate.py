@@ -54,8 +54,8 @@ Budgets = dict[str, Budget]
 
 
 def name_of(build: Build) -> str:
-    """How a build is called in budgets and messages."""
-    return f"{build.kernel}, {build.shape}, sm_{build.arch}"
+    """How a build is called among budgets."""
+    return f"{build.kernel}, {build.variant}, sm_{build.arch}"
 
 
 def broken_laws(build: Build) -> Iterator[str]:
@@ -97,7 +97,7 @@ def violations(builds: Iterable[Build], budgets: Budgets | None) -> list[str]:
         if budgets is not None:
             budget = budgets.get(name_of(build))
             complaints += overdrawn(build, budget) if budget else ["has no budget"]
-        found += [f"{name_of(build)}: {complaint}" for complaint in complaints]
+        found += [f"{build.kernel}, {build.shape}, sm_{build.arch}: {complaint}" for complaint in complaints]
     return found
 
 

@@ -33,6 +33,7 @@ BUILD = Build(
     kernel="_some_kernel",
     shape="B/16 8f x8",
     arch=90,
+    variant="WIDTH=64 HAS_RESIDUAL, 4 warps, 0a1b2c3d",
     registers=100,
     stack=0,
     spills=0,
@@ -88,9 +89,10 @@ def test_command_fails_on_a_budget_and_says_what_an_update_changes(said: dict[st
     (without, laws), (first, new), (refused, excess), (again, looser) = said["commands"]
     assert (without, first, refused, again) == (0, 0, 1, 0)
     assert "laws alone" in laws
-    name = "_layer_norm_fwd_kernel, B/16 8f x8 temporal residual, sm_90"
-    assert f"{name}: new" in new
-    assert re.search(rf"^{name}: \d+ registers, budget 8$", excess, re.MULTILINE)
+    called = "_layer_norm_fwd_kernel, B/16 8f x8 temporal residual, sm_90"
+    name = r"_layer_norm_fwd_kernel, WIDTH=512 BLOCK_ROWS=4 BLOCK_WIDTH=512 HAS_RESIDUAL, 4 warps, \w{8}, sm_90"
+    assert re.search(rf"^{name}: new$", new, re.MULTILINE)
+    assert re.search(rf"^{called}: \d+ registers, budget 8$", excess, re.MULTILINE)
     assert "2 violations" in excess
     assert re.search(rf"^{name}: registers 8 -> \d+ \(looser\)$", looser, re.MULTILINE)
 
@@ -124,7 +126,7 @@ def test_build_within_its_budget_passes() -> None:
         ({"instructions": BUILD.instructions | {"LDG.E": 2}}, "75 % of the accesses are 128 bits wide, "),
         ({"stack": 8, "spills": 2}, "spills registers: 8 bytes of stack, 2 loads and stores of local memory"),
         ({"blocks": 0}, "does not fit a multiprocessor: 100 registers, 40960 bytes of shared memory"),
-        ({"shape": "B/16 8f x9"}, "has no budget"),
+        ({"variant": "WIDTH=65 HAS_RESIDUAL, 4 warps, 0a1b2c3d"}, "has no budget"),
         # a tile of 64 rows is one for the warpgroup's instruction, one of 16 for the warp's
         ({"instructions": {"HMMA.16816.F32.BF16": 8, "MUFU.EX2": 1}}, "without tensor cores: no HGMMA"),
         ({"arch": 100}, "without tensor cores: no UTCHMMA"),
