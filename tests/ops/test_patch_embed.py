@@ -10,10 +10,10 @@ from harness import DEVICE, check_op, random
 from numerics import TOLERANCES, assert_within, relative_error
 from torch import Tensor, nn
 
-from xclip_fast import _extension, ops, reference
+from xclip_fast import _extension, reference
 from xclip_fast.bench.parity import doubled
 from xclip_fast.config import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from xclip_fast.ops import _patch_extension, explain, patch_embed
+from xclip_fast.ops import _patch_extension, patch_embed
 from xclip_fast.reference.vision import embed_patches
 
 BUILT = _extension.refusal() is None
@@ -384,96 +384,6 @@ def test_no_gradient_can_be_asked_of_bytes() -> None:
         torch.autograd.grad(out.sum(), [inputs["frames"]])
 
 
-def wrong() -> dict[str, tuple[dict[str, object], str]]:
-    """What is changed in good arguments, and the message it gets."""
-    frames = torch.zeros(2, 32, 48, 3, dtype=torch.uint8)
-    return {
-        "no frames": ({"frames": frames[0]}, r"frames must be uint8 \(F, H, W, 3\).*\(32, 48, 3\)"),
-        "gray": ({"frames": frames[..., :1]}, r"found torch.uint8 \(2, 32, 48, 1\)"),
-        "integers": ({"frames": frames.int()}, r"floating point \(F, 3, H, W\), found torch.int32"),
-        "small floats": (
-            {"frames": frames.permute(0, 3, 1, 2).to(torch.float8_e5m2)},
-            r"found torch.float8_e5m2 \(2, 3, 32, 48\)",
-        ),
-        "floats with channels last": ({"frames": frames.float()}, r"found torch.float32 \(2, 32, 48, 3\)"),
-        "no height": ({"frames": frames[:, :0]}, r"found torch.uint8 \(2, 0, 48, 3\)"),
-        "a rest": ({"frames": frames[:, :31]}, "multiples of 16, found 31x48"),
-        "flat weight": ({"weight": torch.zeros(8, 768)}, r"weight must have shape \(D, 3, P, P\), found \(8, 768\)"),
-        "oblong weight": ({"weight": torch.zeros(8, 3, 16, 8)}, r"found \(8, 3, 16, 8\)"),
-        "gray weight": ({"weight": torch.zeros(8, 1, 16, 16)}, r"found \(8, 1, 16, 16\)"),
-        "integer weight": ({"weight": torch.zeros(8, 3, 16, 16, dtype=torch.int8)}, "weight must be float16.*int8"),
-        "positions": ({"positions": torch.zeros(5, 8)}, r"positions must have shape \(7, 8\).*found \(5, 8\)"),
-        "class": ({"class_embedding": torch.zeros(7)}, r"class_embedding must have shape \(8,\).*found \(7,\)"),
-        "half a norm": ({"norm_bias": None}, "norm_weight and norm_bias go together"),
-        "norm": ({"norm_bias": torch.zeros(9)}, r"norm_bias must have shape \(8,\)"),
-        "integer norm": ({"norm_bias": torch.zeros(8).int()}, "norm_bias must be floating point, found torch.int32"),
-        "dtype": ({"dtype": torch.int8}, "dtype must be float16.*found torch.int8"),
-        "two means": ({"mean": (0.5, 0.5)}, r"mean must hold three numbers, found \(0.5, 0.5\)"),
-        "no deviation": ({"std": (0.5, 0.0, 0.5)}, "std must hold three positive numbers"),
-        "normalised twice": (
-            {"frames": torch.zeros(2, 3, 32, 48), "mean": (0.5, 0.5, 0.5)},
-            "mean and std are for uint8 frames, found torch.float32",
-        ),
-        "another device": ({"weight": torch.zeros(8, 3, 16, 16, device="meta")}, "weight must be on cpu.*found meta"),
-        "too many pixels": (
-            {"frames": frames[:1].expand(2**19, -1, -1, -1)},
-            r"frames may have up to 2147483647.*2415919104",
-        ),
-        "too many tokens": (
-            {
-                "frames": frames[:1, :16, :16].expand(2**21, -1, -1, -1),
-                "weight": torch.zeros(1).expand(1024, 3, 16, 16),
-                "positions": torch.zeros(1).expand(2, 1024),
-                "class_embedding": torch.zeros(1024),
-                "norm_weight": torch.zeros(1024),
-                "norm_bias": torch.zeros(1024),
-            },
-            "the tokens may have up to 2147483647 elements, found 4294967296",
-        ),
-    }
-
-
-@pytest.mark.parametrize("fault", list(wrong()))
-def test_wrong_arguments_are_named(fault: str) -> None:
-    good = {
-        "frames": torch.zeros(2, 32, 48, 3, dtype=torch.uint8),
-        "weight": torch.zeros(8, 3, 16, 16),
-        "class_embedding": torch.zeros(8),
-        "positions": torch.zeros(7, 8),
-        "norm_weight": torch.ones(8),
-        "norm_bias": torch.zeros(8),
-    }
-    patch_embed(**good)
-    changes, message = wrong()[fault]
-    for backend in (None, "reference", "torch"):
-        with pytest.raises(ValueError, match=message):
-            patch_embed(**good | changes, backend=backend)
-
-
-def test_explain() -> None:
-    inputs = arguments((1, 16, 16, 8, 10), torch.float32)
-    reasons = explain("patch_embed", **inputs)
-    assert reasons["reference"] is reasons["torch"] is None
-    assert reasons["extension"] == _patch_extension.refusal(inputs["frames"], inputs["weight"])
-    meta = {name: x.to("meta") for name, x in inputs.items()}
-    assert "on meta" in explain("patch_embed", **meta)["extension"]
-    with pytest.raises(
-        ValueError, match="patch_embed: the extension backend was asked for, but the tensors are on meta"
-    ):
-        patch_embed(**meta, backend="extension")
-    assert "no part in the compiled extension" in explain("layer_norm", *[torch.zeros(4)] * 3)["extension"]
-    with pytest.raises(ValueError, match="layer_norm: the extension backend was asked for"), ops.backend("extension"):
-        ops.layer_norm(*[torch.zeros(4)] * 3)
-
-
-def test_without_the_extension_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_patch_extension._extension, "refusal", lambda: "it is not here")
-    inputs = arguments((2, 32, 32, 8, 10), torch.float32)
-    assert torch.equal(patch_embed(**inputs), patch_embed(**inputs, backend="torch"))
-    with pytest.raises(ValueError, match="it is not here"):
-        patch_embed(**inputs, backend="extension")
-
-
 def test_products_are_counted() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -482,19 +392,3 @@ def test_products_are_counted() -> None:
         tensors = [*inputs.values(), 1e-5, [0.5] * 3, [0.5] * 3, torch.float32, False, False]
         torch.ops.xclip_fast.patch_embed(*tensors)
     assert counter.get_total_flops() == 2 * 12 * 768 * 10
-
-
-def test_packed_for_cuda_as_the_header_says() -> None:
-    facts = pytest.importorskip("xclip_fast._buildinfo", reason="the extension is not built")
-    for patch in (1, 5, 14, 16, 32):
-        weight = torch.randn(3, 3, patch, patch)
-        factors = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
-        packed, table = _patch_extension.pack_for_cuda(weight, torch.zeros(3), torch.zeros(2, 3), factors)
-        assert packed.numel() == facts.packed_weight_elements(patch, 3)
-        expected = torch.zeros(packed.numel(), dtype=torch.float16)
-        scale = torch.tensor(factors[0]) * facts.weight_scale
-        for place in torch.cartesian_prod(*map(torch.arange, weight.shape)).tolist():
-            expected[facts.packed_weight_index(patch, 3, *place)] = (weight[tuple(place)] * scale[place[1]]).half()
-        assert torch.equal(packed.flatten(), expected)
-        bias = torch.einsum("dcyx,c->d", weight, 128 * torch.tensor(factors[0]) + torch.tensor(factors[1]))
-        assert torch.allclose(table[1], bias, atol=1e-3)
