@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from xclip_fast.engine.graphs import GraphCache, bucket
+from xclip_fast.engine import cuda
+from xclip_fast.engine.graphs import CudaGraph, GraphCache, bucket
 
 
 def run(video: Tensor) -> list[Tensor]:
@@ -106,3 +109,109 @@ def test_threads_capture_a_shape_once() -> None:
         thread.join()
     assert Recorded.captured == [(2, 3)]
     assert all(torch.equal(found[i], 2 * videos[i]) for i in range(len(videos)))
+
+
+class Cuda:
+    """A stand-in for ``torch.cuda`` that notes what is asked of it, by stream."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.now = "main"
+        self.capturing = False
+
+    def make_stream(self, device: Any = None, priority: int = 0, name: str = "side") -> Any:
+        fake = type("Stream", (), {})()
+        fake.name = name
+        fake.wait_stream = lambda other: self.log.append(f"{name} waits for {other.name}")
+        fake.wait_event = lambda event: self.log.append(f"{name} waits for an event")
+        return fake
+
+    def current_stream(self, device: Any = None) -> Any:
+        return self.make_stream(name=self.now)
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.now, before = stream.name, self.now
+        yield
+        self.now = before
+
+    @contextmanager
+    def graph(self, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        self.log.append(f"capture on {stream.name}")
+        yield
+
+    def event(self) -> Any:
+        fake = type("Event", (), {})()
+        fake.record = lambda stream: self.log.append(f"{stream.name} records an event")
+        return fake
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    fake = Cuda()
+    for name, stand_in in {
+        "Stream": fake.make_stream,
+        "current_stream": fake.current_stream,
+        "stream": fake.stream,
+        "graph": fake.graph,
+        "Event": fake.event,
+        "CUDAGraph": lambda: type("Graph", (), {})(),
+        "is_current_stream_capturing": lambda: fake.capturing,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return fake
+
+
+def test_a_graph_fills_its_input_and_hands_out_copies(fake_cuda: Cuda) -> None:
+    runs = []
+
+    def work(video: Tensor) -> list[Tensor]:
+        runs.append(fake_cuda.now)
+        return [2 * video]
+
+    example = torch.ones(2, 3)
+    graph: Any = CudaGraph(work, example)
+    assert runs == ["side"] * 3 + ["main"]
+    assert graph.input.data_ptr() != example.data_ptr()
+    # a replay computes into the captured tensors
+    graph.graph.replay = lambda: graph.output[0].copy_(2 * graph.input)
+    fake_cuda.log.clear()
+    first = graph(torch.full((2, 3), 5.0))
+    second = graph(torch.full((2, 3), 7.0))
+    assert torch.equal(first[0], torch.full((2, 3), 10.0))
+    assert torch.equal(second[0], torch.full((2, 3), 14.0))
+    assert fake_cuda.log == ["main waits for an event", "main records an event"] * 2
+    assert torch.equal(example, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_side_work_starts_and_ends_in_order(fake_cuda: Cuda, capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.capturing = capturing
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append(stream.name))
+    side, ran = cuda._Side(torch.device("cuda")), []
+    result = side.begin(lambda: ran.append(fake_cuda.now) or torch.ones(1))
+    assert ran == ["side"]
+    assert fake_cuda.now == "main"
+    side.join(result)
+    assert fake_cuda.log == ["side waits for main", "main waits for side"]
+    assert kept == ([] if capturing else ["main"])
+
+
+def test_each_thread_has_a_side_stream(fake_cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    side, streams = cuda._Side(torch.device("cuda")), []
+
+    def work() -> None:
+        for _ in range(2):
+            side.join(side.begin(lambda: torch.ones(1)))
+        streams.append(side.local.stream)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(streams) == 2
+    assert streams[0] is not streams[1]
