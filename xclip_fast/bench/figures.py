@@ -156,7 +156,7 @@ def _batches(rows: list[Row]) -> str:
         axes.set_xlabel("videos in the batch")
         axes.set_ylabel("ms")
         axes.grid()
-        axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
     return _svg(paint, 4.2)
 
@@ -217,7 +217,7 @@ def _roofline(run: Run) -> str:
         axes.set_xlabel("operations a byte")
         axes.set_ylabel("TFLOP/s")
         axes.grid(which="major")
-        axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
     return _svg(paint, 4.2)
 

@@ -234,7 +234,9 @@ class _Base:
 
 
 def _row(case: Case, provider: str, check: Check, timing: Timing, ceilings: dict[str, float]) -> Row:
-    roof = roof_of(case, timing, ceilings) if PROVIDERS[provider].same else None
+    # the rates are those of the case's dtype: what computes something else, or narrower, is not under them
+    alike = PROVIDERS[provider].same and PROVIDERS[provider].limit is None
+    roof = roof_of(case, timing, ceilings) if alike else None
     return Row(case, provider, TIMED, None, check, timing, roof, launches=_launches(case, provider))
 
 
