@@ -13,6 +13,7 @@ from engine_cases import random_tokens, random_video, small_model
 
 import xclip_fast
 from xclip_fast import Engine, InputError
+from xclip_fast.demo.models import build_model
 from xclip_fast.engine import texts
 from xclip_fast.reference import XCLIP
 
@@ -30,6 +31,14 @@ def engine(model: XCLIP) -> Engine:
 def test_public_name() -> None:
     assert xclip_fast.Engine is Engine
     assert "Engine" in xclip_fast.__all__
+
+
+@pytest.mark.parametrize("name", ["no_cfa", "average"])
+def test_models_without_a_part_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="whole X-CLIP"):
+        Engine(build_model(name, seed=0))
+    with pytest.raises(InputError, match="of a Linear was asked for"):
+        Engine(torch.nn.Linear(2, 2))
 
 
 def test_defaults_are_the_models(model: XCLIP) -> None:

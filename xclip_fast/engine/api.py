@@ -23,7 +23,7 @@ from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, Packing
 from xclip_fast.engine.products import onednn_int8
 from xclip_fast.engine.texts import EncodedTexts, KeptTexts, TextTower
 from xclip_fast.errors import InputError
-from xclip_fast.reference.model import VideoFeatures, check_tokens, check_video
+from xclip_fast.reference.model import XCLIP, VideoFeatures, check_tokens, check_video
 from xclip_fast.text import apply_template, clean_labels, get_tokenizer
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Engine:
             them run in a higher precision, and say so in the log and in ``report``. By default a clip of noise.
 
     Raises:
-        InputError: there is no such dtype, or it cannot be computed on this device.
+        InputError: there is no such dtype, it cannot be computed on this device, or the model is no whole X-CLIP.
         ValueError: the clips have another shape or dtype.
     """
 
@@ -99,6 +99,7 @@ class Engine:
         clips: Tensor | None = None,
         _rewrites: frozenset[str] | None = None,
     ) -> None:
+        _check_model(model)
         weight = model.visual.conv1.weight
         self.device = torch.device(weight.device if device is None else device)
         self.dtype = weight.dtype if dtype is None else dtype
@@ -294,6 +295,15 @@ class Engine:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with torch.autocast(self.device.type, enabled=False), on_device:
             yield
+
+
+def _check_model(model: Any) -> None:
+    whole = isinstance(model, XCLIP) and hasattr(model.mit, "resblocks")
+    if not whole or not all(hasattr(block, "message_fc") for block in model.visual.transformer.resblocks):
+        raise InputError(
+            f"an engine of a {type(model).__name__} was asked for: it takes a whole X-CLIP, "
+            "as create_model and load_model return it"
+        )
 
 
 def _precision(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, str | None]:
