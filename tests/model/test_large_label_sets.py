@@ -89,7 +89,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("variant", "videos", "kinds"), [("B/16", 1, 100_000), ("L/14", 12, 6000)])
+@pytest.mark.parametrize(("variant", "videos", "kinds"), [("B/16", 1, 100_000), ("L/14", 12, 3000)])
 def test_no_tensor_of_videos_times_classes_times_width(variant: str, videos: int, kinds: int) -> None:
     with torch.device("meta"):
         made = model.XCLIP(VARIANTS[variant]).eval()
@@ -120,7 +120,7 @@ def peak():
 torch.set_num_threads(1)
 model = create_model(XCLIPConfig(**eval(sys.argv[1])), seed=0)
 engine = Engine(model)
-features = VideoFeatures(torch.randn(2, 64), torch.randn(2, 4, 64))
+features = VideoFeatures(torch.randn(1, 64), torch.randn(1, 4, 64))
 text = torch.randn(100_000, 64)
 texts = engine.encode_texts(torch.tensor([[512, 7, 513]]))
 few, many = (EncodedTexts(*(part.repeat(times, 1) for part in texts)) for times in (1000, 100_000))
@@ -141,5 +141,5 @@ def test_the_memory_of_a_process_stays_bounded() -> None:
         [sys.executable, "-c", SCRIPT, repr(sizes)], capture_output=True, text=True, timeout=120, check=True
     )
     grown = [int(number) for number in done.stdout.split()]
-    # all classes at once take 50 MiB for each of a dozen buffers, and 200 for the hidden layer
+    # all classes at once take 25 MiB for each of a dozen buffers, and 100 for the hidden layer
     assert max(grown) < 120, grown
