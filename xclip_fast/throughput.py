@@ -142,7 +142,10 @@ class _Batches:
         self.pinned = self.device.type == "cuda"
         shape = size, *view
         count = 2 if self.pinned else 1
-        self.buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=self.pinned) for _ in range(count)]
+        try:
+            self.buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=self.pinned) for _ in range(count)]
+        except (MemoryError, RuntimeError) as error:
+            raise _too_large(error, size) from None
         self.owners: list[_File] = []
         self.flying: deque[tuple[list[_File], list[Tensor], torch.cuda.Event | None]] = deque()
 
@@ -168,10 +171,7 @@ class _Batches:
                 found = [self._to_host(rows) for rows in found]
                 event = torch.cuda.current_stream(self.device).record_event()
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            size = len(self.owners)
-            raise InputError(f"not enough memory for a batch of {size} views: use a smaller batch size") from None
+            raise _too_large(error, len(self.owners)) from None
         self.flying.append((self.owners, [*found], event))
         self.owners = []
         # the buffer used longest ago is filled next
@@ -188,6 +188,12 @@ class _Batches:
             event.synchronize()
         for place, owner in enumerate(owners):
             owner.take(tuple(rows[place].float() for rows in found))
+
+
+def _too_large(error: Exception, size: int) -> Exception:
+    if not is_out_of_memory(error):
+        return error
+    return InputError(f"not enough memory for a batch of {size} views: use a smaller batch size")
 
 
 def _encoder(model: Any, patches: bool) -> Callable[[Tensor], Sequence[Tensor]]:

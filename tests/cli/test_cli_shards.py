@@ -425,7 +425,13 @@ def test_the_command_refuses_in_one_line(cli: Cli, tiny: Path, paths: list[str],
         code, out, err = cli("embed", *options, *changed, "--", *paths[:2])
         assert (code, out) == (2, "")
         one_line(err, "another run")
-    for name, value in (("--shard-format", "npz"), ("--timeout", "0"), ("--timeout", "nan"), ("--workers", "-1")):
+    for name, value in (
+        ("--shard-format", "npz"),
+        ("--timeout", "0"),
+        ("--timeout", "nan"),
+        ("--timeout", "inf"),
+        ("--workers", "-1"),
+    ):
         code, out, err = cli("embed", *options, name, value, "--", *paths[:2])
         assert (code, out) == (2, "")
         one_line(err, name.rpartition("-")[2])

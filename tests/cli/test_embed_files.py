@@ -147,6 +147,8 @@ def test_a_fault_of_the_model_is_not_hidden(model: Any, clips: list[Path]) -> No
 
 
 def test_bad_numbers_are_refused_before_any_work(model: Any) -> None:
+    with pytest.raises(InputError, match="a batch of 1000000000000 views"):
+        embed_files(model, ["a"], batch_size=10**12)
     refused: list[Callable[[], object]] = [
         lambda: embed_files(model, ["a"], batch_size=0),
         lambda: embed_files(model, ["a"], workers=-1),

@@ -184,6 +184,7 @@ def test_processes_that_do_not_start_are_one_line(clip: Path, tmp_path: Path, mo
         ({"workers": -1}, ValueError),
         ({"timeout": 0}, ValueError),
         ({"timeout": float("nan")}, ValueError),
+        ({"timeout": float("inf")}, ValueError),
         ({"crops": 2}, ValueError),
         ({"clips": 0}, ValueError),
         ({"preset": "none"}, InputError),

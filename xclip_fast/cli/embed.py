@@ -23,7 +23,7 @@ from xclip_fast.cli.options import (
 )
 from xclip_fast.errors import InputError
 
-SECONDS = 300.0
+SECONDS, MOST_SECONDS = 300.0, 86400.0
 
 
 def embed(
@@ -41,7 +41,7 @@ def embed(
     preset: Preset = None,
     frames: Frames = None,
     views: Views = "1x1",
-    batch_size: Annotated[int, typer.Option(min=1, help="Views that are computed at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Views that are computed at once.")] = 8,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -64,8 +64,8 @@ def embed(
     plan = plan_views(views, preset or default_preset(weights), backend)
     options = {**plan, "batch_size": batch_size, "patches": patches}
     decoding = {"workers": workers, "timeout": timeout}
-    if not timeout > 0:
-        raise InputError(f"--timeout must be more than 0 seconds, found {timeout:g}: leave it out for {SECONDS:g}")
+    if not 0 < timeout <= MOST_SECONDS:
+        raise InputError(f"--timeout takes more than 0 and up to {MOST_SECONDS:g} seconds, found {timeout:g}")
     if shard_size is None:
         check_features_path(out)
         failed = _to_file(videos, out, open_model(weights, frames, device, dtype), options, decoding)

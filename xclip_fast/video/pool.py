@@ -26,6 +26,7 @@ from xclip_fast.video.preprocess import check_crops, get_preset
 from xclip_fast.video.sampling import Sampling
 
 DEADLINE_SECONDS = 300.0
+MOST_SECONDS = 86400.0
 AHEAD_BYTES = 1 << 30  # of views that wait for the model, but for at least one file
 _START_SECONDS = 120.0
 _MOST_WORKERS = 8
@@ -81,8 +82,8 @@ def decode_files(
         raise InputError(f"no decode backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be 0 or more, found {workers}")
-    if not timeout > 0:
-        raise ValueError(f"timeout must be more than 0 seconds, found {timeout}")
+    if not 0 < timeout <= MOST_SECONDS:
+        raise ValueError(f"timeout must be more than 0 seconds and at most {MOST_SECONDS:g}, found {timeout}")
     workers = default_workers(len(paths)) if workers is None else min(workers, len(paths))
     if workers and os.name != "posix":
         raise ValueError(f"{workers} workers were asked for, but this system has no way to share memory: use 0")
