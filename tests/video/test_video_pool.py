@@ -197,7 +197,7 @@ def test_bad_options_are_refused_before_any_work(wrong: dict[str, object], error
 
 
 def test_few_files_need_no_process() -> None:
-    assert default_workers(7) == 0
+    assert default_workers(31) == 0
     assert 1 <= default_workers(10**6) <= 8
 
 

@@ -30,14 +30,14 @@ MOST_SECONDS = 86400.0
 AHEAD_BYTES = 1 << 30  # of views that wait for the model, but for at least one file
 _START_SECONDS = 120.0
 _MOST_WORKERS = 8
-_FEW_FILES = 8
+_FEW_FILES = 32
 _WORKER = Path(__file__).with_name("worker.py")
 
 _log = logging.getLogger("xclip_fast")
 
 
 def default_workers(files: int) -> int:
-    """As many as there are cores, at most 8; none for fewer than 8 files, which are done before a process starts."""
+    """As many as there are cores, at most 8; none for fewer than 32 files, done before processes start."""
     if files < _FEW_FILES or os.name != "posix":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
