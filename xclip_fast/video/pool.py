@@ -195,9 +195,10 @@ class _Pool:
                 answer = worker.decode(self.paths[number], slot)
                 if answer is None:
                     answer = {"error": worker.end(self.paths[number])}
-                    self.running.discard(worker)
-                    worker = None
                 with self.changed:
+                    if worker.process.returncode is not None:
+                        self.running.discard(worker)
+                        worker = None
                     self.answers[number] = slot, answer
                     self.changed.notify_all()
         except BaseException as error:
