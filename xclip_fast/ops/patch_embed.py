@@ -66,8 +66,8 @@ def patch_embed(
         return patch_embed_ref(*tensors, eps, mean, std, dtype)
     if chosen == "torch":
         return _patch_embed_torch(*tensors, eps, mean, std, dtype)
-    parameters = [x for x in tensors if x is not None and x.requires_grad]
-    save_embedded = norm_weight is not None and torch.is_grad_enabled() and bool(parameters)
+    wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    save_embedded = norm_weight is not None and wants_gradient
     return torch.ops.xclip_fast.patch_embed(*tensors, eps, mean, std, dtype, save_embedded, chosen == "extension")[0]
 
 
