@@ -97,7 +97,7 @@ def _feed_forward_torch(
     hidden = torch.addmm(fc_bias, rows, fc_weight.T, beta=SLOPE, alpha=SLOPE)
     hidden = silu(hidden, inplace=True)
     out = torch.addmm(proj_bias, hidden, proj_weight.T, alpha=1 / SLOPE)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 @custom_op("xclip_fast::linear_quick_gelu", mutates_args=())
