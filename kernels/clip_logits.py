@@ -23,9 +23,15 @@ class Blocks(NamedTuple):
 
 
 def blocks(width: int) -> Blocks:
-    """Four classes a program where the backward pass holds their gradients in registers, one where they are wide."""
+    """Four classes a program, one where they are wide."""
     padded = triton.next_power_of_2(width)
     return Blocks(4 if padded <= 1024 else 1, padded)
+
+
+def backward_blocks(width: int) -> Blocks:
+    """Half the classes: their gradients are held in registers beside them."""
+    block = blocks(width)
+    return block._replace(classes=max(1, block.classes // 2))
 
 
 @triton.jit
@@ -243,7 +249,7 @@ def clip_logits_bwd(
     parts = (video, text, prompts, prompts if residual is None else residual)
     video, text, prompts, added = (x if x.stride(-1) == 1 else x.contiguous() for x in parts)
     batch, classes, width = prompts.shape
-    block = blocks(width)
+    block = backward_blocks(width)
     programs = triton.cdiv(classes, block.classes)
     grad_text = torch.empty(text.shape, dtype=text.dtype, device=text.device)
     grad_prompts = torch.empty(prompts.shape, dtype=prompts.dtype, device=prompts.device)

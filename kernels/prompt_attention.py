@@ -28,13 +28,14 @@ def tiling(classes: int, patches: int, dtype: torch.dtype) -> Tiling:
     """The default tiles: no larger than what they cut, halved in float32, which takes twice the shared memory."""
     largest = 32 if dtype == torch.float32 else 64
     queries, keys = (min(largest, max(16, triton.next_power_of_2(size))) for size in (classes, patches))
-    return Tiling(queries, keys, 4, 2)
+    # with two stages ptxas aims at one more program on sm_80, and spills
+    return Tiling(queries, keys, 4, 3)
 
 
 def backward_tiling(classes: int, patches: int, dtype: torch.dtype) -> Tiling:
     """Half the keys: the backward pass holds twice the sums and scores of the forward pass, and would spill."""
     tile = tiling(classes, patches, dtype)
-    return tile._replace(keys=max(16, tile.keys // 2))
+    return tile._replace(keys=max(16, tile.keys // 2), num_stages=2)
 
 
 @triton.jit

@@ -144,7 +144,9 @@ def tile(rows: int, width: int, out_width: int, itemsize: int) -> Tile:
     while height > 16 and triton.cdiv(rows, height) * triton.cdiv(out_width, columns) < ENOUGH_PROGRAMS:
         height //= 2
     wide = itemsize > 2
-    return Tile(rows=height, columns=columns, depth=64 if wide else 128, warps=8 if wide else 4, stages=4)
+    # tall tiles with a norm would spill at twice the depth
+    depth = 64 if wide or height > 16 else 128
+    return Tile(rows=height, columns=columns, depth=depth, warps=8 if wide else 4, stages=4)
 
 
 def skinny_launches(rows: int, *, norm: bool = False, residual: bool = False, quick_gelu: bool = False) -> int:
