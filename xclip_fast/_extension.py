@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -13,14 +14,22 @@ LIBRARY = Path(__file__).with_name("_native.so")
 INTERFACE = 2  # raised with every change of what the library's operators take, there and here
 REBUILD = "build it again with `make ext`"
 
+Question = Callable[[], "str | None"]
 
-@torch.compiler.assume_constant_result
+
+def _constant(question: Question) -> Question:
+    """What ``torch.compiler.assume_constant_result`` does, without importing the compiler, which takes seconds."""
+    question._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return question
+
+
+@_constant
 def refusal() -> str | None:
     """Why the extension cannot be used, in one sentence, or nothing; the first call loads it."""
     return _load(LIBRARY)[0]
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def cuda_refusal() -> str | None:
     """Why the CUDA part of the extension cannot be used, or nothing."""
     reason, architectures = _load(LIBRARY)
