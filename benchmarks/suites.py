@@ -11,7 +11,7 @@ OP_BACKENDS = tuple(name for name in BACKENDS if name != "compile")
 
 
 def jobs(suite: str) -> list[Job]:
-    """The cases of a suite; on two idle cores "cpu" and "cpu-b16" take ten minutes each, "ops" two, "tiny" a blink."""
+    """The cases of a suite; on two idle cores "cpu" takes half an hour with ``--full``, "ops" two minutes."""
     if suite == "tiny":
         return [_model("tiny", 2, "float32"), *_ops("tiny", 2, "float32")]
     if suite == "ops":
