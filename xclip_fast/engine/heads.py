@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from xclip_fast.classes import class_chunks
+from xclip_fast.engine.block import PackedBlock
 from xclip_fast.engine.cpu import Norm
 from xclip_fast.engine.packing import Packing, exact
 from xclip_fast.engine.products import Product
@@ -30,17 +31,8 @@ class _PromptLayer:
     projection: Product
 
 
-@dataclass
-class _LastBlock:
+class _LastBlock(PackedBlock):
     """The last block of MIT and the mean behind it, the mean before the last product."""
-
-    norm_1: Norm
-    qkv: Product
-    out: Product
-    norm_2: Norm
-    fc: Product
-    projection: Product
-    heads: int
 
     def __call__(self, x: Tensor, features: Tensor) -> Tensor:
         """What enters the block and the frame features, both (B, T, E), to video features (B, E)."""
@@ -64,7 +56,7 @@ class Heads:
         self.mit_lengths: dict[int, Tensor] = {}
         self.mit_blocks = [_temporal_arguments(block, packing) for block in model.mit.resblocks]
         last = model.mit.resblocks[-1]
-        self.last_block = _pack_last_block(last, packing) if "mit_mean" in packing.rewrites else None
+        self.last_block = _LastBlock.pack(last, "quick_gelu", packing) if "mit_mean" in packing.rewrites else None
         norm = model.prompts_visual_ln
         self.patch_norm = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
         self.patch_projection = packing.product(exact(model.prompts_visual_proj).t(), None)
@@ -182,20 +174,6 @@ def _prompt_layer(layer: Any, packing: Packing) -> _PromptLayer:
         norm_3=Norm(*packing.vectors(layer.norm3), layer.norm3.eps),
         fc=packing.product(*fc, activation),
         projection=packing.product(*projection),
-    )
-
-
-def _pack_last_block(block: Any, packing: Packing) -> _LastBlock:
-    attention = block.attn
-    fc, projection, activation = packing.perceptron(block.mlp.c_fc, block.mlp.c_proj, block.ln_2, "quick_gelu")
-    return _LastBlock(
-        norm_1=Norm(*packing.vectors(block.ln_1), block.ln_1.eps),
-        qkv=packing.product(*packing.behind(block.ln_1, attention.in_proj_weight, attention.in_proj_bias)),
-        out=packing.product(exact(attention.out_proj.weight), exact(attention.out_proj.bias)),
-        norm_2=Norm(*packing.vectors(block.ln_2), block.ln_2.eps),
-        fc=packing.product(*fc, activation),
-        projection=packing.product(*projection),
-        heads=attention.heads,
     )
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
+from xclip_fast.engine.block import PackedBlock
 from xclip_fast.engine.cpu import Norm
 from xclip_fast.engine.packing import Packing, exact
-from xclip_fast.engine.products import Product
 from xclip_fast.reference.transformer import split_heads
 from xclip_fast.text.cache import encode_in_chunks
 
@@ -32,16 +31,7 @@ class EncodedTexts(NamedTuple):
     query: Tensor
 
 
-@dataclass
-class _TextBlock:
-    norm_1: Norm
-    qkv: Product
-    out: Product
-    norm_2: Norm
-    fc: Product
-    projection: Product
-    heads: int
-
+class _TextBlock(PackedBlock):
     def __call__(self, rows: Tensor, length: int) -> Tensor:
         packed = self.qkv(self.norm_1(rows)).view(-1, length, 3 * rows.shape[1])
         query, key, value = (split_heads(part, self.heads) for part in packed.chunk(3, dim=-1))
@@ -61,7 +51,7 @@ class TextTower:
         self.embedding = packing.tensor(model.token_embedding.weight)
         self.positions = packing.tensor(model.positional_embedding)
         activation = model.config.activation
-        self.blocks = [_pack_text_block(block, activation, packing) for block in model.transformer.resblocks]
+        self.blocks = [_TextBlock.pack(block, activation, packing) for block in model.transformer.resblocks]
         norm = model.ln_final
         self.norm = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
         self.projection = packing.product(exact(model.text_projection).t(), None)
@@ -83,20 +73,6 @@ class TextTower:
             rows = block(rows, length)
         ends = tokens.argmax(dim=-1) + length * torch.arange(len(tokens), device=tokens.device)
         return self.projection(self.norm(rows[ends]))
-
-
-def _pack_text_block(block: Any, activation: str, packing: Packing) -> _TextBlock:
-    attention = block.attn
-    fc, projection, activation = packing.perceptron(block.mlp.c_fc, block.mlp.c_proj, block.ln_2, activation)
-    return _TextBlock(
-        norm_1=Norm(*packing.vectors(block.ln_1), block.ln_1.eps),
-        qkv=packing.product(*packing.behind(block.ln_1, attention.in_proj_weight, attention.in_proj_bias)),
-        out=packing.product(exact(attention.out_proj.weight), exact(attention.out_proj.bias)),
-        norm_2=Norm(*packing.vectors(block.ln_2), block.ln_2.eps),
-        fc=packing.product(*fc, activation),
-        projection=packing.product(*projection),
-        heads=attention.heads,
-    )
 
 
 class KeptTexts:
