@@ -11,6 +11,7 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention, softma
 
 from xclip_fast.engine.packing import Packing, exact, place_of
 from xclip_fast.engine.products import Product
+from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.reference.positions import spatial_positions
 
 CHUNK_ROWS = 512  # their hidden rows of 4 D stay in the last cache, and the allocator keeps the pages
@@ -46,7 +47,7 @@ class Message:
         message = self.fc(class_tokens)
         if self.qkv is None:
             message, packed = message.split([class_tokens.shape[1], 3 * class_tokens.shape[1]], dim=-1)
-            wide = torch.promote_types(message.dtype, torch.float32)
+            wide = exact_dtype(message.dtype)
             variance = message.to(wide).var(dim=-1, correction=0, keepdim=True)
             packed = packed * (variance + self.norm.eps).rsqrt().to(packed.dtype) + self.shift
         else:
@@ -169,9 +170,7 @@ class CpuTower:
         mean, std = (
             torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (self.config.pixel_mean, self.config.pixel_std)
         )
-        self.mean, self.std = (
-            self.packing.tensor(x.flatten(), torch.promote_types(self.dtype, torch.float32)) for x in (mean, std)
-        )
+        self.mean, self.std = (self.packing.tensor(x.flatten(), exact_dtype(self.dtype)) for x in (mean, std))
         self.patch = self.packing.product(weight.flatten(1), None)
         folded = weight / (255 * std)
         # bytes less 128 are exact in any dtype and small beside the mean

@@ -17,6 +17,7 @@ from xclip_fast.engine.packing import Packing, exact
 from xclip_fast.engine.products import Product
 from xclip_fast.engine.texts import EncodedTexts
 from xclip_fast.ops import clip_logits, mean_norm_over_frames, prompt_attention, temporal_block
+from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.reference.positions import temporal_positions
 
@@ -62,7 +63,7 @@ class Heads:
         self.patch_projection = packing.product(exact(model.prompts_visual_proj).t(), None)
         if packing.device.type == "cpu":
             # half precision in the prompts is most of what logits err, and on the CPU it saves little
-            packing = replace(packing, dtype=_wide(packing.dtype))
+            packing = replace(packing, dtype=exact_dtype(packing.dtype))
         self.prompt_dtype = packing.dtype
         prompts = model.prompts_generator
         attentions = [layer.cross_attn for layer in prompts.decoder]
@@ -72,8 +73,8 @@ class Heads:
         self.key_value = packing.product(*_behind(prompts.norm, torch.cat(weights), packing))
         self.norm = Norm(*packing.vectors(prompts.norm), prompts.norm.eps)
         self.layers = [_prompt_layer(layer, packing) for layer in prompts.decoder]
-        self.alpha = packing.tensor(prompts.alpha, _wide(packing.dtype))
-        self.logit_scale = packing.tensor(model.logit_scale, _wide(packing.dtype))
+        self.alpha = packing.tensor(prompts.alpha, exact_dtype(packing.dtype))
+        self.logit_scale = packing.tensor(model.logit_scale, exact_dtype(packing.dtype))
 
     def integrate(self, features: Tensor) -> Tensor:
         """Frame features (B, T, E) to video features (B, E)."""
@@ -98,7 +99,7 @@ class Heads:
             if part.shape[1] == frames:
                 videos.append(patches)
                 continue
-            mean, seen = mean + patches.to(_wide(patches.dtype)) * (part.shape[1] / frames), seen + part.shape[1]
+            mean, seen = mean + patches.to(exact_dtype(patches.dtype)) * (part.shape[1] / frames), seen + part.shape[1]
             if seen == frames:
                 videos.append(mean.to(patches.dtype))
                 mean, seen = 0.0, 0
@@ -126,7 +127,7 @@ class Heads:
         video, patches = features
         rows = patches.to(self.prompt_dtype).flatten(0, 1)
         key_value = self.key_value(self.norm(rows)).view(*patches.shape[:2], len(self.layers), 2, patches.shape[2])
-        wide = _wide(video.dtype)
+        wide = exact_dtype(video.dtype)
         columns = []
         for some in self._parts(texts, len(video)):
             prompts = self._prompts(some, key_value).to(wide)
@@ -152,10 +153,6 @@ class Heads:
             rows = layer.out.add(rows, mixed.reshape(rows.shape))
             rows = layer.projection.add(rows, layer.fc.activated(layer.norm_3(rows)))
         return rows.view(videos, classes, width)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _behind(norm: Any, weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:

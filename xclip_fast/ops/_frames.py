@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.ops.layer_norm import MAX_WIDTH, layer_norm_ref
 
 HEAD_DIMS = (32, 64, 128)  # tiles of the kernels
@@ -114,7 +115,7 @@ def frames_attention_backward(
 
 def empty_norm_grads(x: Tensor) -> Tensor:
     """The shape and dtype of what ``layer_norm_backward`` gives for the parameters of a norm of ``x``."""
-    return x.new_empty(3, x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(3, x.shape[-1], dtype=exact_dtype(x.dtype))
 
 
 def split_norm_grads(vectors: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,6 @@ def channels_last(frames: Tensor) -> Tensor:
     return frames.permute(0, 2, 3, 1)
 
 
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, in which half precision is summed up; float64 stays itself, so that gradcheck holds."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def affine(mean: Sequence[float], std: Sequence[float]) -> list[list[float]]:
     """Factors and summands, one a channel, that normalise bytes; two empty lists for floating point frames."""
     return [[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from xclip_fast import _extension
-from xclip_fast.ops._patch_contract import channels_last, exact_dtype
+from xclip_fast.ops._dtypes import exact_dtype
+from xclip_fast.ops._patch_contract import channels_last
 from xclip_fast.ops.layer_norm import layer_norm
 
 # as in csrc/patch_embed_index.h

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.ops.layer_norm import size_refusal
 
 
@@ -65,7 +66,7 @@ def _clip_logits_torch(
     video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
 ) -> Tensor:
     # float32 inside, as the kernels: cosines are differences of large sums
-    exact = torch.promote_types(video.dtype, torch.float32)
+    exact = exact_dtype(video.dtype)
     prompts = prompts.to(exact) if residual is None else prompts.to(exact) + residual
     adapted = torch.addcmul(text.to(exact), alpha.to(exact), prompts)
     dots = (adapted * normalize(video.to(exact), dim=-1).unsqueeze(1)).sum(-1)
@@ -106,7 +107,7 @@ def _clip_logits_backward(
         from xclip_fast.kernels.clip_logits import clip_logits_bwd
 
         return clip_logits_bwd(grad, video, text, prompts, alpha, logit_scale, residual)
-    exact = torch.promote_types(video.dtype, torch.float32)
+    exact = exact_dtype(video.dtype)
     prompted = prompts.to(exact) if residual is None else prompts.to(exact) + residual
     adapted = text.to(exact) + alpha * prompted
     length = torch.linalg.vector_norm(adapted, dim=-1, keepdim=True).clamp_min(1e-12)
@@ -134,7 +135,7 @@ def _clip_logits_backward_fake(
     logit_scale: Tensor,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    exact = torch.promote_types(video.dtype, torch.float32)
+    exact = exact_dtype(video.dtype)
     return (
         video.new_empty(video.shape, dtype=exact),
         text.new_empty(text.shape),

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._autocast import cast_for_product
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
 
 HEAD_DIMS = (32, 64, 128)  # a head is one power of two of columns in a kernel's tile
 
@@ -85,7 +85,7 @@ def _frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool
 @register_fake("xclip_fast::frame_attention")
 def _frame_attention_fake(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool = True) -> tuple[Tensor, Tensor]:
     frames, tokens, packed = qkv.shape
-    lse = qkv.new_empty(frames, heads, tokens, dtype=_exact_dtype(qkv)) if with_lse else _no_lse(qkv)
+    lse = qkv.new_empty(frames, heads, tokens, dtype=exact_dtype(qkv.dtype)) if with_lse else _no_lse(qkv)
     return qkv.new_empty(frames, tokens, packed // 3), lse
 
 
@@ -98,7 +98,7 @@ def _frame_attention_backward(
         from xclip_fast.kernels.frame_attention_bwd import frame_attention_bwd
 
         return frame_attention_bwd(grad, qkv, message_kv, out, lse, heads)
-    exact = _exact_dtype(qkv)
+    exact = exact_dtype(qkv.dtype)
     query, key, value = (part.to(exact) for part in _query_key_value(qkv, message_kv, heads))
     grad_heads = grad.to(exact).unflatten(-1, (heads, -1)).transpose(1, 2)
     out_heads = out.to(exact).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -169,17 +169,12 @@ def _size_refusal(qkv: Tensor, heads: int) -> str | None:
 
 
 def _scores(qkv: Tensor, message_kv: Tensor, heads: int) -> Tensor:
-    query, key, _ = (part.to(_exact_dtype(qkv)) for part in _query_key_value(qkv, message_kv, heads))
+    query, key, _ = (part.to(exact_dtype(qkv.dtype)) for part in _query_key_value(qkv, message_kv, heads))
     return query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
 
 
-def _exact_dtype(qkv: Tensor) -> torch.dtype:
-    # float32 for every dtype of a model; float64 stays itself, so that gradcheck holds
-    return torch.promote_types(qkv.dtype, torch.float32)
-
-
 def _no_lse(qkv: Tensor) -> Tensor:
-    return qkv.new_empty(0, dtype=_exact_dtype(qkv))
+    return qkv.new_empty(0, dtype=exact_dtype(qkv.dtype))
 
 
 def _check(qkv: Tensor, message_kv: Tensor, heads: int) -> None:

@@ -8,6 +8,7 @@ from torch.library import custom_op, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._dtypes import exact_dtype
 
 MAX_WIDTH = 8192  # a row is held in registers
 
@@ -81,7 +82,7 @@ def _layer_norm(
 
         return layer_norm_fwd(x, weight, bias, residual, constant, eps)
     normed, stream = _layer_norm_torch(x, weight, bias, residual, constant, eps)
-    shifted = (stream if constant is None else stream + constant).to(_statistics_dtype(x))
+    shifted = (stream if constant is None else stream + constant).to(exact_dtype(x.dtype))
     variance, mean = torch.var_mean(shifted, dim=-1, correction=0)
     stream = stream if residual is not None else x.new_empty(0)
     return normed, stream, mean.flatten(), (variance + eps).rsqrt().flatten()
@@ -92,7 +93,7 @@ def _layer_norm_fake(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
-    statistics = x.new_empty(rows, dtype=_statistics_dtype(x))
+    statistics = x.new_empty(rows, dtype=exact_dtype(x.dtype))
     stream = x.new_empty(x.shape) if residual is not None else x.new_empty(0)
     return x.new_empty(x.shape), stream, statistics, torch.empty_like(statistics)
 
@@ -190,11 +191,6 @@ def _refusal(
 def size_refusal(x: Tensor) -> str | None:
     """Why the rows of ``x`` are too wide for a kernel that holds a row in registers, or nothing."""
     return f"its rows hold up to {MAX_WIDTH} numbers, found {x.shape[-1]}" if x.shape[-1] > MAX_WIDTH else None
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    # float32 for every dtype of a model; float64 stays itself, so that gradcheck holds
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None) -> None:

@@ -8,6 +8,7 @@ from torch.library import custom_op, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.ops.layer_norm import size_refusal
 
 
@@ -92,7 +93,7 @@ def _mean_norm_over_frames_backward(
         from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd
 
         return mean_norm_over_frames_bwd(grad, tokens, weight, residual, eps)
-    exact = torch.promote_types(tokens.dtype, torch.float32)
+    exact = exact_dtype(tokens.dtype)
     x = tokens.to(exact) if residual is None else tokens.to(exact) + residual
     centred = x - x.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -109,7 +110,7 @@ def _mean_norm_over_frames_backward(
 def _mean_norm_over_frames_backward_fake(
     grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    exact = torch.promote_types(tokens.dtype, torch.float32)
+    exact = exact_dtype(tokens.dtype)
     return tokens.new_empty(tokens.shape), tokens.new_empty(2, tokens.shape[-1], dtype=exact)
 
 

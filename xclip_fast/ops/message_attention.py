@@ -11,8 +11,8 @@ from torch.library import custom_op, register_autograd, register_fake
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._autocast import cast_for_product
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._dtypes import cast_for_product
 from xclip_fast.ops._frames import (
     attention_refusal,
     check_heads,

@@ -10,9 +10,9 @@ from torch.library import custom_op, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops import _patch_extension
-from xclip_fast.ops._autocast import autocast_dtype
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
-from xclip_fast.ops._patch_contract import affine, channels_last, check, exact_dtype, pixel_statistics
+from xclip_fast.ops._dtypes import autocast_dtype, exact_dtype
+from xclip_fast.ops._patch_contract import affine, channels_last, check, pixel_statistics
 
 
 def patch_embed(

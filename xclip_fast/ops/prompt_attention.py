@@ -8,8 +8,8 @@ from torch.library import custom_op, register_autograd, register_fake
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._autocast import cast_for_product
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
 
 HEAD_DIMS = (32, 64, 128)
 
@@ -62,7 +62,7 @@ def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> 
         from xclip_fast.kernels.prompt_attention import prompt_attention_fwd
 
         return prompt_attention_fwd(query, key, value, heads)
-    q, k = (_split(x.to(_exact(query)), heads) for x in (query, key))
+    q, k = (_split(x.to(exact_dtype(query.dtype)), heads) for x in (query, key))
     lse = torch.logsumexp(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
     out = _prompt_attention_torch(query, key, value, heads).contiguous()
     return out, lse.expand(key.shape[0], -1, -1) / torch.log(lse.new_tensor(2.0))
@@ -71,7 +71,9 @@ def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> 
 @register_fake("xclip_fast::prompt_attention")
 def _prompt_attention_fake(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     batch, classes = key.shape[0], query.shape[1]
-    return query.new_empty(batch, classes, query.shape[2]), query.new_empty(batch, heads, classes, dtype=_exact(query))
+    return query.new_empty(batch, classes, query.shape[2]), query.new_empty(
+        batch, heads, classes, dtype=exact_dtype(query.dtype)
+    )
 
 
 @custom_op("xclip_fast::prompt_attention_backward", mutates_args=())
@@ -83,7 +85,7 @@ def _prompt_attention_backward(
         from xclip_fast.kernels.prompt_attention import prompt_attention_bwd
 
         return prompt_attention_bwd(grad, query, key, value, out, lse, heads)
-    exact = _exact(query)
+    exact = exact_dtype(query.dtype)
     q, k, v, g, o = (_split(x.to(exact), heads) for x in (query, key, value, grad, out))
     scale = q.shape[-1] ** -0.5
     weights = (q @ k.transpose(-2, -1) * scale).softmax(-1)
@@ -147,10 +149,6 @@ def _refusal(query: Tensor, key: Tensor, value: Tensor, heads: int) -> str | Non
 def _size_refusal(query: Tensor, heads: int) -> str | None:
     head_dim = query.shape[-1] // heads
     return None if head_dim in HEAD_DIMS else f"its head dimension is 32, 64 or 128, found {head_dim}"
-
-
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Autocast as PyTorch does it for its own functions."""
+"""Dtypes: autocast as PyTorch does it for its own functions, and the one to sum in."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def cast_for_product(*tensors: Tensor | None) -> tuple[Any, ...]:
     if dtype is None:
         return tensors
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, in which half precision is summed up; float64 stays itself, so that gradcheck holds."""
+    return torch.promote_types(dtype, torch.float32)
