@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 
 from xclip_fast.demo.clips import CLASSES, FRAMES, HELD_OUT, SAMPLED, make_clip
 from xclip_fast.demo.models import load_trained
-from xclip_fast.engine import Engine
+from xclip_fast.engine import Engine, budget
 from xclip_fast.engine.budget import BUDGETS
 from xclip_fast.engine.products import onednn_int8
 from xclip_fast.reference import XCLIP
@@ -126,6 +126,25 @@ def test_product_beyond_its_budget_falls_back(
     assert "instead" in str(report)
     truth = model.double().encode_video(video).video
     assert relative_error(engine.encode_video(video).video, truth) < 0.05
+
+
+@pytest.mark.skipif(not onednn_int8(), reason="oneDNN multiplies no bytes here")
+def test_outlier_channels_cost_int8_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    model.visual.ln_pre.weight[1:3] *= 64
+    smooth = {product.place: product for product in Engine(model, torch.int8).report().products}
+    monkeypatch.setattr(budget, "_smoothing", lambda seen, weight: torch.ones(weight.shape[1]))
+    rough = {product.place: product for product in Engine(model, torch.int8).report().products}
+    behind_norms = [f"blocks.{block}.{product}" for block in range(3) for product in ("qkv", "fc")]
+    assert not any(product.fell_back for product in smooth.values())
+    assert sum(smooth[place].error for place in behind_norms) < sum(rough[place].error for place in behind_norms) / 2
+
+
+def test_smoothing_is_of_powers_of_two() -> None:
+    rows = [torch.tensor([[16.0, 0.0, 1.0, float("inf")]]), torch.tensor([[-64.0, 0.0, 1.0, 1.0]])]
+    weight = torch.tensor([[1.0, 1.0, 0.0, 1.0], [-4.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
+    # a channel of nothing, or of what is not a number, stays as it is
+    assert budget._smoothing(rows, weight).tolist() == [4, 1, 1, 1]
 
 
 def test_budget_is_checked_on_the_clips_given() -> None:

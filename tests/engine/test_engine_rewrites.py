@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from xclip_fast.classes import CHUNK_BYTES
 from xclip_fast.engine import Engine
 from xclip_fast.engine.cpu import CHUNK_ROWS, CpuTower
 from xclip_fast.engine.cuda import CudaTower
-from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, REWRITES
+from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, REWRITES, Packing, place_of
 from xclip_fast.reference import XCLIP
 
 ALL = frozenset(REWRITES)
@@ -85,6 +86,19 @@ def test_rewrite_has_a_switch(model: XCLIP, name: str, tower: type) -> None:
             engine.embed_video(video)
         calls.append(trace.calls)
     assert calls[0] != calls[1]
+
+
+@pytest.mark.parametrize("rewrites", [CPU_REWRITES, frozenset()], ids=["norms in the weights", "norms with vectors"])
+def test_parity_smoothing(model: XCLIP, rewrites: frozenset[str]) -> None:
+    places = [place_of(block, product) for block in range(3) for product in ("qkv", "fc")]
+    plain = Packing(torch.device("cpu"), torch.float64, rewrites)
+    smooth = replace(plain, smoothing={place: torch.exp2(torch.randint(-4, 5, (128,)).double()) for place in places})
+    towers = [CpuTower(model.visual, model.config, packing) for packing in (plain, smooth)]
+    weights = [tower.blocks[1].fc.weight for tower in towers]  # type: ignore[attr-defined]
+    assert not torch.equal(*weights)
+    video = random_video()
+    truth, found = (tower(video, patches=True)[0] for tower in towers)
+    assert_within(found, truth, EXACT, what="engine: smoothing")
 
 
 @pytest.mark.parametrize("tower", [CpuTower, CudaTower])

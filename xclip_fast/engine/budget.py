@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from xclip_fast.engine.cpu import Block, CpuTower, pack_block, step
-from xclip_fast.engine.packing import CPU_REWRITES, Packing, place_of
+from xclip_fast.engine.packing import CPU_REWRITES, PRODUCTS, Packing, place_of
 from xclip_fast.engine.products import Product
 
-PRODUCTS = ("qkv", "out", "fc", "projection")
 # relative errors of one product on its own inputs; rounding alone gives a third of them or less
 BUDGETS = {"bfloat16": 0.01, "float16": 0.002, "int8": 0.05, "float8_e4m3fn": 0.1}
 
@@ -71,51 +70,73 @@ def check_products(model: Any, packing: Packing, clips: Tensor) -> tuple[list[Pr
     In float32 there is nothing to check, and no block is packed.
 
     Products that break their budget, and for float8 those of the first and the last block, are entered in
-    ``packing.kept``.
+    ``packing.kept``; for int8 ``packing.smoothing`` is filled.
     """
     asked = packing.narrow or str(packing.dtype).removeprefix("torch.")
     if asked not in BUDGETS:
         return [], None
     errors, packed = [], []
     higher = packing.dtype if packing.narrow else torch.float32
-    resblocks = model.visual.transformer.resblocks
-    for index, block, low in _recorded(model, packing, clips):
-        found = {name: _largest_error(getattr(block, name), getattr(low, name), packing.dtype) for name in PRODUCTS}
+    # both forms of the tower have the same products; this one runs on any device
+    form = replace(packing, rewrites=packing.rewrites & CPU_REWRITES)
+    resblocks = list(model.visual.transformer.resblocks)
+    for index, block in _recorded(model, form, clips):
+        resblock = resblocks[index]
+        places = {name: place_of(index, name) for name in PRODUCTS}
+        if packing.narrow == "int8":
+            behind = {
+                "qkv": (resblock.ln_1, resblock.attn.in_proj_weight),
+                "fc": (resblock.ln_2, resblock.mlp.c_fc.weight),
+            }
+            for name, (norm, weight) in behind.items():
+                weight, _ = form.behind(norm, weight, weight.new_zeros(len(weight)))
+                packing.smoothing[places[name]] = _smoothing(getattr(block, name).rows, weight)
+        low = pack_block(resblock, index, model.config, form)
+        found = {}
+        for name, place in places.items():
+            share = packing.smoothing.get(place)
+            found[name] = _largest_error(getattr(block, name), getattr(low, name), packing.dtype, share)
         broken = {name for name, error in found.items() if not error <= BUDGETS[asked]}
         if not packing.narrow and broken & {"fc", "projection"}:
             # what the one gives may be beyond the other's range
             broken |= {"fc", "projection"}
         at_the_ends = packing.narrow == "float8_e4m3fn" and index in (0, len(resblocks) - 1)
-        for name in PRODUCTS:
+        for name, place in places.items():
             used = asked
             if at_the_ends or name in broken:
-                packing.kept[place_of(index, name)] = higher
+                packing.kept[place] = higher
                 used = str(higher).removeprefix("torch.")
-            errors.append(ProductError(place_of(index, name), asked, used, found[name], BUDGETS[asked]))
+            errors.append(ProductError(place, asked, used, found[name], BUDGETS[asked]))
         if packing.device.type == "cpu":
-            packed.append(pack_block(resblocks[index], index, model.config, packing) if broken else low)
+            packed.append(pack_block(resblock, index, model.config, packing) if broken else low)
     return errors, packed or None
 
 
-def _recorded(model: Any, packing: Packing, clips: Tensor) -> Iterator[tuple[int, Block, Block]]:
-    """Each block in float32, its products having seen the clips, beside the same block in the packing's precision."""
-    # both forms of the tower have the same products; this one runs on any device
-    low = replace(packing, rewrites=packing.rewrites & CPU_REWRITES)
-    exact = replace(low, dtype=torch.float32, narrow=None, kept={})
-    resblocks = list(model.visual.transformer.resblocks)
+def _recorded(model: Any, form: Packing, clips: Tensor) -> Iterator[tuple[int, Block]]:
+    """Each block in float32, its products having seen the clips."""
+    exact = replace(form, dtype=torch.float32, narrow=None, kept={}, smoothing={})
     chunks = CpuTower(model.visual, model.config, exact, blocks=[]).embed(clips)
-    for index, resblock in enumerate(resblocks):
+    for index, resblock in enumerate(model.visual.transformer.resblocks):
         block = pack_block(resblock, index, model.config, exact)
         for name in PRODUCTS:
             setattr(block, name, _Recorder(getattr(block, name)))
         chunks = step(block, chunks, clips.shape[1])
-        yield index, block, pack_block(resblock, index, model.config, low)
+        yield index, block
 
 
-def _largest_error(recorder: Any, low: Product, dtype: torch.dtype) -> float:
+def _smoothing(seen: list[Tensor], weight: Tensor) -> Tensor:
+    """Powers of two (K,) that part the range of each channel evenly between the rows seen and the weight (N, K)."""
+    rows = torch.stack([rows.abs().amax(dim=0) for rows in seen]).amax(dim=0).double().cpu()
+    ratio = rows / weight.abs().amax(dim=0)
+    share = torch.exp2((ratio.log2() / 2).round())
+    return torch.where(ratio.isfinite() & (ratio > 0), share, 1.0)
+
+
+def _largest_error(recorder: Any, low: Product, dtype: torch.dtype, share: Tensor | None) -> float:
     errors = []
     for rows in recorder.rows:
-        truth, found = recorder.product(rows), low(rows.to(dtype)).float()
+        given = rows if share is None else rows / share.to(rows)
+        truth, found = recorder.product(rows), low(given.to(dtype)).float()
         errors.append((found - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float32).tiny))
     error = torch.stack(errors).max().item()
     return float("inf") if isnan(error) else error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention, softmax
 
-from xclip_fast.engine.packing import Packing, exact, place_of
+from xclip_fast.engine.packing import PRODUCTS, Packing, exact, place_of
 from xclip_fast.engine.products import Product
 from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.reference.positions import spatial_positions
@@ -227,24 +227,24 @@ def step(block: Block, chunks: list[Tensor], frames: int, *, class_row: bool = F
 def pack_block(block: Any, index: int, config: Any, packing: Packing) -> Block:
     """One cross-frame block of a model, packed; its products have the places of ``place_of``."""
     attention, width = block.attn, config.vision_width
-    weight, bias = packing.behind(block.ln_1, attention.in_proj_weight, attention.in_proj_bias)
+    qkv, out, fc, projection = (place_of(index, name) for name in PRODUCTS)
+    weight, bias = packing.behind(block.ln_1, attention.in_proj_weight, attention.in_proj_bias, place=qkv)
     scale = None
     if "scores" in packing.rewrites:
         scale = 1.0
         share = torch.ones(3 * width, dtype=torch.float64)
         share[:width] = (width // attention.heads) ** -0.5
         weight, bias = weight * share[:, None], bias * share
-    fc, projection, activation = packing.perceptron(block.mlp.c_fc, block.mlp.c_proj, block.ln_2, config.activation)
+    mlp = block.mlp
+    first, last, activation = packing.perceptron(mlp.c_fc, mlp.c_proj, block.ln_2, config.activation, place=fc)
     return Block(
         message=pack_message(block, packing),
-        norm_1=Norm(*packing.vectors(block.ln_1), block.ln_1.eps),
-        qkv=packing.product(weight, bias, place=place_of(index, "qkv")),
-        out=packing.product(
-            exact(attention.out_proj.weight), exact(attention.out_proj.bias), place=place_of(index, "out")
-        ),
-        norm_2=Norm(*packing.vectors(block.ln_2), block.ln_2.eps),
-        fc=packing.product(*fc, activation, place=place_of(index, "fc")),
-        projection=packing.product(*projection, place=place_of(index, "projection")),
+        norm_1=Norm(*packing.vectors(block.ln_1, place=qkv), block.ln_1.eps),
+        qkv=packing.product(weight, bias, place=qkv),
+        out=packing.product(exact(attention.out_proj.weight), exact(attention.out_proj.bias), place=out),
+        norm_2=Norm(*packing.vectors(block.ln_2, place=fc), block.ln_2.eps),
+        fc=packing.product(*first, activation, place=fc),
+        projection=packing.product(*last, place=projection),
         heads=attention.heads,
         scale=scale,
     )

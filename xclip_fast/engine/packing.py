@@ -41,6 +41,7 @@ REWRITES: Mapping[str, str] = MappingProxyType(
 CPU_REWRITES = frozenset(REWRITES) - {"stream", "message_product"}
 # on a GPU kernels have these in other ways: norms read their vectors, MIT's last launch pools
 CUDA_REWRITES = frozenset(REWRITES) - {"norms", "silu", "scores", "message_product", "mit_mean"}
+PRODUCTS = ("qkv", "out", "fc", "projection")  # the large ones of a block, which may be narrow
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Packing:
         rewrites: those in force; all but tests leave the device's own.
         narrow: "int8" or "float8_e4m3fn" for the large products of the blocks, or nothing.
         kept: places (see ``product``) whose narrow product is not used, and the dtype used there instead.
+        smoothing: for places behind a norm, powers of two (K,) in float64: the norm divides its channels by them and
+            the weights are multiplied, which is exact and leaves no channel so large that the others lose their steps
+            (SmoothQuant, arXiv:2211.10438).
     """
 
     device: torch.device
@@ -60,6 +64,7 @@ class Packing:
     rewrites: frozenset[str]
     narrow: str | None = None
     kept: dict[str, torch.dtype] = field(default_factory=dict)
+    smoothing: dict[str, Tensor] = field(default_factory=dict)
 
     def product(self, weight: Tensor, bias: Tensor | None, activation: str = "silu", *, place: str = "") -> Product:
         """A product of float64 weights (N, K); one with a place, such as ``blocks.3.fc``, may be narrow."""
@@ -77,24 +82,29 @@ class Packing:
         """A copy on the device, in the stream's dtype unless told otherwise."""
         return x.detach().to(self.device, dtype or self.dtype, copy=True).contiguous()
 
-    def vectors(self, norm: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of a norm, or nothing where they are in the product behind it."""
+    def vectors(self, norm: Any, *, place: str = "") -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of a norm; nothing where they are in the product behind it, which has the place."""
+        share = self.smoothing.get(place)
         if "norms" in self.rewrites:
-            return None, None
-        return self.tensor(norm.weight), self.tensor(norm.bias)
+            return None if share is None else self.tensor(1 / share), None
+        weight, bias = exact(norm.weight), exact(norm.bias)
+        if share is not None:
+            weight, bias = weight / share, bias / share
+        return self.tensor(weight), self.tensor(bias)
 
-    def behind(self, norm: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def behind(self, norm: Any, weight: Tensor, bias: Tensor, *, place: str = "") -> tuple[Tensor, Tensor]:
         """Float64 weight and bias of the product behind a norm."""
         weight, bias = exact(weight), exact(bias)
-        if "norms" not in self.rewrites:
-            return weight, bias
-        return weight * exact(norm.weight), bias + weight @ exact(norm.bias)
+        if "norms" in self.rewrites:
+            weight, bias = weight * exact(norm.weight), bias + weight @ exact(norm.bias)
+        share = self.smoothing.get(place)
+        return weight if share is None else weight * share, bias
 
     def perceptron(
-        self, fc: Any, projection: Any, norm: Any, activation: str
+        self, fc: Any, projection: Any, norm: Any, activation: str, *, place: str = ""
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], str]:
         """Float64 (weight, bias) of both products of a perceptron behind a norm, and its activation."""
-        weight, bias = self.behind(norm, fc.weight, fc.bias)
+        weight, bias = self.behind(norm, fc.weight, fc.bias, place=place)
         last = exact(projection.weight)
         if activation == "quick_gelu" and "silu" in self.rewrites:
             return (SLOPE * weight, SLOPE * bias), (last / SLOPE, exact(projection.bias)), "silu"
@@ -121,7 +131,7 @@ class CastProduct:
 
 
 def place_of(block: int, product: str) -> str:
-    """The name of a product that may be narrow: "qkv", "out", "fc" or "projection" of a block."""
+    """The name of one of the ``PRODUCTS`` of a block."""
     return f"blocks.{block}.{product}"
 
 
