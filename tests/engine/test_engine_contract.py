@@ -14,7 +14,6 @@ from engine_cases import random_tokens, random_video, small_model
 import xclip_fast
 from xclip_fast import Engine, InputError
 from xclip_fast.demo.models import build_model
-from xclip_fast.engine import texts
 from xclip_fast.reference import XCLIP
 
 
@@ -219,35 +218,3 @@ def test_text_features_that_are_known(model: XCLIP, engine: Engine) -> None:
     torch.testing.assert_close(engine.logits(engine.encode_video(video), known), engine(video, tokens))
     with pytest.raises(ValueError, match=r"\(K, 128\)"):
         engine.texts_of(torch.zeros(3, 64))
-
-
-def test_class_sets_are_encoded_once(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(model)
-    calls = []
-    encode = engine._texts.encode_text
-    monkeypatch.setattr(engine._texts, "encode_text", lambda tokens: calls.append(1) or encode(tokens))
-    one, other = random_tokens(3), random_tokens(4)
-    first = engine.encode_texts(one)
-    assert engine.encode_texts(one.int()) is first
-    assert len(calls) == 1
-    engine.encode_texts(other)
-    assert len(calls) == 2
-    changed = one.clone()
-    changed[0, 0] = 5 if changed[0, 0] != 5 else 6
-    engine.encode_texts(changed)
-    assert len(calls) == 3
-
-
-def test_kept_class_sets_are_bounded() -> None:
-    kept = texts.KeptTexts(max_bytes=100)
-    encoded = []
-
-    def encode(tokens: torch.Tensor) -> texts.EncodedTexts:
-        encoded.append(int(tokens[0, 0]))
-        return texts.EncodedTexts(torch.zeros(5), torch.zeros(5))
-
-    first, second, third = (torch.full((1, 2), i) for i in range(3))
-    for tokens in (first, second, first, third, first, second):
-        kept.get(tokens, encode)
-    # the third pushed the second out, used longest ago
-    assert encoded == [0, 1, 2, 1]

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from buffers import Largest
 from numerics import TOLERANCES, assert_within, randomise_parameters
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from xclip_fast import VARIANTS, XCLIPConfig, create_model, model, pipeline, reference
 from xclip_fast.classes import CHUNK_BYTES, class_chunks, class_logits
@@ -73,20 +71,6 @@ def test_the_best_are_those_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(calls) > 40
     assert [one.index for one in parts] == [one.index for one in whole]
     assert [one.probability for one in parts] == pytest.approx([one.probability for one in whole], rel=1e-4)
-
-
-class Largest(TorchDispatchMode):
-    """The bytes of the largest storage that an operator makes; views of the texts given are none."""
-
-    def __init__(self, text: Tensor) -> None:
-        super().__init__()
-        self.given, self.largest = text.untyped_storage()._cdata, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        storages = [leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.largest = max([self.largest, *(one.nbytes() for one in storages if one._cdata != self.given)])
-        return out
 
 
 @pytest.mark.parametrize(("variant", "videos", "kinds"), [("B/16", 1, 100_000), ("L/14", 12, 3000)])

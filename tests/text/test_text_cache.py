@@ -202,7 +202,7 @@ def test_any_single_bit_is_seen(dtype: torch.dtype) -> None:
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
 
     def fingerprint() -> bytes:
-        return module._fingerprint(module._text_weights(model, TOKENS))
+        return module._fingerprint(module.text_weights(model, TOKENS))
 
     start = fingerprint()
     for name, parameter in model.named_parameters():
@@ -344,7 +344,7 @@ def test_the_least_recently_used_goes_first(model) -> None:
     assert_known(cache, model, TOKENS)
     assert_known(cache, model, third)
     assert_encoded(cache, model, OTHERS)
-    assert sum(entry.nbytes for entry in cache._entries.values()) == 2 * size
+    assert cache._entries.taken == 2 * size
 
 
 def cache_bytes(cache: TextCache, model: XCLIP, tokens: Tensor) -> int:
@@ -356,7 +356,7 @@ def test_what_is_larger_than_the_cache_is_not_kept(model, max_bytes: int) -> Non
     cache = TextCache(max_bytes)
     assert_encoded(cache, model, TOKENS)
     assert_encoded(cache, model, TOKENS)
-    assert not cache._entries
+    assert not cache._entries.taken
 
 
 def test_a_thousand_weight_updates_keep_within_the_bound(model) -> None:
@@ -364,7 +364,7 @@ def test_a_thousand_weight_updates_keep_within_the_bound(model) -> None:
     for step in range(200):
         model.text_projection.data.add_(step + 1)
         cache.encode(model, TOKENS)
-    assert sum(entry.nbytes for entry in cache._entries.values()) <= 10_000
+    assert cache._entries.taken <= 10_000
 
 
 def test_a_cache_does_not_keep_a_model_alive() -> None:

@@ -21,10 +21,11 @@ from xclip_fast.engine.graphs import GraphCache
 from xclip_fast.engine.heads import Heads
 from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, Packing
 from xclip_fast.engine.products import onednn_int8
-from xclip_fast.engine.texts import EncodedTexts, KeptTexts, TextTower
+from xclip_fast.engine.texts import EncodedTexts, KeptTexts, TextTower, encoder_digest
 from xclip_fast.errors import InputError
 from xclip_fast.reference.model import XCLIP, VideoFeatures, check_tokens, check_video
 from xclip_fast.text import apply_template, clean_labels, get_tokenizer
+from xclip_fast.text.folder import TextFolder
 
 if TYPE_CHECKING:
     from xclip_fast.throughput import FileFeatures
@@ -84,9 +85,12 @@ class Engine:
         device: "cpu", "cuda" or one of several; by default the model's.
         clips: uint8 (B, T, H, W, 3) that show what the engine will see: products that err beyond their budget on
             them run in a higher precision, and say so in the log and in ``report``. By default a clip of noise.
+        text_cache: a folder that keeps encoded class texts for later runs, by SHA-256 of text weights, precision and
+            tokens: see ``TextFolder``.
 
     Raises:
-        InputError: there is no such dtype, it cannot be computed on this device, or the model is no whole X-CLIP.
+        InputError: there is no such dtype, it cannot be computed on this device, the model is no whole X-CLIP, or
+            there can be no such folder.
         ValueError: the clips have another shape or dtype.
     """
 
@@ -97,6 +101,7 @@ class Engine:
         device: str | torch.device | None = None,
         *,
         clips: Tensor | None = None,
+        text_cache: str | os.PathLike[str] | None = None,
         _rewrites: frozenset[str] | None = None,
     ) -> None:
         _check_model(model)
@@ -112,7 +117,7 @@ class Engine:
         rewrites = CUDA_REWRITES if self.device.type == "cuda" else CPU_REWRITES
         self._packing = Packing(self.device, stream, rewrites if _rewrites is None else _rewrites, narrow)
         self._model = weakref.ref(model)
-        self._kept = KeptTexts()
+        folder = None if text_cache is None else TextFolder(text_cache)
         with torch.no_grad(), self._quiet():
             probe = self._probe(_PROBE_FRAMES) if clips is None else self._checked(clips)
             errors, blocks = check_products(model, self._packing, probe)
@@ -123,7 +128,9 @@ class Engine:
             else:
                 self._tower = CpuTower(model.visual, self.config, self._packing, blocks=blocks)
             self._heads = Heads(model, self._packing)
-            self._texts = TextTower(model, self._packing)
+            tower = TextTower(model, self._packing)
+            encoder = b"" if folder is None else encoder_digest(model, self._packing)
+            self._texts = KeptTexts(tower, self._heads.prepare, folder, encoder)
         self._graphs = None
         if self.device.type == "cuda":
             self._graphs = GraphCache(self._features), GraphCache(lambda video: [self._embedding(video)])
@@ -168,7 +175,7 @@ class Engine:
         return embed_files(self, paths, **options)
 
     def encode_texts(self, classes: Sequence[str] | Tensor, template: str = "{}") -> EncodedTexts:
-        """A class set for ``classify`` and ``logits`` of this engine; the sets used last are kept.
+        """A class set for ``classify`` and ``logits`` of this engine; the sets used last are kept in memory.
 
         Args:
             classes: labels, or token ids (K, L) as for the model's ``encode_text``.
@@ -185,7 +192,7 @@ class Engine:
             tokens = get_tokenizer(self.config)(labels, self.config.context_length)
         check_tokens(tokens, self.config)
         with torch.inference_mode(), self._quiet():
-            return self._kept.get(tokens, self._encode_texts)
+            return self._texts.get(tokens)
 
     def texts_of(self, features: Tensor) -> EncodedTexts:
         """A class set for this engine of text features (K, E) that are known already, such as the model's own."""
@@ -195,7 +202,7 @@ class Engine:
                 f"found {features.dtype} {tuple(features.shape)}"
             )
         with torch.inference_mode(), self._quiet():
-            return self._heads.prepare(features.to(self.device))
+            return self._heads.prepare(features)
 
     def classify(self, video: Tensor, classes: EncodedTexts | Sequence[str] | Tensor) -> Tensor:
         """Class probabilities, float32 (B, K): the softmax of ``logits``.
@@ -271,9 +278,6 @@ class Engine:
     def _embedding(self, video: Tensor) -> Tensor:
         frame_features, _ = self._tower(video, patches=False)
         return self._heads.integrate(frame_features.view(-1, video.shape[1], frame_features.shape[1]))
-
-    def _encode_texts(self, tokens: Tensor) -> EncodedTexts:
-        return self._heads.prepare(self._texts(tokens))
 
     def _checked(self, video: Tensor) -> Tensor:
         check_video(video)

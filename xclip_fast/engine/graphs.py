@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from xclip_fast.recent import Recent
 
 MAX_GRAPHS = 8
 _TRIALS = 5  # of each way of running an odd batch
@@ -77,9 +78,9 @@ class GraphCache:
         seconds: Callable[[Callable[[], object]], float] | None = None,
         capacity: int = MAX_GRAPHS,
     ) -> None:
-        self.run, self.capture, self.capacity = run, capture, capacity
+        self.run, self.capture = run, capture
         self.seconds = seconds or _cuda_seconds
-        self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
+        self._graphs: Recent[tuple[Any, ...], Graph] = Recent(capacity)
         self._padded: dict[tuple[Any, ...], bool] = {}
         self._lock = threading.Lock()
 
@@ -114,12 +115,11 @@ class GraphCache:
         key = video.dtype, *video.shape
         with self._lock:
             # capture is rare and must not meet another capture: it stays under the lock
-            if key not in self._graphs:
-                self._graphs[key] = self.capture(self.run, video)
-            self._graphs.move_to_end(key)
-            while len(self._graphs) > self.capacity:
-                self._graphs.popitem(last=False)
-            return self._graphs[key]
+            graph = self._graphs.get(key)
+            if graph is None:
+                graph = self.capture(self.run, video)
+                self._graphs.put(key, graph)
+            return graph
 
 
 def bucket(batch: int) -> int:

@@ -117,7 +117,7 @@ class Heads:
 
     def prepare(self, features: Tensor) -> EncodedTexts:
         """Text features (K, E) with what the first prompt layer asks for them: it depends on them alone."""
-        features = features.to(self.prompt_dtype)
+        features = features.to(self.packing.device, self.prompt_dtype)
         if "prompt_query" not in self.rewrites:
             return EncodedTexts(features, features[:, :0])
         return EncodedTexts(features, self.layers[0].query(self.layers[0].norm_1(features)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +13,10 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from xclip_fast.engine.block import PackedBlock
 from xclip_fast.engine.cpu import Norm
 from xclip_fast.engine.packing import Packing, exact
+from xclip_fast.recent import Recent
 from xclip_fast.reference.transformer import split_heads
-from xclip_fast.text.cache import encode_in_chunks
+from xclip_fast.text.cache import encode_in_chunks, text_weights
+from xclip_fast.text.folder import TextFolder, digest
 
 MAX_KEPT_BYTES = 256 << 20
 
@@ -76,26 +77,47 @@ class TextTower:
 
 
 class KeptTexts:
-    """Class sets by their tokens, the least recently used out first; safe to use from several threads.
+    """Class sets by their tokens: those used last in memory, and the features of all in a folder where one is given.
 
-    The weights of an engine never change, so tokens alone tell what the features are.
+    It is safe to use from several threads.
+
+    Args:
+        encode: features (K, E) of token ids (K, L) on the CPU, the same for the same ids.
+        prepare: makes a class set of features, wherever they are.
+        folder: where features are kept for later runs.
+        encoder: stands in the folder for all that ``encode`` depends on, see ``encoder_digest``.
+        max_bytes: the most memory the class sets take.
     """
 
-    def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self._sets: OrderedDict[tuple[Any, ...], EncodedTexts] = OrderedDict()
-        self._lock = threading.Lock()
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        prepare: Callable[[Tensor], EncodedTexts],
+        folder: TextFolder | None = None,
+        encoder: bytes = b"",
+        max_bytes: int = MAX_KEPT_BYTES,
+    ) -> None:
+        self.encode, self.prepare, self.folder, self.encoder = encode, prepare, folder, encoder
+        self._sets: Recent[bytes, EncodedTexts] = Recent(max_bytes, lambda texts: sum(part.nbytes for part in texts))
 
-    def get(self, tokens: Tensor, encode: Callable[[Tensor], EncodedTexts]) -> EncodedTexts:
-        """What ``encode`` gives for token ids (K, L) on the CPU, computed once."""
+    def get(self, tokens: Tensor) -> EncodedTexts:
+        """The class set of token ids (K, L) on the CPU."""
         tokens = tokens.long().contiguous()
-        key = tokens.shape, tokens.numpy().tobytes()
-        with self._lock:
-            texts = self._sets.pop(key, None)
-        texts = encode(tokens) if texts is None else texts
-        with self._lock:
-            self._sets[key] = texts
-            kept = sum(part.nbytes for entry in self._sets.values() for part in entry)
-            while kept > self.max_bytes:
-                kept -= sum(part.nbytes for part in self._sets.popitem(last=False)[1])
+        key = digest([self.encoder, tokens])
+        texts = self._sets.get(key)
+        if texts is None:
+            texts = self.prepare(self._features(key, tokens))
+            self._sets.put(key, texts)
         return texts
+
+    def _features(self, key: bytes, tokens: Tensor) -> Tensor:
+        if self.folder is None:
+            return self.encode(tokens)
+        return self.folder.get(key, lambda: self.encode(tokens))
+
+
+def encoder_digest(model: Any, packing: Packing) -> bytes:
+    """SHA-256 of all that the features of a packed text tower depend on but the tokens."""
+    config = model.config
+    how = [config.text_heads, config.activation, packing.device.type, str(packing.dtype), sorted(packing.rewrites)]
+    return digest(["engine text features 1", json.dumps(how), *text_weights(model)])

@@ -7,7 +7,6 @@ import itertools
 import json
 import threading
 import weakref
-from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xclip_fast.config import XCLIPConfig
+from xclip_fast.recent import Recent
 from xclip_fast.text.folder import MAX_FOLDER_BYTES, TextFolder, digest
 
 _CHUNK_TOKENS = 8192
@@ -49,7 +49,7 @@ class TextCache:
     ) -> None:
         self.max_bytes = max_bytes
         self.folder = None if folder is None else TextFolder(folder, max_folder_bytes)
-        self._entries: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._entries: Recent[tuple[Any, ...], Tensor] = Recent(max_bytes, lambda features: features.nbytes)
         self._models: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._serial = itertools.count()
         self._lock = threading.Lock()
@@ -86,15 +86,13 @@ class TextCache:
                 self._number(model),
                 device,
                 torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-                tokens.shape,
-                tokens.numpy().tobytes(),
-                _fingerprint(_text_weights(model, tokens)),
+                digest([tokens]),
+                _fingerprint(text_weights(model, tokens)),
             )
-            with self._lock:
-                features = self._entries.pop(key, None)
+            features = self._entries.get(key)
             if features is None:
                 features = self._encode(model, tokens, ends, device)
-            self._keep(key, features)
+                self._entries.put(key, features)
         return features.clone()
 
     def _encode(self, model: Any, tokens: Tensor, ends: Tensor, device: torch.device) -> Tensor:
@@ -106,13 +104,6 @@ class TextCache:
     def _number(self, model: Any) -> int:
         with self._lock:
             return self._models.setdefault(model, next(self._serial))
-
-    def _keep(self, key: tuple[Any, ...], features: Tensor) -> None:
-        with self._lock:
-            self._entries[key] = features
-            kept = sum(entry.nbytes for entry in self._entries.values())
-            while kept > self.max_bytes:
-                kept -= self._entries.popitem(last=False)[1].nbytes
 
 
 def _check_ids(tokens: Tensor, vocab_size: int) -> None:
@@ -137,10 +128,12 @@ def encode_in_chunks(model: Any, tokens: Tensor, ends: Tensor, device: torch.dev
     return torch.cat(features)[order.argsort().to(device)]
 
 
-def _text_weights(model: Any, tokens: Tensor) -> list[Tensor]:
-    """All that the text features of the tokens depend on."""
-    embedding = model.token_embedding.weight
-    weights = [embedding[tokens.unique().to(embedding.device)], model.positional_embedding[: tokens.shape[1]]]
+def text_weights(model: Any, tokens: Tensor | None = None) -> list[Tensor]:
+    """All that the text features of the tokens depend on; by default those of any tokens."""
+    embedding, positions = model.token_embedding.weight, model.positional_embedding
+    if tokens is not None:
+        embedding, positions = embedding[tokens.unique().to(embedding.device)], positions[: tokens.shape[1]]
+    weights = [embedding, positions]
     for module in (model.transformer, model.ln_final):
         weights += [*module.parameters(), *module.buffers()]
     return [*weights, model.text_projection]
@@ -160,7 +153,7 @@ def _stable_key(model: Any, tokens: Tensor, device: torch.device) -> bytes | Non
         device.type,
         autocast,
     ]
-    return digest(["text features 1", json.dumps(how), *_text_weights(model, tokens), tokens])
+    return digest(["text features 1", json.dumps(how), *text_weights(model, tokens), tokens])
 
 
 def _fingerprint(weights: list[Tensor]) -> bytes:

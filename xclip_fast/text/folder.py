@@ -40,7 +40,7 @@ class TextFolder:
         InputError: there can be no such folder.
     """
 
-    def __init__(self, path: str | Path, max_bytes: int = MAX_FOLDER_BYTES) -> None:
+    def __init__(self, path: str | os.PathLike[str], max_bytes: int = MAX_FOLDER_BYTES) -> None:
         self.path, self.max_bytes = Path(path), max_bytes
         try:
             self.path.mkdir(parents=True, exist_ok=True)
