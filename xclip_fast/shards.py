@@ -25,10 +25,12 @@ from xclip_fast.video.preprocess import get_preset
 
 MANIFEST = "manifest.json"
 FORMATS = ("safetensors", "parquet")
-_FORMAT = "xclip_fast features 1"
+_FORMAT = "xclip_fast features 2"
 _LOCK = ".lock"
 _LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _MAX_MANIFEST = 256 << 20
+_DIGITS = 8  # that stand for the state of a file in the manifest, which a million files must not swell
+_GONE = "-" * _DIGITS
 
 _log = logging.getLogger("xclip_fast")
 Report = Callable[[str, str | None], object]
@@ -38,7 +40,7 @@ Report = Callable[[str, str | None], object]
 class Request:
     """What a folder of shards is asked to hold.
 
-    paths: the files, known by their names.
+    paths: the files, known by name, size and time of last change.
     weights: SHA-256 of the model's weights, see ``weights_digest``.
     shard_size: files of a shard.
     format: "safetensors" or "parquet".
@@ -103,8 +105,9 @@ def embed_to_shards(
 
     ``manifest.json`` there names each finished shard with its rows, SHA-256 and the files that could not be used. A
     shard or manifest appears whole or not at all. Called again with the same request, it checks the shards that are
-    there, and computes those that are missing or damaged. The bytes are those of an undisturbed run as long as machine,
-    number of threads and versions are the same, and the same files can be decoded.
+    there, and computes those that are missing, damaged, or hold a file that has another size or time of change since,
+    or was not there and now is. Features of files that are gone stay. The bytes are those of an undisturbed run as long
+    as machine, number of threads and versions are the same, and the same files can be decoded.
 
     Args:
         model: as for ``embed_files``.
@@ -176,13 +179,15 @@ class _Folder:
             raise InputError(f"cannot read {str(manifest)!r}: {error.strerror}: choose another folder") from None
         self._check(content)
         for number, shard in enumerate(content["shards"]):
-            if shard is not None and self._is_whole(number, shard):
+            if shard is not None and self._is_current(number, shard) and self._is_whole(number, shard):
                 self.shards[number] = shard
 
     def fill(self, model: Any, report: Report, decoding: dict[str, Any]) -> Written:
         """Compute the shards that are missing."""
         missing = [number for number, shard in enumerate(self.shards) if shard is None]
         files = [path for number in missing for path in self.groups[number]]
+        # before any is read: what changes from here on is seen by the next run
+        states = {number: [_state(path) for path in self.groups[number]] for number in missing}
         ends = np.cumsum([len(self.groups[number]) for number in missing]) - 1
         request = self.request
         found = embed_in_groups(
@@ -210,7 +215,7 @@ class _Folder:
                     result = next(found)
                     report(path, None if result.error is None else str(result.error))
                     results.append(result)
-                self.shards[number] = self._write(number, results)
+                self.shards[number] = self._write(number, results) | {"states": "".join(states[number])}
                 self._save()
         finally:
             found.close()  # type: ignore[attr-defined]
@@ -268,12 +273,14 @@ class _Folder:
     def _is_sound(self, number: int, shard: Any) -> bool:
         if shard is None:
             return True
-        if not isinstance(shard, dict) or shard.keys() != {"file", "rows", "sha256", "failed"}:
+        if not isinstance(shard, dict) or shard.keys() != {"file", "rows", "sha256", "failed", "states"}:
             return False
         rows, failed, count = shard["rows"], shard["failed"], len(self.groups[number])
         if not isinstance(rows, int) or not isinstance(failed, list) or rows + len(failed) != count:
             return False
         if shard["file"] != (self._name(number) if rows else None):
+            return False
+        if not isinstance(shard["states"], str) or len(shard["states"]) != _DIGITS * count:
             return False
         return all(
             isinstance(entry, dict)
@@ -282,6 +289,15 @@ class _Folder:
             and isinstance(entry.get("error"), str)
             for entry in failed
         )
+
+    def _is_current(self, number: int, shard: dict[str, Any]) -> bool:
+        for place, path in enumerate(self.groups[number]):
+            before, now = shard["states"][_DIGITS * place : _DIGITS * (place + 1)], _state(path)
+            if now not in (before, _GONE):
+                change = "was not there" if before == _GONE else "was another file"
+                _log.warning("%s %s in an earlier run: its shard is computed again", path, change)
+                return False
+        return True
 
     def _is_whole(self, number: int, shard: dict[str, Any]) -> bool:
         if shard["file"] is None:
@@ -294,6 +310,14 @@ class _Folder:
             pass
         _log.warning("%s is missing or damaged: its files are computed again", path)
         return False
+
+
+def _state(path: str) -> str:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return _GONE
+    return digest([f"{status.st_size} {status.st_mtime_ns}"]).hex()[:_DIGITS]
 
 
 def _lock(file: int) -> bool:

@@ -250,6 +250,98 @@ def test_a_shard_that_is_damaged_is_made_again(
     assert other.stat().st_mtime_ns == before
 
 
+@pytest.fixture
+def copies(paths: list[str], tmp_path: Path) -> list[str]:
+    """Six files of which a test may change some; 3 to 5 are no videos."""
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    for place, path in enumerate(paths[:6]):
+        shutil.copy2(path, folder / str(place))
+    return [str(folder / str(place)) for place in range(6)]
+
+
+def other_content(path: str, source: str) -> None:
+    shutil.copyfile(source, path)
+
+
+def other_time_alone(path: str, source: str) -> None:
+    size, before = os.path.getsize(path), os.stat(path).st_mtime_ns
+    os.utime(path, ns=(before, before + 1))
+    assert os.path.getsize(path) == size
+
+
+def other_size_alone(path: str, source: str) -> None:
+    before = os.stat(path).st_mtime_ns
+    shutil.copyfile(source, path)
+    os.utime(path, ns=(before, before))
+
+
+@pytest.mark.parametrize("change", [other_content, other_time_alone, other_size_alone])
+@pytest.mark.parametrize("place", [1, 4])
+def test_a_file_that_changed_has_its_shard_computed_again(
+    change: Callable[[str, str], None],
+    place: int,
+    model: Any,
+    paths: list[str],
+    copies: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "out"
+    told = finish(model, copies, folder)
+    assert [good for _, good in told] == [True] * 3 + [False] * 3
+    other = folder / "shard-000000.safetensors"
+    before = other.stat().st_mtime_ns
+    change(copies[place], paths[6])
+    told = finish(model, copies, folder)
+    assert told[place] == (copies[place], place == 1 or change is not other_time_alone)
+    assert caplog.text.count("computed again") == 1
+    assert f"{copies[place]} was another file in an earlier run" in caplog.text
+    assert (other.stat().st_mtime_ns == before) == (place == 4)
+    # as though the files had always been so
+    finish(model, copies, tmp_path / "fresh")
+    assert contents(folder) == contents(tmp_path / "fresh")
+    caplog.clear()
+    finish(model, copies, folder)
+    assert not caplog.text
+
+
+def test_features_of_a_file_that_is_gone_stay_and_one_that_comes_back_is_read(
+    model: Any, copies: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "out"
+    finish(model, copies, folder)
+    before = contents(folder)
+    os.rename(copies[0], copies[0] + "x")
+    os.rename(copies[3], copies[3] + "x")
+    assert finish(model, copies, folder)[0] == (copies[0], True)
+    assert contents(folder) == before
+    assert not caplog.text
+    # a run that never saw it says so, and looks again
+    assert finish(model, copies, tmp_path / "other")[0] == (copies[0], False)
+    os.rename(copies[0] + "x", copies[0])
+    os.rename(copies[3] + "x", copies[3])
+    assert finish(model, copies, tmp_path / "other")[0] == (copies[0], True)
+    assert f"{copies[0]} was not there in an earlier run" in caplog.text
+    assert contents(tmp_path / "other") == before
+
+
+def test_a_change_while_a_run_reads_is_seen_by_the_next(model: Any, copies: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+
+    def rewrite(path: str, error: str | None) -> None:
+        if path == copies[2]:
+            other_time_alone(path, "")
+
+    request = request_for(model, copies)
+    embed_to_shards(model, folder, request, rewrite, workers=0)
+    first = json.loads((folder / MANIFEST).read_text())["shards"][0]["states"]
+    finish(model, copies, folder)
+    again = json.loads((folder / MANIFEST).read_text())["shards"][0]["states"]
+    assert first[:16] == again[:16]
+    assert first[16:] != again[16:]
+
+
 def test_a_folder_in_the_place_of_a_shard_is_one_line(
     model: Any, paths: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -287,6 +379,9 @@ def test_another_request_is_refused(model: Any, paths: list[str], undisturbed: P
     assert contents(folder) == before
 
 
+WHOLE = {"file": "shard-000000.safetensors", "rows": 3, "sha256": "", "failed": [], "states": "0" * 24}
+
+
 @pytest.mark.parametrize(
     "manifest",
     [
@@ -297,16 +392,18 @@ def test_another_request_is_refused(model: Any, paths: list[str], undisturbed: P
         b'{"format": "other", "request": {}, "shards": []}',
         b"\xff\xfe",
         *(
-            json.dumps({"shards": broken}).encode()
+            json.dumps({"shards": broken and broken + [None] * 3}).encode()
             for broken in (
                 None,
                 [],
-                [7] * 4,
-                [{"file": "../x", "rows": 3, "sha256": "", "failed": []}] * 4,
-                [{"file": None, "rows": 0, "sha256": None, "failed": []}] * 4,
-                [{"file": None, "rows": 0, "sha256": None, "failed": [{"place": [], "file": "a", "error": "b"}] * 3}]
-                * 4,
-                [{"file": None, "rows": "0", "sha256": None, "failed": [None] * 3}] * 4,
+                [7],
+                [WHOLE | {"file": "../x"}],
+                [WHOLE | {"file": None, "rows": 0}],
+                [WHOLE | {"file": None, "rows": 0, "failed": [{"place": [], "file": "a", "error": "b"}] * 3}],
+                [WHOLE | {"file": None, "rows": "0", "failed": [None] * 3}],
+                [WHOLE | {"states": "0"}],
+                [WHOLE | {"states": [7] * 24}],
+                [{key: value for key, value in WHOLE.items() if key != "states"}],
             )
         ),
     ],
@@ -324,6 +421,15 @@ def test_a_manifest_that_makes_no_sense_is_refused(
         finish(model, paths, folder)
     assert "\n" not in str(refused.value)
     assert (folder / MANIFEST).read_bytes() == manifest
+
+
+def test_a_manifest_that_makes_sense_is_not(model: Any, paths: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(undisturbed, folder)
+    whole = json.loads((undisturbed / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(whole | {"shards": [WHOLE] + [None] * 3}))
+    finish(model, paths, folder)
+    assert contents(folder) == contents(undisturbed)
 
 
 def test_folders_that_hold_something_else_are_left_alone(model: Any, paths: list[str], tmp_path: Path) -> None:

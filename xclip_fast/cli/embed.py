@@ -57,7 +57,8 @@ def embed(
 
     The features are float32, not normalised, and the mean over the views of a video. A file appears whole or not at
     all. A video that cannot be used is reported and left out; the exit code is then 2. With --shard-size a run that was
-    stopped goes on where it was when the same command is given again.
+    stopped goes on where it was when the same command is given again; shards with a video that changed since, by size
+    or time of change, are computed again.
     """
     from xclip_fast.features import check_features_path
 
