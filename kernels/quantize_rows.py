@@ -1,0 +1,109 @@
+"""Rows to float8 e4m3 with a float32 scale each, behind a layer norm or an activation: one read, one write."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.kernels.layer_norm import block_shape
+from xclip_fast.kernels.linear_quick_gelu import EXPONENT
+from xclip_fast.kernels.mean_norm_over_frames import _normalise
+
+E4M3_MAX = tl.constexpr(448.0)
+# below it a row counts as zeros: the reciprocal of its scale would be infinite
+SMALLEST = tl.constexpr(1e-30)
+SILU_EXPONENT = tl.constexpr(-1.4426950408889634)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """SiLU, QuickGELU or GELU in float32."""
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+    if ACTIVATION == "silu":
+        return x / (1.0 + tl.exp2(x * SILU_EXPONENT))
+    return x / (1.0 + tl.exp2(x * EXPONENT))
+
+
+@triton.jit
+def _quantize_rows_fwd_kernel(
+    x_ptr,
+    constant_ptr,
+    weight_ptr,
+    bias_ptr,
+    quantized_ptr,
+    scale_ptr,
+    rows,
+    x_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_CONSTANT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_WIDTH)
+    in_row = row < rows
+    in_width = column < WIDTH
+    inside = in_row[:, None] & in_width[None, :]
+    # [BLOCK_ROWS, BLOCK_WIDTH]
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        if HAS_CONSTANT:
+            x += tl.load(constant_ptr + column, mask=in_width, other=0.0).to(tl.float32)[None, :]
+        x, _ = _normalise(x, in_width, eps, WIDTH)
+        weight = tl.load(weight_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+        x = x * weight[None, :] + bias[None, :]
+    if ACTIVATION is not None:
+        x = _activate(x, ACTIVATION)
+    largest = tl.max(tl.abs(x), axis=1)
+    # divisions a row, rounded as PyTorch rounds them; a product a number
+    scale = tl.where(largest > SMALLEST, tl.div_rn(largest, E4M3_MAX), 1.0)
+    quantized = x * tl.div_rn(1.0, scale)[:, None]
+    out = row[:, None] * WIDTH + column[None, :]
+    tl.store(quantized_ptr + out, quantized.to(quantized_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + row, scale, mask=in_row)
+
+
+def quantize_rows_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    constant: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch it: e4m3 rows in the shape of ``x``, and the float32 scale (..., 1) of each."""
+    flat = as_rows(x)
+    rows, width = flat.shape
+    quantized = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    block_rows, block_width = block_shape(width)
+    if rows:
+        with on_device_of(x):
+            _quantize_rows_fwd_kernel[(triton.cdiv(rows, block_rows),)](
+                x_ptr=flat,
+                constant_ptr=None if constant is None else constant.contiguous(),
+                weight_ptr=None if weight is None else weight.contiguous(),
+                bias_ptr=None if bias is None else bias.contiguous(),
+                quantized_ptr=quantized,
+                scale_ptr=scale,
+                rows=rows,
+                x_stride=flat.stride(0),
+                eps=eps,
+                WIDTH=width,
+                BLOCK_ROWS=block_rows,
+                BLOCK_WIDTH=block_width,
+                HAS_NORM=weight is not None,
+                HAS_CONSTANT=constant is not None,
+                ACTIVATION=activation,
+                num_warps=4,
+            )
+    return quantized, scale
