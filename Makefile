@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/xclip-fast demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # everything in csrc/, the CUDA part where nvcc is, no GPU needed; a failure is an error
 ext: $(INSTALLED)
