@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from xclip_fast.errors import one_line
+
 LIBRARY = Path(__file__).with_name("_native.so")
 INTERFACE = 2  # raised with every change of what the library's operators take, there and here
 REBUILD = "build it again with `make ext`"
@@ -55,7 +57,7 @@ def _load(path: Path) -> tuple[str | None, list[str]]:
         library.xclip_fast_architectures.restype = ctypes.c_char_p
         interface, built_for = library.xclip_fast_interface(), library.xclip_fast_architectures().decode()
     except (OSError, AttributeError) as error:
-        return f"the extension does not load with torch {torch.__version__} ({_one_line(error)}): {REBUILD}", []
+        return f"the extension does not load with torch {torch.__version__} ({one_line(error)}): {REBUILD}", []
     if interface != INTERFACE:
         return f"the extension has interface {interface}, this xclip_fast needs {INTERFACE}: {REBUILD}", []
     return None, built_for.split()
@@ -77,7 +79,3 @@ def _damage(path: Path) -> str | None:
     # linkers write the table of sections last
     end = sections + entry * count
     return f"{end} bytes long when built, {size} now" if size < end else None
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:160]

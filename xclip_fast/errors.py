@@ -1,4 +1,4 @@
-"""The one exception type that means "the input is at fault, not the library", and how a lack of memory shows."""
+"""The one exception type that means "the input is at fault, not the library", and what the exceptions of others say."""
 
 
 class InputError(ValueError):
@@ -16,3 +16,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     )
+
+
+def one_line(error: object) -> str:
+    """The message of an exception on one line of bounded length; bytes of a file in it can't reach the terminal."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from configs import LABELS
 
-from xclip_fast import XCLIPConfig
-
-TINY = XCLIPConfig(
-    image_size=32,
-    patch_size=16,
-    vision_width=64,
-    vision_layers=1,
-    embed_dim=64,
-    text_width=64,
-    text_layers=1,
-    context_length=40,
-    vocab_size=514,
-    frames=4,
-)
+TINY = replace(LABELS, context_length=40, frames=4)
 
 Cli = Callable[..., tuple[int, str, str]]
 

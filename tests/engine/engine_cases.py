@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import torch
+from configs import SMALL
 from numerics import randomise_parameters
 from torch import Tensor
 
 from xclip_fast.config import XCLIPConfig
 from xclip_fast.reference import XCLIP
 
-CONFIG = XCLIPConfig(
-    image_size=32,
-    patch_size=8,
-    vision_width=128,
-    vision_layers=3,
-    embed_dim=128,
-    context_length=20,
-    vocab_size=64,
-    text_width=64,
-    text_layers=2,
-    frames=4,
-    mit_layers=2,
-    pixel_mean=(0.4, 0.5, 0.6),
-    pixel_std=(0.2, 0.25, 0.3),
-)
-
 
 def small_model(**sizes: object) -> XCLIP:
     """A reference model in which no parameter has a special value."""
-    config = XCLIPConfig.from_dict(CONFIG.to_dict() | sizes)
+    config = XCLIPConfig.from_dict(SMALL.to_dict() | sizes)
     return randomise_parameters(XCLIP(config)).requires_grad_(False).eval()
 
 
@@ -38,7 +23,7 @@ def random_video(batch: int = 2, frames: int = 4, side: int = 32) -> Tensor:
 
 def random_tokens(classes: int = 5) -> Tensor:
     """Token ids of texts of 1 to 9 tokens; the largest id ends a text and zeros follow."""
-    ids = torch.zeros(classes, CONFIG.context_length, dtype=torch.int64)
+    ids = torch.zeros(classes, SMALL.context_length, dtype=torch.int64)
     for row in range(classes):
         length = 1 + 4 * row % 9
         ids[row, :length] = torch.randint(1, 62, (length,))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import CONFIG, random_tokens, random_video, small_model
+from configs import SMALL
+from engine_cases import random_tokens, random_video, small_model
 from numerics import EXACT, assert_within, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -146,11 +147,11 @@ def test_text_is_cut(model: XCLIP) -> None:
     tokens = random_tokens()
     with Trace() as trace:
         make_engine(model, CpuTower, ALL).encode_texts(tokens)
-    assert not any(str((len(tokens), CONFIG.context_length, 64)) in call for call in trace.calls)
+    assert not any(str((len(tokens), SMALL.context_length, 64)) in call for call in trace.calls)
 
 
 def test_parity_large_class_sets_in_parts(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", 7 * 64 * CONFIG.embed_dim)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 7 * 64 * SMALL.embed_dim)
     video, tokens = random_video(3), random_tokens(11)
     engine = make_engine(model, CpuTower, ALL)
     with Trace() as trace:

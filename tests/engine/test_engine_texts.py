@@ -193,8 +193,7 @@ print(features.view(torch.uint8).numpy().tobytes().hex())
 
 
 def test_another_process_reads_what_one_wrote(tmp_path: Path) -> None:
-    tests = Path(__file__).parent
-    found = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    found = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
     said = [
         subprocess.run(
             [sys.executable, "-c", SCRIPT, str(tmp_path), what],

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from buffers import Largest
+from configs import LABELS
 from numerics import TOLERANCES, assert_within, randomise_parameters
 
-from xclip_fast import VARIANTS, XCLIPConfig, create_model, model, pipeline, reference
+from xclip_fast import VARIANTS, create_model, model, pipeline, reference
 from xclip_fast.classes import CHUNK_BYTES, class_chunks, class_logits
 from xclip_fast.reference import VideoFeatures
 from xclip_fast.text import get_tokenizer
 
-CONFIG = XCLIPConfig(
-    image_size=32,
-    patch_size=16,
-    vision_width=64,
-    vision_layers=1,
-    embed_dim=64,
-    text_width=64,
-    text_layers=1,
-    context_length=40,
-    vocab_size=514,
-    frames=2,
-)
+CONFIG = replace(LABELS, context_length=40)
 
 
 def random_features(videos: int, dtype: torch.dtype = torch.float32, width: int = 64, patches: int = 4) -> Any:

@@ -11,35 +11,22 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from configs import SMALL
 from numerics import EXACT, assert_within, randomise_parameters, relative_error
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, normalize, silu
 
-from xclip_fast.config import XCLIPConfig
 from xclip_fast.reference import XCLIP, CrossFrameBlock, MultiframeIntegration, VideoPrompts, VisionTower
 from xclip_fast.reference.transformer import SelfAttention, attend, split_heads
 from xclip_fast.reference.vision import attend_within_frame, communicate
 
-CONFIG = XCLIPConfig(
-    image_size=32,
-    patch_size=8,
-    vision_width=128,
-    vision_layers=3,
-    embed_dim=128,
-    context_length=20,
-    vocab_size=64,
-    text_width=64,
-    text_layers=2,
-    frames=4,
-    mit_layers=2,
-)
-B, T, S, D, K = 2, 4, CONFIG.patches + 1, CONFIG.vision_width, 5
+B, T, S, D, K = 2, 4, SMALL.patches + 1, SMALL.vision_width, 5
 VISIBLE = 1e-4  # a change far above any rounding
 
 
 @pytest.fixture
 def model() -> XCLIP:
-    return randomise_parameters(XCLIP(CONFIG)).double().requires_grad_(False).eval()
+    return randomise_parameters(XCLIP(SMALL)).double().requires_grad_(False).eval()
 
 
 @pytest.fixture
@@ -61,7 +48,7 @@ def video() -> Tensor:
 @pytest.fixture
 def texts() -> Tensor:
     """Token ids of five texts, the longest of 9 tokens; the largest id ends a text and zeros follow."""
-    ids = torch.zeros(K, CONFIG.context_length, dtype=torch.int64)
+    ids = torch.zeros(K, SMALL.context_length, dtype=torch.int64)
     for row, length in enumerate((3, 9, 5, 1, 4)):
         ids[row, :length] = torch.randint(1, 62, (length,))
         ids[row, length - 1] = 63
@@ -95,7 +82,7 @@ def test_parity_pixel_normalisation_folds_into_patch_weights(model: XCLIP, video
     check(
         "normalisation in the patch weights",
         lambda: model.visual.conv1(model.normalise(video).flatten(0, 1)),
-        lambda: conv2d(pixels, *folded_pixels(model), stride=CONFIG.patch_size),
+        lambda: conv2d(pixels, *folded_pixels(model), stride=SMALL.patch_size),
         [model.visual.conv1.weight],
     )
 
@@ -105,7 +92,7 @@ def test_parity_pixels_centred_at_128(model: XCLIP, video: Tensor) -> None:
     def rewrite() -> Tensor:
         weight, bias = folded_pixels(model)
         centred = video.flatten(0, 1).movedim(-1, 1).double() - 128
-        return conv2d(centred, weight, bias + 128 * weight.sum(dim=(1, 2, 3)), stride=CONFIG.patch_size)
+        return conv2d(centred, weight, bias + 128 * weight.sum(dim=(1, 2, 3)), stride=SMALL.patch_size)
 
     check(
         "pixels centred at 128",
@@ -384,7 +371,7 @@ def integrate(mit: MultiframeIntegration, features: Tensor) -> Tensor:
 
 
 def test_parity_mit_mean_before_last_product(model: XCLIP) -> None:
-    features = 2 * torch.randn(B, T, CONFIG.embed_dim, dtype=torch.float64) + 0.5
+    features = 2 * torch.randn(B, T, SMALL.embed_dim, dtype=torch.float64) + 0.5
     check(
         "MIT: mean before the last product",
         lambda: model.mit(features),
@@ -442,8 +429,8 @@ def adapt(prompts: VideoPrompts, text: Tensor, query: Tensor, patches: Tensor) -
 
 def test_parity_first_prompt_query_depends_on_text_alone(model: XCLIP) -> None:
     prompts = model.prompts_generator
-    text = 2 * torch.randn(K, CONFIG.embed_dim, dtype=torch.float64) + 0.5
-    patches = torch.randn(B, CONFIG.patches, CONFIG.embed_dim, dtype=torch.float64)
+    text = 2 * torch.randn(K, SMALL.embed_dim, dtype=torch.float64) + 0.5
+    patches = torch.randn(B, SMALL.patches, SMALL.embed_dim, dtype=torch.float64)
     check(
         "prompts: first query per class set",
         lambda: prompts(text.expand(B, -1, -1), patches),
@@ -463,7 +450,7 @@ def test_parity_all_rewrites_at_once(model: XCLIP, video: Tensor, texts: Tensor)
 
     def rewrite() -> Tensor:
         pixels = video.flatten(0, 1).movedim(-1, 1).double()
-        patches = conv2d(pixels, *folded_pixels(model), stride=CONFIG.patch_size).flatten(2).transpose(1, 2)
+        patches = conv2d(pixels, *folded_pixels(model), stride=SMALL.patch_size).flatten(2).transpose(1, 2)
         patches = tower.ln_pre(patches + tower.positional_embedding[1:])
         stream = torch.cat([class_row(tower).expand(B * T, 1, -1), patches], dim=1).unflatten(0, (B, T))
         offset = torch.zeros(D, dtype=torch.float64)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import LABELS
 from numerics import TOLERANCES, assert_within
 from torch import Tensor, nn
 
@@ -19,17 +20,7 @@ from xclip_fast.reference import XCLIP
 from xclip_fast.text import TextCache, get_tokenizer
 from xclip_fast.text import cache as module
 
-CONFIG = XCLIPConfig(
-    image_size=32,
-    patch_size=16,
-    vision_width=64,
-    vision_layers=1,
-    embed_dim=64,
-    text_width=64,
-    text_layers=2,
-    vocab_size=514,
-    frames=2,
-)
+CONFIG = replace(LABELS, text_layers=2)
 TOKENS = get_tokenizer(514)(["moving left", "moving right", "up"])
 OTHERS = get_tokenizer(514)(["growing", "shrinking", "still"])
 WEIGHTS = ("token_embedding", "positional_embedding", "text_projection", "ln_final", "transformer")

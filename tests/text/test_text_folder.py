@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from configs import LABELS
 from torch import Tensor
 
 from xclip_fast import InputError, XCLIPConfig
@@ -22,17 +23,6 @@ from xclip_fast.reference import XCLIP
 from xclip_fast.text import TextCache, get_tokenizer
 from xclip_fast.text.folder import TextFolder, digest
 
-CONFIG = XCLIPConfig(
-    image_size=32,
-    patch_size=16,
-    vision_width=64,
-    vision_layers=1,
-    embed_dim=64,
-    text_width=64,
-    text_layers=1,
-    vocab_size=514,
-    frames=2,
-)
 TOKENS = get_tokenizer(514)(["moving left", "moving right", "up"])
 KEY = b"\x07" * 32
 
@@ -49,7 +39,7 @@ class Counted(XCLIP):
 
 def made() -> Counted:
     torch.manual_seed(0)
-    return Counted(CONFIG)
+    return Counted(LABELS)
 
 
 def encodes(model: Counted, folder: Path, tokens: Tensor = TOKENS) -> bool:
@@ -86,12 +76,12 @@ def by_weight(model: Counted) -> None:
 
 
 def by_heads(model: Counted) -> None:
-    model.__init__(XCLIPConfig.from_dict(CONFIG.to_dict() | {"text_heads": 4}))  # type: ignore[misc]
+    model.__init__(XCLIPConfig.from_dict(LABELS.to_dict() | {"text_heads": 4}))  # type: ignore[misc]
     model.load_state_dict(made().state_dict())
 
 
 def by_activation(model: Counted) -> None:
-    model.__init__(XCLIPConfig.from_dict(CONFIG.to_dict() | {"activation": "gelu"}))  # type: ignore[misc]
+    model.__init__(XCLIPConfig.from_dict(LABELS.to_dict() | {"activation": "gelu"}))  # type: ignore[misc]
     model.load_state_dict(made().state_dict())
 
 
@@ -305,7 +295,7 @@ print(json.dumps([model.calls, [one.sum().item() for one in features]]))
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
-    folders = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    folders = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": folders}) as process:
         # what one writes the other finds, or writes too

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from xclip_fast.checkpoints.files import state_dict_of
-from xclip_fast.checkpoints.sizes import Claim, one_line
+from xclip_fast.checkpoints.sizes import Claim
 from xclip_fast.checkpoints.stored import Checkpoint, from_official
 from xclip_fast.config import CLIP_MEAN, CLIP_STD
-from xclip_fast.errors import InputError
+from xclip_fast.errors import InputError, one_line
 
 _WIDEST_OPENAI = 1024  # wider towers of open_clip have heads of other sizes than 64
 _BY_HAND = "give the open_clip model itself, or a checkpoint file"

@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xclip_fast.checkpoints.names import listing
-from xclip_fast.checkpoints.sizes import one_line
-from xclip_fast.errors import InputError
+from xclip_fast.errors import InputError, one_line
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from xclip_fast.checkpoints.files import read_checkpoint, read_json, state_dict_of
 from xclip_fast.checkpoints.names import listing
-from xclip_fast.checkpoints.sizes import Claim, one_line
+from xclip_fast.checkpoints.sizes import Claim
 from xclip_fast.checkpoints.stored import Checkpoint, from_hf
 from xclip_fast.config import HEAD_DIM, XCLIPConfig
-from xclip_fast.errors import InputError
+from xclip_fast.errors import InputError, one_line
 
 _log = logging.getLogger("xclip_fast")
 

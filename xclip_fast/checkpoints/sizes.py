@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from xclip_fast.checkpoints.names import listing
 from xclip_fast.config import XCLIPConfig
-from xclip_fast.errors import InputError
+from xclip_fast.errors import InputError, one_line
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -146,12 +146,6 @@ def check_tensors(found: Shapes, expected: Shapes, optional: Collection[str], wh
             f"{where} has tensors of the wrong shape: {listing(wrong)}: "
             f"{first} is {found[first]} and must be {expected[first]}"
         )
-
-
-def one_line(error: object) -> str:
-    """The message of an exception on one line of bounded length; bytes of a file in it can't reach the terminal."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _short(value: object) -> str:
