@@ -516,7 +516,9 @@ def test_the_command_goes_on_after_it_is_interrupted_and_killed(
         assert code == {signal.SIGINT: 130, signal.SIGKILL: -9}[ending]
         said = (tmp_path / "said").read_text()
         assert said.endswith("interrupted: nothing was left half-written\n") == (ending == signal.SIGINT)
-    assert contents(folder).keys() < contents(tmp_path / "whole").keys()
+    # the kill may have left a half-written file: the next run removes it
+    found = {name for name in contents(folder) if not shards._LEFTOVER.fullmatch(name)}
+    assert found < contents(tmp_path / "whole").keys()
 
     code, out, again = cli("embed", "--out", folder, "--workers", "0", *options)
     assert (code, out) == (2, "")
