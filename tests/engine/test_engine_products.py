@@ -1,4 +1,4 @@
-"""The engine's products against plain PyTorch, and the arithmetic of bytes and float8."""
+"""The engine's products against plain PyTorch, and the arithmetic of bytes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from xclip_fast.engine.products import (
     Int8Product,
     OneDnnProduct,
     PlainProduct,
-    activate,
-    e4m3_rows,
     int8_channels,
     int8_rows,
     onednn_int8,
     onednn_packs,
 )
+from xclip_fast.ops._quantize_rows import activate
 
 CPU = torch.device("cpu")
 SIZES = [(1, 64, 64), (7, 48, 80), (130, 96, 32)]
@@ -94,46 +93,6 @@ def test_channels_are_within_half_a_step() -> None:
     assert quantised.dtype is torch.int8
     assert quantised.abs().amax(dim=1).tolist() == [127, 127, 127, 0, 127]
     assert ((quantised * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_float8_rows_keep_the_precision_of_e4m3(dtype: torch.dtype) -> None:
-    x = torch.randn(6, 200).to(dtype) * torch.tensor([1e-4, 1.0, 1e4, 0.0, 3.0, 7.0])[:, None].to(dtype)
-    rows, scale = e4m3_rows(x)
-    assert rows.dtype is torch.float8_e4m3fn
-    assert scale.shape == (6, 1)
-    found = rows.float() * scale
-    assert found.isfinite().all()
-    # three bits behind the leading one, and below 2 ** -6 steps of 2 ** -9
-    room = torch.maximum(x.float().abs() * 2**-4, scale * 2**-10) * 1.02
-    assert ((found - x.float()).abs() <= room).all()
-    assert rows.float().abs().amax(dim=1)[[0, 1, 2, 4, 5]].tolist() == [448] * 5
-
-
-def test_float8_product_in_emulation() -> None:
-    x, weight, bias, _ = operands(40, 128, 64, torch.float32)
-    (rows, row_scale), (columns, column_scale) = e4m3_rows(x), e4m3_rows(weight)
-    found = (rows.float() @ columns.float().t()) * row_scale * column_scale.t() + bias
-    assert 1e-3 < relative_error(found, linear(x, weight, bias)) < 0.06
-
-
-def test_float8_calls_scaled_mm_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, bias, stream = operands(40, 128, 64, torch.bfloat16)
-
-    def scaled_mm(
-        a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, bias: Tensor, out_dtype: torch.dtype
-    ) -> Tensor:
-        assert a.dtype is b.dtype is torch.float8_e4m3fn
-        assert a.is_contiguous()
-        assert b.t().is_contiguous()
-        assert scale_a.shape == (40, 1)
-        assert scale_b.shape == (1, 64)
-        assert scale_a.is_contiguous()
-        assert scale_b.is_contiguous()
-        return ((a.float() @ b.float()) * scale_a * scale_b + bias.float()).to(out_dtype)
-
-    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    compare(products.Float8Product(weight, bias, "silu", torch.bfloat16), (x, weight, bias, stream), "silu", 0.08)
 
 
 def test_engine_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

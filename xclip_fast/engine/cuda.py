@@ -17,8 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from xclip_fast.engine.cpu import first_message
 from xclip_fast.engine.packing import Packing, exact, place_of
-from xclip_fast.engine.products import Product
+from xclip_fast.engine.products import Float8Product, Product
 from xclip_fast.ops import frame_attention, layer_norm, message_attention, message_key_value, patch_embed
+from xclip_fast.ops._quantize_rows import activate, quantize_rows
 from xclip_fast.reference.positions import spatial_positions
 
 
@@ -52,8 +53,8 @@ class _Block:
         class_tokens = tokens[:, :, 0]
         message_kv = side.begin(lambda: self.key_value(class_tokens))
         rows = tokens.flatten(0, 2)
-        normed, _ = layer_norm(rows, *self.norm_1, constant=self.lag_1, eps=self.eps)
-        packed = self.qkv(normed).view(-1, tokens.shape[2], 3 * tokens.shape[3])
+        packed = self._behind_norm(self.qkv, rows, self.norm_1, self.lag_1)
+        packed = packed.view(-1, tokens.shape[2], 3 * tokens.shape[3])
         message_kv = side.join(message_kv)
         if class_row:
             mixed = self._mix_class(packed, message_kv)
@@ -62,8 +63,24 @@ class _Block:
         else:
             mixed = frame_attention(packed, message_kv, self.heads)
         rows = self.out.add(rows, mixed.reshape(rows.shape))
-        normed, _ = layer_norm(rows, *self.norm_2, constant=self.lag_2, eps=self.eps)
-        return self.projection.add(rows, self.fc.activated(normed)).view(tokens.shape)
+        return self._perceptron(rows).view(tokens.shape)
+
+    def _behind_norm(self, product: Product, rows: Tensor, norm: tuple[Tensor, Tensor], lag: Tensor | None) -> Tensor:
+        if isinstance(product, Float8Product):
+            # the normed rows are never stored in another precision
+            weight, bias = norm
+            return product.multiply(*quantize_rows(rows, weight=weight, bias=bias, constant=lag, eps=self.eps))
+        normed, _ = layer_norm(rows, *norm, constant=lag, eps=self.eps)
+        return product(normed)
+
+    def _perceptron(self, rows: Tensor) -> Tensor:
+        if not isinstance(self.fc, Float8Product):
+            normed, _ = layer_norm(rows, *self.norm_2, constant=self.lag_2, eps=self.eps)
+            return self.projection.add(rows, self.fc.activated(normed))
+        hidden = self._behind_norm(self.fc, rows, self.norm_2, self.lag_2)
+        if isinstance(self.projection, Float8Product):
+            return rows.add_(self.projection.multiply(*quantize_rows(hidden, activation=self.fc.activation)))
+        return self.projection.add(rows, activate(hidden, self.fc.activation))
 
     def _mix_class(self, packed: Tensor, message_kv: Tensor) -> Tensor:
         query, key, value = packed.chunk(3, dim=-1)

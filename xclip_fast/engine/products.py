@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from xclip_fast.ops import linear_quick_gelu
-from xclip_fast.ops.linear_quick_gelu import SLOPE
+from xclip_fast.ops._quantize_rows import activate, quantize_rows
 
-E4M3_MAX = 448.0
 _BYTES_AT_ONCE = 200_000  # numbers turned into bytes together: in float32 they stay in the second cache
 
 
@@ -133,6 +132,8 @@ class Int8Product:
 class Float8Product:
     """``torch._scaled_mm`` with a scale for each row of both sides, on Hopper and newer; never run on a GPU so far.
 
+    ``multiply`` takes rows that a norm or an activation has quantised on its way, all else quantises them itself.
+
     Args:
         weight: (N, K) on the GPU, in any precision.
         bias, activation: as in ``PlainProduct``.
@@ -142,13 +143,16 @@ class Float8Product:
     name = "float8_e4m3fn"
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> None:
-        self.weight, scale = e4m3_rows(weight.float())
+        self.weight, scale = quantize_rows(weight.float())
         self.scale = scale.t().contiguous()
         self.bias = None if bias is None else bias.to(dtype)
         self.activation, self.dtype = activation, dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows, scale = e4m3_rows(x)
+        return self.multiply(*quantize_rows(x))
+
+    def multiply(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """(M, N) from float8 rows (M, K) and their float32 scales (M, 1), as ``quantize_rows`` gives them."""
         return torch._scaled_mm(
             rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=self.dtype
         )
@@ -158,13 +162,6 @@ class Float8Product:
 
     def add(self, stream: Tensor, x: Tensor) -> Tensor:
         return stream.add_(self(x))
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation of a product's result, which may be overwritten."""
-    if activation == "silu":
-        return functional.silu(x, inplace=True)
-    return functional.gelu(x) if activation == "gelu" else x * torch.sigmoid(SLOPE * x)
 
 
 def int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,13 +186,6 @@ def int8_rows(x: Tensor) -> tuple[Tensor, float, int]:
         # by way of signed bytes: PyTorch's cast to unsigned ones is ten times slower
         result.copy_(exact.round_())
     return rows.view(torch.uint8).bitwise_xor_(128), scale, zero
-
-
-def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, K) in float8 e4m3 and the float32 scale (M, 1) of each row; a row of zeros has the scale 1."""
-    largest = x.abs().amax(dim=1, keepdim=True).float()
-    scale = torch.where(largest > 0, largest / E4M3_MAX, torch.ones_like(largest))
-    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 @cache

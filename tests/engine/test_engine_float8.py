@@ -1,0 +1,155 @@
+"""Float8 products and the CUDA tower on them, with ``torch._scaled_mm`` emulated: only newer GPUs have it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import random_video, small_model
+from numerics import relative_error
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, linear
+
+from xclip_fast.engine import cuda, products
+from xclip_fast.engine.cuda import CudaTower
+from xclip_fast.engine.packing import CUDA_REWRITES, Packing
+from xclip_fast.engine.products import Float8Product
+from xclip_fast.ops._quantize_rows import activate, quantize_rows
+from xclip_fast.reference import XCLIP
+
+EXACT = Packing(torch.device("cpu"), torch.float32, CUDA_REWRITES)
+HALF = replace(EXACT, dtype=torch.bfloat16)
+# as the engine has it for a model of three blocks
+ENDS = {f"blocks.{block}.{name}": torch.bfloat16 for block in (0, 2) for name in ("qkv", "out", "fc", "projection")}
+FLOAT8 = replace(HALF, narrow="float8_e4m3fn", kept=ENDS)
+
+
+@pytest.fixture(autouse=True)
+def scaled_mm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product that reads rows of float8 and scales, and is as strict about them as a GPU."""
+
+    def emulated(
+        a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        assert a.dtype is b.dtype is torch.float8_e4m3fn
+        assert a.is_contiguous()
+        assert b.t().is_contiguous()
+        assert (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, b.shape[1]))
+        assert scale_a.dtype is scale_b.dtype is torch.float32
+        assert scale_a.is_contiguous()
+        assert scale_b.is_contiguous()
+        out = (a.float() @ b.float()) * scale_a * scale_b
+        return (out if bias is None else out + bias.float()).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", emulated)
+
+
+@pytest.fixture
+def quantised(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often rows were quantised, by what was done with them on the way."""
+    calls: Counter[str] = Counter()
+
+    def counted(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        mode = "norm" if options.get("weight") is not None else options.get("activation", "plain")
+        calls[f"{mode} {x.dtype}".replace("torch.", "")] += 1
+        return quantize_rows(x, **options)
+
+    for module in (cuda, products):
+        monkeypatch.setattr(module, "quantize_rows", counted)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def model() -> XCLIP:
+    return small_model()
+
+
+def features(model: XCLIP, packing: Packing, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Frame features and tokens behind the last block."""
+    found, (tokens,) = CudaTower(model.visual, model.config, packing)(video, patches=True)
+    return found.float(), tokens.float()
+
+
+@pytest.mark.parametrize("activation", ["silu", "quick_gelu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_product_agrees(activation: str, dtype: torch.dtype) -> None:
+    x, weight = (torch.randn(40, 128) + 0.3).to(dtype), (torch.randn(64, 128) / 128**0.5).to(dtype)
+    bias, stream = torch.randn(64).to(dtype), torch.randn(40, 64).to(dtype)
+    product = Float8Product(weight.double(), bias.double(), activation, dtype)
+    truth = linear(x.double(), weight.double(), bias.double())
+    for found, wanted in [
+        (product(x), truth),
+        (product.multiply(*quantize_rows(x)), truth),
+        (product.activated(x), activate(truth.clone(), activation)),
+        (product.add(stream.clone(), x), stream + truth),
+    ]:
+        assert found.dtype is dtype
+        assert 1e-3 < relative_error(found, wanted) < 0.08
+
+
+@pytest.mark.parametrize("patches", [False, True])
+@torch.inference_mode()
+def test_tower_is_near_the_exact_one(model: XCLIP, patches: bool) -> None:
+    video = random_video()
+    packings = EXACT, HALF, FLOAT8, replace(FLOAT8, kept={})
+    towers = [CudaTower(model.visual, model.config, packing) for packing in packings]
+    exact, *others = (tower(video, patches=patches)[0].float() for tower in towers)
+    half, inner, all_of_it = (relative_error(found, exact) for found in others)
+    assert half < inner < all_of_it < 0.1
+    assert cosine_similarity(others[1], exact).min() > 0.999
+
+
+@torch.inference_mode()
+def test_norms_and_activations_are_quantised_on_their_way(model: XCLIP, quantised: Counter[str]) -> None:
+    tower = CudaTower(model.visual, model.config, FLOAT8)
+    # the four weights of the block in the middle
+    assert quantised == {"plain float32": 4}
+    quantised.clear()
+    tower(random_video(), patches=True)
+    assert quantised == {"norm bfloat16": 2, "plain bfloat16": 1, "quick_gelu bfloat16": 1}
+
+
+@pytest.mark.parametrize(
+    ("kept", "calls"),
+    [
+        ("fc", {"norm": 1, "plain": 2}),
+        ("projection", {"norm": 2, "plain": 1}),
+        ("qkv", {"norm": 1, "plain": 1, "quick_gelu": 1}),
+        ("out", {"norm": 2, "quick_gelu": 1}),
+    ],
+)
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@torch.inference_mode()
+def test_one_product_in_a_higher_precision(
+    kept: str, calls: dict[str, int], activation: str, quantised: Counter[str]
+) -> None:
+    model, video = small_model(activation=activation), random_video()
+    packing = replace(FLOAT8, kept=ENDS | {f"blocks.1.{kept}": torch.bfloat16})
+    tower = CudaTower(model.visual, model.config, packing)
+    quantised.clear()
+    found, _ = tower(video, patches=True)
+    assert quantised == {f"{name} bfloat16".replace("quick_gelu", activation): n for name, n in calls.items()}
+    assert relative_error(found.float(), features(model, EXACT, video)[0]) < 0.1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@torch.inference_mode()
+def test_block_does_what_its_products_do_alone(model: XCLIP, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    video, rewrites = random_video(), CUDA_REWRITES if stream else CUDA_REWRITES - {"stream"}
+    # in float32 a norm that is stored is the norm that is quantised
+    packing = replace(FLOAT8, dtype=torch.float32, rewrites=rewrites, kept={})
+    fused = features(model, packing, video)
+    monkeypatch.setattr(cuda, "Float8Product", type("Absent", (), {}))
+    for one, other in zip(features(model, packing, video), fused, strict=True):
+        # a number at a tie may fall to the other side
+        assert relative_error(one, other) < 3e-3
+
+
+@torch.inference_mode()
+def test_stream_is_updated_in_place(model: XCLIP) -> None:
+    tower = CudaTower(model.visual, model.config, FLOAT8)
+    tokens = tower._embed(random_video())
+    assert tower.blocks[1](tokens, tower.side, False).data_ptr() == tokens.data_ptr()
