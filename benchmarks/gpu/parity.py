@@ -1,8 +1,9 @@
-"""PART=parity: the tests of ops, kernels and model on the GPU, a process a file, several at a time."""
+"""PART=parity: the tests for GPUs, of ops and of the model, a process a file, several at a time."""
 
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,48 +15,73 @@ from xml.etree import ElementTree
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.prepare import ROOT, run
 
-ROOMS = ("tests/ops", "tests/kernels", "tests/model")
+FULL = "tests/gpu/test_gpu_full_shapes.py"
+ROOMS = ("tests/gpu", "tests/ops", "tests/model")
 FILE_DEADLINE = 420.0
-WORKERS = 6  # each compiles on a core of its own and takes about 1 GB of the GPU
+MARGIN = 15.0  # for the test that runs then
+WORKERS = 10  # each compiles on a core of its own and takes about 1 GB of the GPU
 
 
-def files(dry: bool) -> list[str]:
-    """Test files, those that compile most first."""
+def suites(dry: bool) -> dict[str, list[str]]:
+    """Name to the arguments of pytest: those that say most first, and among the older ones those that compile most."""
     if dry:
-        return ["tests/model/test_numerics.py"]
-    found = [path for room in ROOMS for path in sorted((ROOT / room).glob("test_*.py"))]
-    found.sort(key=lambda path: -path.stat().st_size)
-    return [str(path.relative_to(ROOT)) for path in found]
+        name = "tests/model/test_numerics.py"
+        return {name: [name]}
+    # a file that compiles for every model is shared among several processes
+    found = {f"{FULL} {variant}": [FULL, "-k", variant] for variant in ("B/16", "L/14 and not 336", "B/32", "336")}
+    for room in ROOMS:
+        paths = sorted((ROOT / room).glob("test_*.py"), key=lambda path: -path.stat().st_size)
+        names = [str(path.relative_to(ROOT)) for path in paths]
+        found |= {name: [name] for name in names if name != FULL}
+    return found
 
 
 def main(journal: Journal, out: Path, dry: bool) -> bool:
-    """Run the files that are left; true when all of them ran and no test failed."""
-    names = files(dry)
-    with TemporaryDirectory() as folder, ThreadPoolExecutor(1 if dry else WORKERS) as pool:
-        running = {pool.submit(_run_file, name, Path(folder), journal): name for name in journal.todo(names)}
+    """Run what is left; true when everything ran and no test failed."""
+    asked = suites(dry)
+    workers = 1 if dry else min(WORKERS, os.cpu_count() or 1)
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        running = {
+            pool.submit(_run_suite, asked[name], Path(folder) / f"{index}.xml", journal): name
+            for index, name in enumerate(journal.todo(asked))
+        }
         for done in as_completed(running):
             if found := done.result():
                 junit = found.pop("junit")
-                journal.add(running[done], found)
+                if found.pop("cut_off"):
+                    # what it says stays; the next run begins it anew
+                    journal.content.setdefault("cut_off", {})[running[done]] = found
+                    journal.write()
+                else:
+                    journal.add(running[done], found)
                 _merge(out / "parity.xml", junit)
                 counts = ", ".join(f"{count} {what}" for what, count in found["tests"].items())
                 print(f"  {running[done]}: {counts or found['output'][-200:]} ({found['seconds']} s)", flush=True)
-    complete = journal.finish(names)
+    complete = journal.finish(asked)
     return complete and all(case["code"] in (0, 5) for case in journal.cases.values())
 
 
-def _run_file(name: str, folder: Path, journal: Journal) -> dict[str, Any]:
-    """Nothing when the deadline came before the turn of this file."""
-    if journal.left < 10:
+def _run_suite(asked: list[str], path: Path, journal: Journal) -> dict[str, Any]:
+    """Nothing when the deadline came before its turn."""
+    left = min(FILE_DEADLINE, journal.left)
+    if left < 10:
         return {}
-    path = folder / (name.replace("/", "_") + ".xml")
-    command = [sys.executable, "-m", "pytest", name, "-q", "-s", "-p", "no:cacheprovider", f"--junit-xml={path}"]
-    found = run(command, min(FILE_DEADLINE, journal.left))
+    command = [sys.executable, "-m", "pytest", *asked, "-q", "-s", "-p", "no:cacheprovider", f"--junit-xml={path}"]
+    # it stops between two tests, and says what it has found until then
+    found = run([*command, f"--session-timeout={left - 5:.0f}"], left + MARGIN)
     junit = path.read_text(encoding="utf-8") if path.exists() else ""
     tests, failures, parity = read_junit(junit)
-    # of a file that passed, the output says nothing more
+    cut_off = found["code"] is None or "session-timeout: " in found["output"]
+    # of a suite that passed, the output says nothing more
     output = "" if found["code"] == 0 else found["output"]
-    return found | {"output": output, "tests": tests, "failures": failures, "parity": parity, "junit": junit}
+    return found | {
+        "output": output,
+        "tests": tests,
+        "failures": failures,
+        "parity": parity,
+        "junit": junit,
+        "cut_off": cut_off,
+    }
 
 
 def read_junit(text: str) -> tuple[dict[str, int], list[str], list[dict[str, Any]]]:

@@ -1,54 +1,95 @@
-"""PART=sanitize: compute-sanitizer's memcheck and racecheck over every kernel at small shapes, forward and backward."""
+"""PART=sanitize: compute-sanitizer's memcheck and racecheck over every kernel, forward and backward.
+
+First a planted fault of each kind, which the tool must find; then it looks at this project's kernels alone.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections import Counter
+import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.gpu.journal import Journal
-from xclip_fast.bench.cases import IN_EXTENSION, OPS
-from xclip_fast.bench.verify import FAILED, SKIPPED, verify
+from benchmarks.gpu.launches import launchers
+from benchmarks.gpu.prepare import run
 
 TOOLS = ("memcheck", "racecheck")
 FOUND = 9  # exit code of a process in which the tool found something
-WORKERS = 4
+WORKERS = 8
+# parts of the names of this project's kernels, and of the planted one
+NAMES = ("_fwd_kernel", "_bwd_kernel", "_bwd_key_kernel", "_bwd_query_kernel", "patch_embed_kernel")
+EXTENSION = "tests/gpu/test_gpu_patch_extension.py"
+CONTROL = "planted fault"
+PASSED, FAILED = "passed", "failed"
 
 
 def main(journal: Journal, out: Path, dry: bool) -> bool:
     """Run what is left; true when everything ran and nothing was found."""
-    ops = ["clip_logits"] if dry else list(OPS)
-    names = [f"{tool} {op}" for tool in (TOOLS[:1] if dry else TOOLS) for op in ops]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        running = {pool.submit(_check, name, dry, journal): name for name in journal.todo(names)}
+    names = names_of(dry)
+    filters = [] if dry else controls(journal)
+    with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
+        running = {pool.submit(_check, name, filters, dry, journal): name for name in journal.todo(names)}
         for done in as_completed(running):
             if found := done.result():
                 journal.add(running[done], found)
-                print(f"  {running[done]}: {found['status']} {found['outcomes']}", flush=True)
+                print(f"  {running[done]}: {found['status']} ({found['seconds']} s) {found['said'][-1:]}", flush=True)
     complete = journal.finish(names)
-    return complete and all(case["status"] != FAILED for case in journal.cases.values())
+    return complete and all(case["status"] == PASSED for case in journal.cases.values())
 
 
-def _check(name: str, dry: bool, journal: Journal) -> dict[str, Any]:
+def names_of(dry: bool) -> list[str]:
+    """Of the cases, memcheck of everything first: a fault it finds explains a race."""
+    if dry:
+        return ["memcheck clip_logits"]
+    return [f"{tool} {what}" for tool in TOOLS for what in (*launchers(), "extension", "extension-graph")]
+
+
+def controls(journal: Journal) -> list[str]:
+    """The options that restrict the tools to our kernels; none where the planted faults are not found with them."""
+    filters = [option for name in NAMES for option in ("--kernel-name", f"kns={name}")]
+    if not all(f"{tool} {CONTROL}" in journal.cases for tool in TOOLS):
+        with TemporaryDirectory() as folder:
+            program = str(Path(folder) / "planted")
+            built = run(["nvcc", "-arch=native", "-o", program, "benchmarks/gpu/planted.cu"], 60)
+            for tool in TOOLS:
+                tried = [(_tool(tool, options), options) for options in (filters, [])]
+                results = [(run([*command, program, tool], 60), options) for command, options in tried]
+                caught = [options for result, options in results if result["code"] == FOUND]
+                found = _found(results[0][0] if built["code"] == 0 else built)
+                found |= {"status": PASSED if caught else FAILED, "filtered": filters in caught}
+                journal.add(f"{tool} {CONTROL}", found)
+                print(f"  {tool} {CONTROL}: {'found' if caught else 'NOT found'}", flush=True)
+    return filters if all(journal.cases[f"{tool} {CONTROL}"]["filtered"] for tool in TOOLS) else []
+
+
+def _tool(tool: str, filters: list[str]) -> list[str]:
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return [program, "--tool", tool, "--error-exitcode", str(FOUND), *filters]
+
+
+def _check(name: str, filters: list[str], dry: bool, journal: Journal) -> dict[str, Any]:
+    """Nothing when the deadline came first: the next run begins it anew."""
+    tool, what = name.split()
+    command = [sys.executable, "-m", "benchmarks.gpu.launches", what]
+    if what.startswith("extension"):
+        chosen = "graph" if what == "extension-graph" else "not graph and not repeats and not triton"
+        command = [sys.executable, "-m", "pytest", EXTENSION, "-q", "-p", "no:cacheprovider", "-k", chosen]
+    # every tensor in memory of its own: the allocator's blocks would hide what lies between them; a graph needs them
+    settings = {} if what == "extension-graph" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     if journal.left < 10:
         return {}
-    tool, op = name.split()
-    wrapper: list[str] = []
-    if not dry:
-        program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        # every tensor in memory of its own: the allocator's blocks would hide what lies between them
-        wrapper = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", program, "--tool", tool, "--error-exitcode", str(FOUND)]
-    backends = ["triton", "extension"] if op in IN_EXTENSION else ["triton"]
-    dtypes = ["float32"] if dry else ["bfloat16", "float32"]
-    results = list(verify([op], "cpu" if dry else "cuda", dtypes, backends, wrapper=wrapper, deadline=journal.left))
-    bad = [
-        f"{result.case} {result.backend} {result.dtype}: {result.reason}"
-        for result in results
-        if result.status == FAILED
-    ]
-    outcomes = dict(Counter(result.status for result in results))
-    status = FAILED if bad else SKIPPED if outcomes.get(SKIPPED) == len(results) else "passed"
-    skipped = sorted({f"{result.backend}: {result.reason}" for result in results if result.status == SKIPPED})
-    return {"status": status, "outcomes": outcomes, "failures": bad[:20], "skipped": skipped}
+    found = run(command if dry else [*_tool(tool, filters), *command], journal.left, settings)
+    return {} if found["code"] is None and journal.left < 1 else _found(found)
+
+
+def _found(done: dict[str, Any]) -> dict[str, Any]:
+    """The outcome of one process, and of what it said the lines that count."""
+    lines = [line for line in done["output"].splitlines() if line.strip()]
+    said = lines[-1:] if done["code"] == 0 else lines[-30:]
+    return {"status": PASSED if done["code"] == 0 else FAILED, "code": done["code"], "seconds": done["seconds"]} | {
+        "said": said
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import e2e, parity
+from benchmarks.gpu import e2e, launches, parity, sanitize
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.prepare import run as run_command
 from xclip_fast.bench.providers import PROVIDERS
@@ -150,3 +151,48 @@ def test_the_sweep_has_at_most_eight_candidates_each_of_its_kind() -> None:
             kinds |= {type(tiles) for tiles in made}
         assert len(kinds) == 1
         assert callable(getattr(entry.module, entry.function))
+
+
+def test_sanitizers_look_at_every_kernel() -> None:
+    kernels = [node.name for path in (ROOT / "kernels").glob("*.py") for node in ast.parse(path.read_text()).body
+               if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")]  # fmt: skip
+    assert len(kernels) >= 18
+    for name in [*kernels, "planted_fwd_kernel"]:
+        assert any(part in name for part in sanitize.NAMES), name
+    assert "patch_embed_kernel(" in (ROOT / "csrc" / "patch_embed_kernel.h").read_text()
+    assert "planted_fwd_kernel<<<" in (ROOT / "benchmarks" / "gpu" / "planted.cu").read_text()
+    assert (ROOT / sanitize.EXTENSION).exists()
+
+
+def test_every_launcher_is_launched_at_the_sizes_of_the_models() -> None:
+    from benchmarks.static.capture import captured_launches
+    from benchmarks.static.gate import kernels
+
+    seen = set()
+    for launcher in launches.launchers():
+        with captured_launches() as found:
+            small = launches.launch(launcher, "meta")
+        seen |= {launch.name for launch in found}
+        assert small > 5, launcher
+    assert seen == kernels().keys()
+
+
+def test_every_suite_of_parity_exists_and_the_most_telling_come_first() -> None:
+    suites = parity.suites(dry=False)
+    assert all((ROOT / asked[0]).exists() for asked in suites.values())
+    assert [name.split("/")[1] for name in suites][:4] == ["gpu"] * 4
+    for name, asked in suites.items():
+        assert len(asked) == 1 or asked[0] == parity.FULL, name
+
+
+def test_a_suite_that_is_cut_off_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "test_slow.py"
+    path.write_text("import time\nimport pytest\n@pytest.mark.parametrize('i', range(99))\n"
+                    "def test_slow(i): time.sleep(1)\n")  # fmt: skip
+    monkeypatch.setattr(parity, "suites", lambda dry: {"slow": [str(path)]})
+    monkeypatch.setattr(parity, "FILE_DEADLINE", 12.0)
+    journal = Journal(tmp_path / "parity.json", FACTS, 60)
+    assert not parity.main(journal, tmp_path, True)
+    assert "slow" not in journal.cases
+    assert journal.content["cut_off"]["slow"]["tests"]["passed"] >= 2
+    assert journal.content["complete"] is False

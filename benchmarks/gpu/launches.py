@@ -1,0 +1,65 @@
+"""Every launch of one launcher, with nothing compared: ``python -m benchmarks.gpu.launches LAUNCHER``, for sanitizers.
+
+Awkward small shapes in two dtypes, then those of the models, whose tiles are larger.
+"""
+
+from __future__ import annotations
+
+import sys
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.prepare import ROOT
+from benchmarks.static import calls
+from benchmarks.static import cases as production
+
+# tokens of every model; enough rows for the large tiles; long clips
+SHAPES = ("B/32 8f x1", "B/16 8f x8", "L/14 8f x1", "L/14-336 8f x1", "B/32 32f x1")
+
+
+def launchers() -> list[str]:
+    """All that there are."""
+    return sorted({case.call.func.__name__ for case in production.cases()})  # type: ignore[attr-defined]
+
+
+def maker(dtype: torch.dtype, device: str) -> calls.Make:
+    """A factory of random tensors."""
+
+    def make(*shape: int, dtype: torch.dtype | None = dtype) -> Tensor:
+        dtype = dtype or default
+        if not dtype.is_floating_point:
+            return torch.randint(0, 256, shape, dtype=dtype, device=device)
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    default = dtype
+    return make
+
+
+def launch(launcher: str, device: str) -> int:
+    """Make the launches, and return how many calls it were; of the models' shapes none on a CPU, which is too slow."""
+    sys.path.insert(0, str(ROOT / "tests" / "kernels"))
+    from launcher_cases import CASES
+
+    found = 0
+    for dtype in (torch.float16,) if device == "cpu" else (torch.bfloat16, torch.float32):
+        for name, call in CASES.items():
+            if name.split()[0] == launcher:
+                call(maker(dtype, device))
+                found += 1
+    if device != "cpu":
+        with patch.object(production, "make", maker(torch.bfloat16, device)):
+            for case in production.cases():
+                # the name goes on with what is special
+                if case.call.func is getattr(calls, launcher) and case.shape.startswith(SHAPES):  # type: ignore[attr-defined]
+                    case.call()
+                    found += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return found
+
+
+if __name__ == "__main__":
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{launch(sys.argv[1], where)} calls of {sys.argv[1]}", flush=True)

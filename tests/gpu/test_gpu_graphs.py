@@ -1,0 +1,68 @@
+"""Every op captured into a CUDA graph and replayed with other numbers: the bits of a plain call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from gpu_cases import copies, equal, forward_and_backward, inputs_of, needs_gpu
+from torch import Tensor
+
+from xclip_fast.bench.cases import OPS, find_op
+from xclip_fast.bench.inputs import Inputs
+
+CASES = [("B/16", 2), ("B/32", 1), ("L/14", 1)]
+
+
+def captured(run: Callable[[], list[Tensor]], warm_ups: int) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of a call, and the tensors that a replay fills."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm_ups):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
+def check(run: Callable[[], list[Tensor]], inputs: Inputs, warm_ups: int) -> None:
+    graph, results = captured(run, warm_ups)
+    for factor in (1.0, 0.5, -2.0):
+        for x in inputs.values():
+            if isinstance(x, Tensor) and x.is_floating_point():
+                x.detach().mul_(factor)
+        wanted = copies(run())
+        for result in results:
+            result.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert equal(results, wanted), f"times {factor}"
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("variant", "batch"), CASES)
+@pytest.mark.parametrize("op", OPS)
+def test_forward(op: str, variant: str, batch: int, dtype: str) -> None:
+    inputs = inputs_of(op, variant, dtype, batch=batch)
+
+    def run() -> list[Tensor]:
+        # tensors of inference mode could not be poisoned between replays
+        with torch.no_grad():
+            result = find_op(op)(**inputs, backend="triton")
+        return [result] if isinstance(result, Tensor) else list(result)
+
+    # one call compiles, and nothing else has to happen before a capture
+    check(run, inputs, warm_ups=1)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("variant", "batch"), CASES)
+@pytest.mark.parametrize("op", OPS)
+def test_forward_and_backward(op: str, variant: str, batch: int) -> None:
+    inputs = inputs_of(op, variant, "bfloat16", batch=batch)
+    check(forward_and_backward(op, inputs), inputs, warm_ups=3)
