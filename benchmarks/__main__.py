@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from xclip_fast.errors import InputError
 
 
-def main() -> int:
-    """Run the command given on the command line; its exit code."""
-    options = _parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command of these arguments, by default those of the command line; its exit code."""
+    options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except InputError as error:
@@ -26,14 +27,16 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="measure a suite, or one case at the shape that a model gives it")
     what = run.add_mutually_exclusive_group(required=True)
-    what.add_argument("--suite", help="cpu, cpu-b16, ops or tiny")
+    what.add_argument("--suite", help="cpu, ops or tiny")
     what.add_argument("--case", help="model, or an op")
     run.add_argument("--variant", default="B/32")
     run.add_argument("--batch", type=int, default=1)
     run.add_argument("--dtype", default="float32")
+    run.add_argument("--input", help="of the models: normalised, or uint8; training takes normalised frames")
+    run.add_argument("--cache", default="warm", help="warm, or cold: caches are overwritten before each call")
     run.add_argument("--device", default="cpu")
-    run.add_argument("--full", action="store_true", help="ten long blocks and peak memory, or three short blocks")
-    run.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    run.add_argument("--full", action="store_true", help="long blocks and peak memory, or three short blocks")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the results there, after each row")
     run.set_defaults(run=_run)
 
     launches = commands.add_parser("launches", help="kernel launches of one forward pass, counted on meta tensors")
@@ -64,21 +67,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from benchmarks.gpu.e2e import describe
-    from benchmarks.suites import OP_BACKENDS, SUITES, jobs
+    from benchmarks.suites import OP_BACKENDS, jobs
     from xclip_fast.bench.providers import QUICK
-    from xclip_fast.bench.run import FULL, MODEL, Job, make_case, run
-    from xclip_fast.bench.run import QUICK as SHORT
+    from xclip_fast.bench.run import MODEL, Job, effort_of, make_case, run
 
-    if options.suite is not None and options.suite not in SUITES:
-        raise InputError(f"unknown suite {options.suite!r}: choose one of {', '.join(SUITES)}")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {str(options.json.absolute().parent)!r} to write to")
+    effort = effort_of(options.full, options.cache)
     if options.suite is None:
-        case = make_case(options.case, options.variant, batch=options.batch, dtype=options.dtype, device=options.device)
-        wanted = [Job(case, QUICK if options.case == MODEL else OP_BACKENDS)]
+        named = {name: getattr(options, name) for name in ("batch", "dtype", "device", "input")}
+        wanted = [
+            Job(make_case(options.case, options.variant, **named), QUICK if options.case == MODEL else OP_BACKENDS)
+        ]
     else:
-        wanted = jobs(options.suite)
-    found = run(wanted, FULL if options.full else SHORT, lambda row: print(describe(row), flush=True))
-    if options.json is not None:
-        found.save(options.json)
+        wanted = jobs(options.suite, options.input)
+    found = run(wanted, effort, lambda row: print(describe(row), flush=True), options.json)
+    minutes, seconds = divmod(round(found.facts["seconds"]), 60)
+    print(f"{len(found.rows)} rows in {minutes} min {seconds} s")
     return 0 if found.sound else 1
 
 

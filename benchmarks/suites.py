@@ -5,32 +5,53 @@ from __future__ import annotations
 from xclip_fast.bench.cases import OPS
 from xclip_fast.bench.operators import BACKENDS
 from xclip_fast.bench.run import MODEL, Job, make_case
+from xclip_fast.errors import InputError
 
-PROVIDERS = ("hf-sdpa", "reference", "layers", "optimized", "engine", "engine-int8")  # what runs without a GPU
+SUITES = ("cpu", "ops", "tiny")
 OP_BACKENDS = tuple(name for name in BACKENDS if name != "compile")
 
+_FLOAT32 = ("hf-sdpa", "layers", "engine")
+_BFLOAT16 = (*_FLOAT32, "engine-int8")
+_ALL = ("hf-sdpa", "reference", "layers", "optimized", "engine")  # of one case, the smallest
+_TRAINED = ("hf-sdpa", "layers")
 
-def jobs(suite: str) -> list[Job]:
-    """The cases of a suite; on two idle cores "cpu" takes half an hour with ``--full``, "ops" two minutes."""
-    if suite == "tiny":
-        return [_model("tiny", 2, "float32"), *_ops("tiny", 2, "float32")]
+
+def jobs(suite: str, input: str | None = None) -> list[Job]:
+    """The cases of a suite; on two idle cores "cpu" takes half an hour with ``--full``, "ops" two minutes.
+
+    Args:
+        suite: of ``SUITES``.
+        input: what the models are given that are measured for their own sake, in their forward passes.
+
+    Raises:
+        InputError: there is no such suite or input.
+    """
+    if suite not in SUITES:
+        raise InputError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
     if suite == "ops":
-        return [Job(make_case(MODEL, "B/32", dtype="float32"), ("reference",)), *_ops("B/32", 1, "float32")]
-    variant = "B/32" if suite == "cpu" else "B/16"
-    found = [_model(variant, batch, dtype) for batch in (1, 4) for dtype in _DTYPES]
-    return [*found, _model(variant, 1, "float32", direction="train"), *_ops(variant, 1, "float32")]
+        # the definition's time, for the share of each op
+        return [_model("B/32", 1, "float32", ("reference",)), *_ops("B/32", 1)]
+    if suite == "tiny":
+        forward = [_model("tiny", 2, "float32", _ALL, input), _model("tiny", 2, "bfloat16", _BFLOAT16, input)]
+        return [*forward, _training("tiny", 2), *_ops("tiny", 2)]
+    forward = []
+    for variant in ("B/32", "B/16"):
+        for batch in (1, 4):
+            wide = _ALL if (variant, batch) == ("B/32", 1) else _FLOAT32
+            forward += [
+                _model(variant, batch, "float32", wide, input),
+                _model(variant, batch, "bfloat16", _BFLOAT16, input),
+            ]
+    return [*forward, _training("B/32", 1)]
 
 
-SUITES = ("cpu", "cpu-b16", "ops", "tiny")
-_DTYPES = ("float32", "bfloat16")
+def _model(variant: str, batch: int, dtype: str, providers: tuple[str, ...], input: str | None = None) -> Job:
+    return Job(make_case(MODEL, variant, batch=batch, dtype=dtype, input=input), providers)
 
 
-def _model(variant: str, batch: int, dtype: str, direction: str = "forward") -> Job:
-    names = PROVIDERS
-    if direction == "train":
-        names = tuple(name for name in names if not name.startswith("engine"))
-    return Job(make_case(MODEL, variant, batch=batch, dtype=dtype, direction=direction), names)
+def _training(variant: str, batch: int) -> Job:
+    return Job(make_case(MODEL, variant, batch=batch, direction="train"), _TRAINED)
 
 
-def _ops(variant: str, batch: int, dtype: str) -> list[Job]:
-    return [Job(make_case(name, variant, batch=batch, dtype=dtype), OP_BACKENDS) for name in OPS]
+def _ops(variant: str, batch: int) -> list[Job]:
+    return [Job(make_case(name, variant, batch=batch), OP_BACKENDS) for name in OPS]

@@ -13,7 +13,7 @@ from benchmarks.gpu.candidates import MOST, TUNABLE, Tunable
 from benchmarks.gpu.journal import Journal
 from xclip_fast.bench.cases import Load, config_of, find_op
 from xclip_fast.bench.inputs import Inputs
-from xclip_fast.bench.machine import Clock
+from xclip_fast.bench.machine import Sensors
 from xclip_fast.bench.operators import inputs_of
 from xclip_fast.bench.parity import run_op
 from xclip_fast.bench.record import Case
@@ -57,9 +57,9 @@ def sweep(entry: Tunable, case: Case, dry: bool) -> list[dict[str, Any]]:
     limit = 2 * TOLERANCES[getattr(torch, case.dtype)].ceiling
     load = Load(config_of(case.variant, case.frames), case.batch, case.classes)
     default = _call(op, arguments)
-    clock = Clock(case.device)
+    sensors = Sensors(case.device)
     base = sampler(default, case.device, 0.001 if dry else BLOCK, graph=not dry)
-    noise = noise_of(alternate(base, base, 1 if dry else BLOCKS, clock))
+    noise = noise_of(alternate(base, base, 1 if dry else BLOCKS, sensors))
     rows = []
     for tiles in entry.candidates(load)[: 1 if dry else MOST]:
         row: dict[str, Any] = {"tiles": str(tiles)}
@@ -80,7 +80,7 @@ def sweep(entry: Tunable, case: Case, dry: bool) -> list[dict[str, Any]]:
                 row |= {"status": "refused", "reason": f"{type(error).__name__}: {error}"[:200]}
                 continue
             # a captured graph keeps its tiles; a plain call would take those of the moment
-            blocks = alternate(base, sample, 1 if dry else BLOCKS, clock)
+            blocks = alternate(base, sample, 1 if dry else BLOCKS, sensors)
         timing = timing_of(blocks, "default", noise, method="graph")
         row |= {
             "median_ms": timing.median_ms,

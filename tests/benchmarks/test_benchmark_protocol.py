@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +17,19 @@ from xclip_fast import ops
 from xclip_fast.bench import memory, models, operators, providers
 from xclip_fast.bench.cases import OPS, SIZES, config_of, find_op
 from xclip_fast.bench.inputs import OUTLIER_SCALE, OUTLIERS, Draw
-from xclip_fast.bench.machine import ceilings
+from xclip_fast.bench.machine import Sensors, ceilings
 from xclip_fast.bench.models import Effort, measure_model
 from xclip_fast.bench.operators import measure_op
 from xclip_fast.bench.providers import PROVIDERS, Provider, Setting, UnavailableError
-from xclip_fast.bench.record import Row
-from xclip_fast.bench.run import Job, make_case, run
-from xclip_fast.bench.timing import Blocks, alternate, noise_of, sampler, timing_of
+from xclip_fast.bench.record import Row, Run
+from xclip_fast.bench.run import Job, effort_of, make_case, run
+from xclip_fast.bench.timing import LEAST, SPENT, Blocks, Reading, alternate, blocks_of, noise_of, sampler, timing_of
 from xclip_fast.errors import InputError
 
 EFFORT = Effort(blocks=1, block=0.001, memory=False)
 CEILINGS = {"float32_tflops": 0.1, "copy_gbs": 10.0}
 CASE = make_case("model", "tiny", batch=2)
+RUNNING = [name for name in PROVIDERS if "compile" not in name and name != "open_clip-frames"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +45,7 @@ def test_contenders_take_turns_as_first_second_second_first() -> None:
         order.append(name)
         return seconds
 
-    found = alternate(lambda: sample("a", 2.0), lambda: sample("b", 1.0), 2, lambda: None)
+    found = alternate(lambda: sample("a", 2.0), lambda: sample("b", 1.0), 2, Reading)
     assert "".join(order) == "abbaabba"
     assert found.ratios == [2.0, 2.0]
     assert (found.first, found.second) == ([2.0] * 4, [1.0] * 4)
@@ -49,7 +53,7 @@ def test_contenders_take_turns_as_first_second_second_first() -> None:
 
 def test_a_drift_of_the_machine_falls_on_both() -> None:
     clock = itertools.count(1)
-    assert alternate(lambda: next(clock), lambda: next(clock), 1, lambda: None).ratios == [1.0]
+    assert alternate(lambda: next(clock), lambda: next(clock), 1, Reading).ratios == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -73,11 +77,56 @@ def test_noise_is_the_distance_from_one_on_either_side() -> None:
     assert noise_of(Blocks(ratios=[1.1] * 20)) == pytest.approx(0.1)
 
 
+def at(*clocks: tuple[float, float]) -> list[tuple[Reading, Reading]]:
+    """Readings before and after each block."""
+    return [(Reading(before, 300.0, 40.0), Reading(after, 700.0, 60.0)) for before, after in clocks]
+
+
 def test_a_block_at_another_clock_is_dropped_and_counted() -> None:
-    blocks = Blocks(second=[1.0, 1.0, 1.0, 1.0, 9.0, 9.0], ratios=[1.0, 1.0, 0.1], clocks=[1980.0, 1975.0, 1200.0])
+    readings = at((1980.0, 1980.0), (1975.0, 1980.0), (300.0, 1980.0))
+    blocks = Blocks(second=[1.0, 1.0, 1.0, 1.0, 9.0, 9.0], ratios=[1.0, 1.0, 0.1], readings=readings)
     found = timing_of(blocks, "base", 0.0, method="graph")
     assert (found.blocks, found.dropped, found.median_ms) == (2, 1, 1000.0)
-    assert found.clock_mhz == (1200.0, 1980.0)
+    assert (found.clock_mhz, found.power_w, found.temperature_c) == ((300.0, 1980.0), (300.0, 700.0), (40.0, 60.0))
+
+
+@pytest.mark.parametrize("clocks", [((1000.0, 1000.0),), ((1000.0, 1000.0), (1980.0, 1980.0)), ((200.0, 1980.0),)])
+def test_a_block_is_left_however_the_clock_jumps(clocks: tuple[tuple[float, float], ...]) -> None:
+    blocks = Blocks(second=[1.0] * 2 * len(clocks), ratios=[1.0] * len(clocks), readings=at(*clocks))
+    assert timing_of(blocks, "base", 0.0, method="graph").blocks == 1
+
+
+def test_a_gpu_that_says_nothing_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def refuse(device: str) -> float:
+        calls.append(device)
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    monkeypatch.setattr("torch.cuda.clock_rate", refuse)
+    monkeypatch.setattr("torch.cuda.power_draw", lambda device: 650_000)
+    monkeypatch.setattr("torch.cuda.temperature", refuse)
+    sensors = Sensors("cuda")
+    assert [sensors(), sensors()] == [Reading(None, 650.0, None)] * 2
+    # what fails once is not asked for again
+    assert calls == ["cuda"] * 2
+    found = timing_of(alternate(lambda: 1.0, lambda: 1.0, 3, sensors), "base", 0.0, method="graph")
+    assert (found.blocks, found.dropped, found.clock_mhz, found.power_w) == (3, 0, None, (650.0, 650.0))
+    assert Sensors("cpu")() == Reading()
+
+
+@pytest.mark.parametrize(
+    ("most", "seconds", "wanted"),
+    [(10, 0.2, 10), (10, SPENT / 10, 10), (10, 8.0, 4), (10, 16.0, LEAST), (10, 1e4, LEAST), (1, 1e4, 1), (3, 8.0, 3)],
+)
+def test_long_calls_have_fewer_blocks(most: int, seconds: float, wanted: int) -> None:
+    assert blocks_of(most, seconds) == wanted
+
+
+def test_the_first_block_tells_how_many_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0.0, 8.0)
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    assert len(alternate(lambda: 2.0, lambda: 2.0, 10, Reading).ratios) == 4
 
 
 @pytest.mark.parametrize("cold", [False, True])
@@ -86,6 +135,51 @@ def test_a_sampler_calls_and_returns_the_time_of_one_call(cold: bool) -> None:
     found = sampler(lambda: calls.append(1), "cpu", 0.001, graph=False, cold=cold)()
     assert calls
     assert 0 < found < 0.1
+
+
+def test_a_call_as_long_as_a_block_is_made_once() -> None:
+    calls: list[int] = []
+
+    def run() -> None:
+        calls.append(1)
+        time.sleep(0.02)
+
+    assert sampler(run, "cpu", 0.01, graph=False)() >= 0.02
+    assert len(calls) == 1
+
+
+def test_cold_caches_reach_models_and_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    fill = Tensor.fill_
+    monkeypatch.setattr("xclip_fast.bench.timing.CACHE", 12345)
+    monkeypatch.setattr(Tensor, "fill_", lambda x, value: (flushed.append(x.numel()), fill(x, value))[1])
+    effort = replace(effort_of(False, "cold"), blocks=1, block=0.001)
+    rows = run(
+        [Job(CASE, ("layers",)), Job(make_case("layer_norm", "tiny"), ("torch",))], effort, lambda row: None
+    ).rows
+    assert [row.timing.cache for row in rows if row.timing] == ["cold"] * 2
+    assert flushed.count(12345) >= 16
+    assert effort_of(False, "warm").cache == "warm"
+
+
+def test_every_provider_takes_bytes() -> None:
+    case = replace(CASE, input="uint8")
+    video, _ = models.inputs_of(providers.setting_of(case))
+    assert (video.dtype, video.shape) == (torch.uint8, (2, 4, 32, 32, 3))
+    rows = {row.provider: row for row in measure_model(case, RUNNING, EFFORT, CEILINGS)}
+    assert {name: row.reason for name, row in rows.items() if row.status != "timed"}.keys() <= {"engine-float8"}
+    known = replace(CASE, input="normalised")
+    roofs = [models.roof_of(each, rows["layers"].timing, CEILINGS) for each in (case, known)]
+    assert roofs[1].bytes - roofs[0].bytes == 3 * video.numel()
+
+
+def test_frames_made_of_bytes_are_those_of_the_definition() -> None:
+    setting = providers.setting_of(replace(CASE, input="uint8"))
+    video, _ = models.inputs_of(setting)
+    made = providers._Frames(setting)(video)
+    wanted = providers.PROVIDERS["reference"].build(setting).model.normalise(video)  # type: ignore[attr-defined]
+    assert made.is_contiguous()
+    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
 
 
 class _Constant(nn.Module):
@@ -151,6 +245,8 @@ def test_each_failure_is_a_row_and_the_rest_goes_on() -> None:
     unwritten = rows["unwritten"].check
     assert unwritten is not None
     assert unwritten.error is None
+    assert "its error is not finite" in (rows["unwritten"].reason or "")
+    assert f"its error is 1.00e+00, {check.allowance:.2e} is allowed, plain torch errs" in (rows["wrong"].reason or "")
 
 
 @pytest.mark.usefixtures("odd_providers")
@@ -174,12 +270,32 @@ def test_the_ceilings_are_those_of_a_machine() -> None:
 @pytest.mark.parametrize(("direction", "dtype"), [("forward", "bfloat16"), ("train", "float32")])
 def test_every_provider_that_runs_here_is_right(direction: str, dtype: str) -> None:
     case = replace(CASE, direction=direction, dtype=dtype)
-    names = [name for name in PROVIDERS if "compile" not in name]
-    rows = list(measure_model(case, names, EFFORT, CEILINGS))
+    rows = list(measure_model(case, RUNNING, EFFORT, CEILINGS))
     assert {row.provider: row.reason for row in rows if row.status not in ("timed", "unavailable")} == {}
     timed = {row.provider for row in rows if row.status == "timed"}
     assert timed >= {"hf-sdpa", "hf-eager", "reference", "layers", "optimized"}
     assert ("engine" in timed) == (direction == "forward")
+    assert {row.provider: row.check.bit_repeat for row in rows if row.check} == dict.fromkeys(timed, True)
+
+
+class _Restless(nn.Module):
+    """Right, and never twice the same."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(video, text) * (1 + 1.2e-7 * (self.calls % 2))
+
+
+def test_a_provider_that_does_not_repeat_is_shown_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    restless = Provider("right", lambda setting: _Restless(PROVIDERS["layers"].build(setting)))  # type: ignore[arg-type]
+    monkeypatch.setitem(PROVIDERS, "restless", restless)
+    rows = {row.provider: row for row in measure_model(CASE, ("layers", "restless"), EFFORT, CEILINGS)}
+    assert [row.status for row in rows.values()] == ["timed"] * 2
+    assert [row.check.bit_repeat for row in rows.values() if row.check] == [True, False]
 
 
 def test_the_baseline_without_transformers_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +319,23 @@ def test_a_job_that_does_not_fit_is_a_row_beside_one_that_does() -> None:
     found = run([Job(huge, ("layers",)), Job(CASE, ("layers",))], EFFORT, lambda row: None)
     assert [row.status for row in found.rows] == ["failed", "timed"]
     assert "ask for a smaller batch" in (found.rows[0].reason or "")
+
+
+def test_a_run_that_is_cut_off_leaves_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    seen = []
+
+    def interrupt(row: Row) -> None:
+        seen.append(row)
+        assert Run.load(path).rows == seen
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([Job(CASE, ("layers", "reference", "hf-sdpa"))], EFFORT, interrupt, path)
+    assert [row["provider"] for row in json.loads(path.read_text())["rows"]] == ["layers", "reference"]
+    assert Run.load(path).facts["seconds"] > 0
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_estimate_grows_with_everything() -> None:
@@ -300,6 +433,9 @@ def test_inputs_are_the_same_for_every_dtype_but_for_rounding() -> None:
         ({"variant": "B/8"}, f"unknown variant 'B/8': choose one of {', '.join(SIZES)}"),
         ({"dtype": "float8"}, "unknown dtype 'float8'"),
         ({"direction": "sideways"}, "unknown mode 'sideways'"),
+        ({"input": "frames"}, "unknown input 'frames': choose one of normalised, uint8"),
+        ({"input": "uint8", "name": "layer_norm"}, "layer_norm has its own: ask for a model"),
+        ({"input": "uint8", "direction": "train"}, "bytes have no gradient to check, use normalised"),
         ({"device": "cuda:7"}, "torch finds no GPU here"),
     ],
 )
@@ -308,6 +444,11 @@ def test_unknown_parts_of_a_case_are_named(change: dict[str, str], words: str) -
         pytest.skip("there is a GPU here")
     with pytest.raises(InputError, match=words.replace("(", r"\(")):
         make_case(**({"name": "model", "variant": "tiny"} | change))
+
+
+def test_an_unknown_cache_is_named() -> None:
+    with pytest.raises(InputError, match="unknown cache 'hot': choose one of warm, cold"):
+        effort_of(True, "hot")
 
 
 def test_unknown_providers_are_named_before_anything_is_measured() -> None:

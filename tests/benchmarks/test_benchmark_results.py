@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,11 @@ import jsonschema
 import pytest
 
 from benchmarks import compare, history, suites, tables
+from benchmarks.__main__ import main as command
+from xclip_fast.bench.cases import OPS
 from xclip_fast.bench.models import Effort
+from xclip_fast.bench.operators import BACKENDS
+from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case, Check, Row, Run, Timing, to_csv
 from xclip_fast.bench.run import Job, make_case, run
 from xclip_fast.errors import InputError
@@ -217,7 +222,61 @@ def test_the_fastest_round_of_each_row_is_kept() -> None:
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_suite_names_cases_and_providers_that_exist(suite: str) -> None:
     found = suites.jobs(suite)
-    assert found
     names = {job.case.name for job in found}
-    assert {"model", "frame_attention", "patch_embed"} <= names
+    assert "model" in names
+    assert suite == "cpu" or OPS.keys() <= names
+    assert all(name in (PROVIDERS if job.case.name == "model" else BACKENDS) for job in found for name in job.providers)
     assert all(job.providers for job in found)
+    # nothing is measured twice
+    assert len(set(found)) == len(found)
+
+
+def test_the_suite_of_models_has_what_the_engine_is_held_to() -> None:
+    found = {(job.case.variant, job.case.batch, job.case.dtype): job for job in suites.jobs("cpu")[:-1]}
+    assert set(found) == set(itertools.product(("B/32", "B/16"), (1, 4), ("float32", "bfloat16")))
+    for (_, _, dtype), job in found.items():
+        assert {"hf-sdpa", "layers", "engine"} <= set(job.providers)
+        assert ("engine-int8" in job.providers) == (dtype == "bfloat16")
+        assert (job.case.frames, job.case.input, job.case.direction) == (8, "normalised", "forward")
+    assert {"reference", "optimized"} <= set(found["B/32", 1, "float32"].providers)
+    assert suites.jobs("cpu")[-1].case.direction == "train"
+
+
+def test_a_suite_from_bytes_trains_on_numbers() -> None:
+    found = [job.case for job in suites.jobs("cpu", "uint8")]
+    assert {case.input for case in found[:-1]} == {"uint8"}
+    assert (found[-1].direction, found[-1].input) == ("train", "normalised")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--suite", "gpu"], "unknown suite 'gpu': choose one of cpu, ops, tiny"),
+        (["--suite", "tiny", "--cache", "hot"], "unknown cache 'hot': choose one of warm, cold"),
+        (["--suite", "tiny", "--input", "mp4"], "unknown input 'mp4': choose one of normalised, uint8"),
+        (["--case", "layer_norm", "--input", "uint8"], "layer_norm has its own"),
+        (["--suite", "tiny", "--json", "/no/such/folder/a.json"], "there is no folder '/no/such/folder'"),
+    ],
+)
+def test_bad_options_are_a_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["run", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert words in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_the_command_keeps_its_rows_and_says_how_long_it_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xclip_fast.bench.run.ceilings", lambda *arguments, **named: RUN.ceilings)
+    path = tmp_path / "results.json"
+    arguments = ["run", "--case", "clip_logits", "--variant", "tiny", "--cache", "cold", "--json", str(path)]
+    assert command(arguments) == 0
+    rows = Run.load(path).rows
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"{len(rows)} rows in 0 min {round(Run.load(path).facts['seconds'])} s"
+    )
+    assert {row.timing.cache for row in rows if row.timing} == {"cold"}
+    VALIDATOR.validate(json.loads(path.read_text()))

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 import xclip_fast
-from xclip_fast.bench.timing import sampler
+from xclip_fast.bench.timing import Reading, sampler
 
 LIBRARIES = ("triton", "transformers", "open_clip_torch", "numpy")
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Machine, versions, commit, settings and time, JSON-ready; no user, host or path is in it."""
+    """Machine, versions, commit, settings and date, JSON-ready; no user, host or path is in it."""
     found: dict[str, Any] = {
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -95,22 +95,36 @@ def available_memory(device: str) -> int:
         return found
 
 
-class Clock:
-    """The GPU's clock in MHz, where it can be read."""
+class Sensors:
+    """SM clock, power and temperature of a GPU, each where it can be read: with NVIDIA's nvidia-ml-py installed."""
 
     def __init__(self, device: str) -> None:
-        self.device = device if device.startswith("cuda") else None
+        self.device = device
+        sensors = {"clock_mhz": _clock, "power_w": _power, "temperature_c": _temperature}
+        self.sensors = sensors if device.startswith("cuda") else {}
 
-    def __call__(self) -> float | None:
-        """The clock now, or nothing."""
-        if self.device is None:
-            return None
-        try:
-            return float(torch.cuda.clock_rate(self.device))
-        except Exception:
-            # without NVIDIA's library for it, or without permission: then no clock is reported
-            self.device = None
-            return None
+    def __call__(self) -> Reading:
+        """What they say now."""
+        found = {}
+        for name, sensor in list(self.sensors.items()):
+            try:
+                found[name] = sensor(self.device)
+            except Exception:
+                # without the library, without permission, or not on this GPU: it is not asked again
+                del self.sensors[name]
+        return Reading(**found)
+
+
+def _clock(device: str) -> float:
+    return float(torch.cuda.clock_rate(device))
+
+
+def _power(device: str) -> float:
+    return torch.cuda.power_draw(device) / 1e3
+
+
+def _temperature(device: str) -> float:
+    return float(torch.cuda.temperature(device))
 
 
 def _commit() -> str:

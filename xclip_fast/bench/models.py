@@ -7,14 +7,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xclip_fast.bench.cases import config_of
-from xclip_fast.bench.machine import Clock
+from xclip_fast.bench.machine import Sensors
 from xclip_fast.bench.memory import lacking_memory, peak_memory
+from xclip_fast.bench.parity import same_bits
 from xclip_fast.bench.providers import (
     BASELINES,
     PROVIDERS,
@@ -41,11 +43,18 @@ class Effort:
         blocks: of baseline, provider, provider, baseline.
         block: seconds of one of these four.
         memory: measure the peak memory too, in a process of its own.
+        cold: overwrite the caches before each call, outside of the time.
     """
 
     blocks: int = 5
     block: float = BLOCK
     memory: bool = True
+    cold: bool = False
+
+    @property
+    def cache(self) -> str:
+        """As a row names it."""
+        return "cold" if self.cold else "warm"
 
 
 def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings: dict[str, float]) -> Iterator[Row]:
@@ -71,7 +80,7 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
             built = baseline if provider == name else prepared(PROVIDERS[provider].build(setting), case)
             check = _check(provider, built, setting, inputs, truth, torch_error)
             if not check.passed:
-                yield Row(case, provider, WRONG, "beyond the allowance: nothing is timed", check)
+                yield Row(case, provider, WRONG, beyond(check), check)
                 continue
             for method in methods:
                 timing = bases[method].against(
@@ -91,13 +100,17 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
 
 
 def inputs_of(setting: Setting) -> tuple[Tensor, Tensor]:
-    """Frames and encoded class texts, random, in the dtype and on the device of the case."""
+    """Random frames, bytes or in the dtype of the case, and encoded class texts, on the device of the case."""
     case, config = setting.case, setting.config
     generator = torch.Generator().manual_seed(1)
     size = config.image_size
-    video = torch.randn(case.batch, case.frames, 3, size, size, generator=generator)
+    if case.input == "uint8":
+        shape = case.batch, case.frames, size, size, 3
+        video = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    else:
+        video = torch.randn(case.batch, case.frames, 3, size, size, generator=generator).to(setting.dtype)
     text = torch.randn(case.classes, config.embed_dim, generator=generator)
-    return video.to(case.device, setting.dtype), text.to(case.device, setting.dtype)
+    return video.to(case.device), text.to(case.device, setting.dtype)
 
 
 def step(classify: Classify, inputs: tuple[Tensor, Tensor], train: bool) -> Callable[[], Tensor]:
@@ -151,7 +164,7 @@ def _truth(setting: Setting, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]
     """The answers of the definition in float64, a video at a time: it takes eight bytes a number."""
     exact = Setting(replace(setting.case, dtype="float64"), setting.config, setting.state)
     model = prepared(PROVIDERS["reference"].build(exact), setting.case)
-    video, text = (x.double() for x in inputs)
+    video, text = (x if x.dtype == torch.uint8 else x.double() for x in inputs)
     train = setting.case.direction == "train"
     found = [_answers(model, (one, text), train) for one in video.split(1)]
     return {name: torch.cat([answers[name] for answers in found]).cpu() for name in found[0]}
@@ -190,10 +203,21 @@ def _check(
     # gradients have passed twice as many roundings
     model = tolerance.model * (4 if setting.case.direction == "train" else 1)
     allowed = found.limit or min(2 * torch_error + tolerance.rounding, max(model, torch_error))
+    train = setting.case.direction == "train"
+    repeats = same_bits(*(_answers(built, inputs, train) for _ in range(2)))
     if not found.same:
-        return Check("none: it computes something else", None, torch_error, allowed, True)
-    error = _error(built, inputs, truth, setting.case.direction == "train", not found.compiled)
-    return Check("the definition in float64", finite(error), torch_error, allowed, error <= allowed)
+        return Check("none: it computes something else", None, torch_error, allowed, True, repeats)
+    error = _error(built, inputs, truth, train, not found.compiled)
+    return Check("the definition in float64", finite(error), torch_error, allowed, error <= allowed, repeats)
+
+
+def beyond(check: Check) -> str:
+    """Why a provider is wrong, with its numbers."""
+    error = "not finite" if check.error is None else f"{check.error:.2e}"
+    return (
+        f"beyond the allowance: its error is {error}, {check.allowance:.2e} is allowed, plain torch errs "
+        f"{check.torch_error:.2e}; nothing is timed"
+    )
 
 
 def _sample(
@@ -202,17 +226,18 @@ def _sample(
     """How to time a provider, and the method that came of it: what cannot be captured is timed between events."""
     run = step(built, inputs, case.direction == "train")
     run()  # compilers and caches work outside of the time
+    sample = partial(sampler, run, case.device, effort.block, cold=effort.cold)
     if case.device == "cpu":
-        return sampler(run, case.device, effort.block, graph=False), "wall"
+        return sample(graph=False), "wall"
     if method == "wall":
-        return wall(run, effort.block), method
+        return wall(run, effort.block, cold=effort.cold), method
     if PROVIDERS[provider].own_graph:
-        return sampler(run, case.device, effort.block, graph=False), "graph"
+        return sample(graph=False), "graph"
     try:
-        return sampler(run, case.device, effort.block, graph=True), "graph"
+        return sample(graph=True), "graph"
     except RuntimeError as error:
         _log.warning("%s cannot be captured into a CUDA graph: %s", provider, error)
-        return sampler(run, case.device, effort.block, graph=False), "events"
+        return sample(graph=False), "events"
 
 
 class _Base:
@@ -221,16 +246,17 @@ class _Base:
     def __init__(self, name: str, timed: tuple[Sample, str], case: Case, effort: Effort) -> None:
         self.name, self.effort = name, effort
         self.sample, self.method = timed
-        self.clock = Clock(case.device)
-        self.itself = alternate(self.sample, self.sample, effort.blocks, self.clock)
+        self.sensors = Sensors(case.device)
+        self.itself = alternate(self.sample, self.sample, effort.blocks, self.sensors)
         self.noise = noise_of(self.itself)
 
     def against(self, other: tuple[Sample, str] | None) -> Timing:
         """The baseline in turn with another provider, or with itself."""
+        cache = self.effort.cache
         if other is None:
-            return timing_of(self.itself, self.name, self.noise, method=self.method)
-        blocks = alternate(self.sample, other[0], self.effort.blocks, self.clock)
-        return timing_of(blocks, self.name, self.noise, method=other[1])
+            return timing_of(self.itself, self.name, self.noise, method=self.method, cache=cache)
+        blocks = alternate(self.sample, other[0], self.effort.blocks, self.sensors)
+        return timing_of(blocks, self.name, self.noise, method=other[1], cache=cache)
 
 
 def _row(case: Case, provider: str, check: Check, timing: Timing, ceilings: dict[str, float]) -> Row:
@@ -249,7 +275,8 @@ def roof_of(case: Case, timing: Timing, ceilings: dict[str, float]) -> Roof | No
     counted = count(config, case.frames, case.classes, case.batch, formulation="fused")
     flops = 2 * (counted.macs - counted.parts["text"]) * (3 if case.direction == "train" else 1)
     itemsize = getattr(torch, case.dtype).itemsize
-    moved = itemsize * (counted.parameters + case.batch * case.frames * 3 * config.image_size**2)
+    pixels = case.batch * case.frames * 3 * config.image_size**2
+    moved = itemsize * counted.parameters + pixels * (1 if case.input == "uint8" else itemsize)
     floor = max(flops / (rate * 1e12), moved / (ceilings["copy_gbs"] * 1e9)) * 1e3
     return Roof(flops, moved, floor, floor / timing.median_ms)
 
@@ -258,7 +285,7 @@ def _launches(case: Case, provider: str) -> int | None:
     from xclip_fast.bench import launches
 
     counted = {"layers": launches.ours, "reference": launches.official, "hf-sdpa": launches.huggingface}
-    if case.direction != "forward" or provider not in counted:
+    if case.direction != "forward" or case.input != "normalised" or provider not in counted:
         return None
     return sum(counted[provider](config_of(case.variant, case.frames), case.batch).values())
 

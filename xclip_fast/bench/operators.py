@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xclip_fast.bench.cases import OPS, Load, config_of, find_op
 from xclip_fast.bench.inputs import Draw, Inputs
-from xclip_fast.bench.machine import Clock
-from xclip_fast.bench.models import Effort
-from xclip_fast.bench.parity import compare, floating
+from xclip_fast.bench.machine import Sensors
+from xclip_fast.bench.models import Effort, beyond
+from xclip_fast.bench.parity import compare, floating, run_op, same_bits
 from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Amdahl, Case, Check, Roof, Row, finite
 from xclip_fast.bench.timing import alternate, noise_of, sampler, timing_of
 from xclip_fast.errors import InputError
@@ -39,7 +39,6 @@ def measure_op(
     ceilings: dict[str, float],
     *,
     model_ms: float | None = None,
-    cold: bool = False,
 ) -> Iterator[Row]:
     """A row for each backend of an op.
 
@@ -49,7 +48,6 @@ def measure_op(
         effort: how long to measure; the peak memory of an op is not.
         ceilings: of this machine and run.
         model_ms: what the whole model takes by the definition here, for the op's share of it.
-        cold: overwrite the caches before each call.
 
     Raises:
         InputError: an unknown op or backend.
@@ -64,11 +62,11 @@ def measure_op(
         return
     arguments = inputs_of(case)
     train = case.direction == "train"
-    clock = Clock(case.device)
-    options = {"graph": case.device != "cpu" and not train, "cold": cold}
+    sensors = Sensors(case.device)
+    options = {"graph": case.device != "cpu" and not train, "cold": effort.cold}
     base = sampler(_step(op, arguments, BASELINE, train), case.device, effort.block, **options)
     base()
-    itself = alternate(base, base, effort.blocks, clock)
+    itself = alternate(base, base, effort.blocks, sensors)
     noise = noise_of(itself)
     method = "wall" if case.device == "cpu" else "events" if train else "graph"
     for name in backends:
@@ -78,14 +76,14 @@ def measure_op(
                 continue
             check = _gate(case, op, arguments, name)
             if not check.passed:
-                yield Row(case, name, WRONG, "beyond the allowance: nothing is timed", check)
+                yield Row(case, name, WRONG, beyond(check), check)
                 continue
             blocks = itself
             if name != BASELINE:
                 other = sampler(_step(op, arguments, name, train), case.device, effort.block, **options)
                 other()
-                blocks = alternate(base, other, effort.blocks, clock)
-            timing = timing_of(blocks, BASELINE, noise, method=method, cache="cold" if cold else "warm")
+                blocks = alternate(base, other, effort.blocks, sensors)
+            timing = timing_of(blocks, BASELINE, noise, method=method, cache=effort.cache)
             roof = _roof(case, arguments, timing.median_ms, ceilings)
             yield Row(
                 case, name, TIMED, None, check, timing, roof, _amdahl(case, timing.median_ms, timing.ratio, model_ms)
@@ -143,14 +141,18 @@ def _gate(case: Case, op: Callable[..., object], arguments: Inputs, name: str) -
         return op(**inputs, backend=backend)
 
     ceiling = TOLERANCES[getattr(torch, case.dtype)].ceiling * OPS[case.name].conditioning
-    rows = list(compare(call, arguments, name, gradients=case.direction == "train", ceiling=ceiling))
+    train = case.direction == "train"
+    rows = list(compare(call, arguments, name, gradients=train, ceiling=ceiling))
+    repeats = same_bits(*(run_op(call, arguments, floating(arguments), name, train) for _ in range(2)))
     # the kernels are held to torch's own error, other orders of torch's operators to what the dtype may err
     allowed = {row.name: row.allowance if name in ("triton", "extension") else ceiling for row in rows}
     if name == BASELINE:
         allowed = {row.name: max(ceiling, row.torch_error) for row in rows}
     worst = max(rows, key=lambda row: row.error / allowed[row.name] if row.error == row.error else float("inf"))
     passed = all(row.error <= allowed[row.name] for row in rows)
-    return Check("the definition in float64", finite(worst.error), worst.torch_error, allowed[worst.name], passed)
+    return Check(
+        "the definition in float64", finite(worst.error), worst.torch_error, allowed[worst.name], passed, repeats
+    )
 
 
 def _roof(case: Case, arguments: Inputs, median_ms: float, ceilings: dict[str, float]) -> Roof | None:

@@ -53,6 +53,11 @@ def compare(
         yield Comparison(name, error, torch_error, allowed)
 
 
+def same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether two runs gave the same results, every bit of them."""
+    return all(torch.equal(result, second[name]) for name, result in first.items())
+
+
 def floating(inputs: Mapping[str, object]) -> list[str]:
     """Names of the arguments that have gradients."""
     return [name for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]

@@ -1,7 +1,8 @@
 """Who computes a model: ours, Hugging Face's in several ways, the plain definition; looked up when it is asked for.
 
-Every provider has the same weights and classifies the same frames against the same encoded class texts. One that cannot
-run here raises ``UnavailableError`` with the reason, which becomes its row.
+Every provider has the same weights and classifies the same frames against the same encoded class texts. Frames are
+normalised or bytes; providers that take no bytes normalise them first, inside of their time. One that cannot run here
+raises ``UnavailableError`` with the reason, which becomes its row.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Provider:
 
     Attributes:
         what: a line for a table.
-        build: takes frames (B, T, 3, H, W) and encoded texts (K, E) to logits (B, K); a module can be trained.
+        build: takes frames, normalised (B, T, 3, H, W) or uint8 (B, T, H, W, 3), and encoded texts (K, E) to logits
+            (B, K); a module can be trained.
         limit: what it may err instead of twice plain torch's error, where it rounds more on purpose.
         same: it computes X-CLIP; a floor computes something cheaper, and passes no gate.
         own_graph: it replays CUDA graphs by itself; none can be captured around it.
@@ -95,15 +97,37 @@ class _Ours(nn.Module):
         return logits
 
 
+class _Frames(nn.Module):
+    """Frames as a model takes them that takes no bytes: what its user has to do first is part of its time."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (setting.config.pixel_mean, setting.config.pixel_std))
+        self.dtype = setting.dtype
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, video: Tensor) -> Tensor:
+        if video.dtype != torch.uint8:
+            return video
+        numbers = video.movedim(-1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return torch.addcmul(self.shift, numbers, self.scale).to(self.dtype)
+
+
 class _HuggingFace(nn.Module):
     """``XCLIPModel`` without its text tower, which is spent once for a set of classes."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, setting: Setting) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.to(setting.case.device, setting.dtype)
+        self.frames = _Frames(setting).to(setting.case.device)
 
     def forward(self, video: Tensor, text: Tensor) -> Tensor:
         model: Any = self.model
+        video = self.frames(video)
         batch, frames = video.shape[:2]
         seen = model.vision_model(pixel_values=video.flatten(0, 1))
         features = model.visual_projection(seen[1]).unflatten(0, (batch, frames))
@@ -154,7 +178,7 @@ def _huggingface(attention: str) -> Callable[[Setting], Classify]:
         lacking = model.load_state_dict(huggingface_state(setting.state), strict=False)
         if lost := [name for name in lacking.missing_keys if not name.endswith("position_ids")]:
             raise UnavailableError(f"this version of transformers has other weights: {', '.join(lost[:3])}")
-        return _HuggingFace(model.to(setting.case.device, setting.dtype))
+        return _HuggingFace(model, setting)
 
     return build
 
@@ -238,15 +262,17 @@ def _open_clip_frames(setting: Setting) -> Classify:
         raise UnavailableError("open_clip has no image model of these sizes")
     # random weights: nothing is fetched
     model = open_clip.create_model(names[setting.case.variant], pretrained=None, load_weights=False)
-    return _Frames(model.visual.to(setting.case.device, setting.dtype))
+    return _ImageModel(model.visual, setting)
 
 
-class _Frames(nn.Module):
-    def __init__(self, visual: nn.Module) -> None:
+class _ImageModel(nn.Module):
+    def __init__(self, visual: nn.Module, setting: Setting) -> None:
         super().__init__()
-        self.visual = visual
+        self.visual = visual.to(setting.case.device, setting.dtype)
+        self.frames = _Frames(setting).to(setting.case.device)
 
     def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        video = self.frames(video)
         features = self.visual(video.flatten(0, 1)).unflatten(0, video.shape[:2]).mean(1)
         return normalize(features, dim=-1) @ normalize(text, dim=-1).T
 

@@ -45,9 +45,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Check:
-    """The gate before any timing: errors relative to float64 (ops) or float32 (models) by ``reference``.
+    """The gate before any timing: errors relative to ``reference``.
 
-    ``torch_error`` is that of plain torch in the same dtype, ``allowance`` what the provider may err.
+    Attributes:
+        error: None where it is not finite, or nothing was compared.
+        torch_error: that of plain torch in the same dtype.
+        allowance: what the provider may err.
+        passed: whether it did not err more.
+        bit_repeat: whether two runs on the same inputs gave the same bits, None where that was not looked at; no
+            provider is wrong for it.
     """
 
     reference: str
@@ -55,6 +61,7 @@ class Check:
     torch_error: float
     allowance: float
     passed: bool
+    bit_repeat: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ class Timing:
         noise: how far the same ratio of the baseline against itself strays from 1, its 90th percentile.
         verdict: "faster", "slower", or "no difference" where the ratio does not leave the noise.
         blocks, dropped: blocks kept, and dropped because the clock had moved.
-        clock_mhz: lowest and highest clock of the GPU beside the blocks.
+        clock_mhz, power_w, temperature_c: lowest and highest of the GPU before and after the blocks; None where they
+            cannot be read.
     """
 
     method: str
@@ -88,6 +96,8 @@ class Timing:
     blocks: int
     dropped: int = 0
     clock_mhz: tuple[float, float] | None = None
+    power_w: tuple[float, float] | None = None
+    temperature_c: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,10 @@ class Amdahl:
 
 @dataclass(frozen=True)
 class Row:
-    """One provider in one case; ``reason`` says why there is no timing."""
+    """One provider in one case.
+
+    ``reason`` says why there is no timing; ``memory_mb`` is the peak of a step, as ``memory.peak_memory`` says.
+    """
 
     case: Case
     provider: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,8 @@ from xclip_fast.errors import InputError
 MODEL = "model"
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = ("forward", "train")
+INPUTS = ("normalised", "uint8")
+CACHES = ("warm", "cold")
 
 QUICK = Effort(blocks=3, block=0.05, memory=False)
 FULL = Effort(blocks=10, block=0.5, memory=True)
@@ -41,15 +45,17 @@ def make_case(
     direction: str = "forward",
     device: str = "cpu",
     classes: int = 5,
+    input: str | None = None,
 ) -> Case:
     """A case whose parts are known and can be computed here.
 
     Args:
         name: "model", or an op.
         variant, frames: as in ``cases.config_of``.
+        input: what a model is given, of ``INPUTS``, normalised without; an op has its own.
 
     Raises:
-        InputError: a part is unknown, or the device is not there.
+        InputError: a part is unknown or does not go with another, or the device is not there.
     """
     if name != MODEL and name not in OPS:
         raise InputError(f"unknown case {name!r}: choose one of {MODEL}, {', '.join(OPS)}")
@@ -57,9 +63,26 @@ def make_case(
         raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if direction not in DIRECTIONS:
         raise InputError(f"unknown mode {direction!r}: choose one of {', '.join(DIRECTIONS)}")
+    if input is not None and input not in INPUTS:
+        raise InputError(f"unknown input {input!r}: choose one of {', '.join(INPUTS)}")
+    if input is not None and name != MODEL:
+        raise InputError(f"an input was asked for, and {name} has its own: ask for a model or for no input")
+    if input == "uint8" and direction == "train":
+        raise InputError("training from uint8 frames was asked for: bytes have no gradient to check, use normalised")
     config = config_of(variant, frames)
-    kind = "normalised" if name == MODEL else "uint8" if name == "patch_embed" else "activations"
+    kind = (input or INPUTS[0]) if name == MODEL else "uint8" if name == "patch_embed" else "activations"
     return Case(name, variant, config.frames, batch, classes, dtype, direction, kind, check_device(device))
+
+
+def effort_of(full: bool, cache: str) -> Effort:
+    """Long blocks and peak memory, or short blocks, with warm or cold caches.
+
+    Raises:
+        InputError: there is no such cache.
+    """
+    if cache not in CACHES:
+        raise InputError(f"unknown cache {cache!r}: choose one of {', '.join(CACHES)}")
+    return replace(FULL if full else QUICK, cold=cache == "cold")
 
 
 def check_device(device: str) -> str:
@@ -75,10 +98,17 @@ def check_device(device: str) -> str:
     return device
 
 
-def run(jobs: Sequence[Job], effort: Effort, show: Callable[[Row], None]) -> Run:
+def run(jobs: Sequence[Job], effort: Effort, show: Callable[[Row], None], path: Path | None = None) -> Run:
     """Measure all jobs on their one device.
 
-    A job that cannot run at all, for want of memory say, is a row with the reason, and the next one follows.
+    A job that cannot run at all, for want of memory say, is a row with the reason, and the next one follows. The fact
+    "seconds" says how long it all took.
+
+    Args:
+        jobs: what to measure.
+        effort: how long.
+        show: is given each row as soon as it is known.
+        path: the results so far are written there after each row, so that a run that is cut off leaves them.
 
     Raises:
         InputError: a provider or backend is unknown, or no job fits into the memory; nothing is measured then.
@@ -90,20 +120,26 @@ def run(jobs: Sequence[Job], effort: Effort, show: Callable[[Row], None]) -> Run
         raise InputError(lacking[0])
     device = jobs[0].case.device
     dtypes = tuple(dict.fromkeys(job.case.dtype for job in jobs))
+    start = time.monotonic()
     rates = ceilings(device, dtypes, seconds=min(0.5, 3 * effort.block))
     found = Run(facts(device), rates)
     whole: dict[Case, float] = {}
     for job in jobs:
-        try:
-            for row in _measure(job, effort, rates, whole):
-                found.rows.append(row)
-                show(row)
-        except InputError as error:
-            for provider in job.providers:
-                row = Row(job.case, provider, FAILED, str(error))
-                found.rows.append(row)
-                show(row)
+        for row in _measured(job, effort, rates, whole):
+            found.rows.append(row)
+            found.facts["seconds"] = round(time.monotonic() - start, 1)
+            if path is not None:
+                found.save(path)
+            show(row)
     return found
+
+
+def _measured(job: Job, effort: Effort, rates: dict[str, float], whole: dict[Case, float]) -> Iterator[Row]:
+    """The rows of one job, or the reason why it has none."""
+    try:
+        yield from _measure(job, effort, rates, whole)
+    except InputError as error:
+        yield from (Row(job.case, provider, FAILED, str(error)) for provider in job.providers)
 
 
 def _check_providers(job: Job) -> None:

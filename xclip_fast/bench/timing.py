@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,16 @@ BLOCK = 0.5  # seconds of a block at most
 GROUP = 1e-3  # seconds between two GPU events at least: shorter ones measure the events
 CACHE = 256 << 20  # bytes written to make a cache cold
 CLOCK_DRIFT = 0.03  # a block whose clock is further from the median is dropped
+SPENT = 32.0  # seconds that all blocks of two contenders may take, so that two seconds a call leave four blocks
+LEAST = 3  # blocks, however long one takes
+
+
+class Reading(NamedTuple):
+    """What a GPU says of itself at one moment; None for what cannot be read, and on a CPU."""
+
+    clock_mhz: float | None = None
+    power_w: float | None = None
+    temperature_c: float | None = None
 
 
 def sampler(run: Callable[[], object], device: str, block: float = BLOCK, *, graph: bool, cold: bool = False) -> Sample:
@@ -33,41 +44,45 @@ def sampler(run: Callable[[], object], device: str, block: float = BLOCK, *, gra
         RuntimeError: the call cannot be captured into a graph.
     """
     if not device.startswith("cuda"):
-        return _cold_cpu(run, block) if cold else _cpu(run, block)
+        return _cpu(run, block, cold)
     return _events(_captured(run) if graph else run, block, cold)
 
 
-def _cpu(run: Callable[[], object], block: float) -> Sample:
+def _cpu(run: Callable[[], object], block: float, cold: bool) -> Sample:
     from torch.utils.benchmark import Timer
 
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return lambda: timer.blocked_autorange(min_run_time=block).median
+    flush = torch.empty(CACHE if cold else 0, dtype=torch.uint8)
 
-
-def _cold_cpu(run: Callable[[], object], block: float) -> Sample:
-    flush = torch.empty(CACHE, dtype=torch.uint8)
+    def once() -> float:
+        flush.fill_(1)
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
 
     def sample() -> float:
-        found: list[float] = []
         end = time.perf_counter() + block
-        while not found or time.perf_counter() < end:
-            flush.fill_(len(found) % 255)
-            start = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - start)
+        found = [once()]
+        # the timer runs a call more to learn how many to group: long ones need no group
+        if found[0] < block / 10 and not cold:
+            return timer.blocked_autorange(min_run_time=block).median
+        while time.perf_counter() < end:
+            found.append(once())
         return float(np.median(found))
 
     return sample
 
 
-def wall(run: Callable[[], object], block: float = BLOCK) -> Sample:
+def wall(run: Callable[[], object], block: float = BLOCK, *, cold: bool = False) -> Sample:
     """Seconds of one call on a GPU as a user sees them: from the call to the end of its work."""
+    flush = torch.empty(CACHE if cold else 0, dtype=torch.uint8, device="cuda")
 
     def sample() -> float:
         found: list[float] = []
         end = time.perf_counter() + block
-        torch.cuda.synchronize()
         while not found or time.perf_counter() < end:
+            flush.zero_()
+            torch.cuda.synchronize()
             start = time.perf_counter()
             run()
             torch.cuda.synchronize()
@@ -125,27 +140,56 @@ class Blocks:
     first: list[float] = field(default_factory=list)
     second: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
-    clocks: list[float] = field(default_factory=list)
+    readings: list[tuple[Reading, Reading]] = field(default_factory=list)
 
     @property
     def kept(self) -> list[int]:
-        """The blocks whose clock is that of the run."""
-        if len(self.clocks) != len(self.ratios):
+        """The blocks whose clock, the mean of before and after, is that of the run: at least one."""
+        clocks = [
+            (before.clock_mhz + after.clock_mhz) / 2
+            for before, after in self.readings
+            if before.clock_mhz is not None and after.clock_mhz is not None
+        ]
+        if not clocks or len(clocks) != len(self.ratios):
             return list(range(len(self.ratios)))
-        usual = float(np.median(self.clocks))
-        return [index for index, clock in enumerate(self.clocks) if abs(clock / usual - 1) <= CLOCK_DRIFT]
+        # one that was read, not between two: it is kept itself
+        usual = sorted(clocks)[len(clocks) // 2]
+        return [index for index, clock in enumerate(clocks) if abs(clock / usual - 1) <= CLOCK_DRIFT]
+
+    def range_of(self, quantity: str) -> tuple[float, float] | None:
+        """Lowest and highest of a quantity of ``Reading`` over all blocks; None where nothing was read."""
+        found = [getattr(reading, quantity) for pair in self.readings for reading in pair]
+        found = [value for value in found if value is not None]
+        return (min(found), max(found)) if found else None
 
 
-def alternate(first: Sample, second: Sample, blocks: int, clock: Callable[[], float | None]) -> Blocks:
-    """Take turns: first, second, second, first, so that a drift of the machine falls on both."""
+def blocks_of(most: int, seconds: float) -> int:
+    """How many blocks to measure: at most ``most``, what fits into ``SPENT``, but ``LEAST`` of them anyway.
+
+    Args:
+        most: where calls are short.
+        seconds: of one block.
+    """
+    return max(min(most, LEAST), min(most, int(SPENT / seconds)))
+
+
+def alternate(first: Sample, second: Sample, blocks: int, sensors: Callable[[], Reading]) -> Blocks:
+    """Take turns: first, second, second, first, so that a drift of the machine falls on both.
+
+    Args:
+        blocks: at most; ``blocks_of`` the time of the first one are measured.
+        sensors: asked before and after each block.
+    """
     found = Blocks()
-    for _ in range(blocks):
+    while len(found.ratios) < blocks:
+        start, reading = time.perf_counter(), sensors()
         before, one, two, after = first(), second(), second(), first()
+        found.readings.append((reading, sensors()))
         found.first += [before, after]
         found.second += [one, two]
         found.ratios.append((before + after) / (one + two))
-        if (mhz := clock()) is not None:
-            found.clocks.append(mhz)
+        if len(found.ratios) == 1:
+            blocks = blocks_of(blocks, time.perf_counter() - start)
     return found
 
 
@@ -176,5 +220,7 @@ def timing_of(blocks: Blocks, baseline: str, noise: float, *, method: str, cache
         verdict="faster" if low > 1 + noise else "slower" if high < 1 - noise else "no difference",
         blocks=len(kept),
         dropped=len(blocks.ratios) - len(kept),
-        clock_mhz=(min(blocks.clocks), max(blocks.clocks)) if blocks.clocks else None,
+        clock_mhz=blocks.range_of("clock_mhz"),
+        power_w=blocks.range_of("power_w"),
+        temperature_c=blocks.range_of("temperature_c"),
     )

@@ -32,12 +32,25 @@ def bench(
         str | None, typer.Option(metavar="NAME", help="An op at the shape of this model, instead of the model.")
     ] = None,
     mode: Annotated[str, typer.Option(help="forward, or train: forward and backward.")] = "forward",
+    given: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            help="What a model is given: normalised frames, or uint8. Providers that take no bytes normalise them "
+            "first, as their users have to, in their time.",
+            show_default="normalised",
+        ),
+    ] = None,
+    cache: Annotated[str, typer.Option(help="warm, or cold: caches are overwritten before each call.")] = "warm",
     device: Device = "auto",
     full: Annotated[
-        bool, typer.Option("--full/--quick", help="Ten long blocks, compilers and peak memory, or three short blocks.")
+        bool,
+        typer.Option("--full/--quick", help="Up to ten long blocks, compilers and peak memory, or three short blocks."),
     ] = False,
     as_json: AsJson = False,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the results as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the results as JSON, after each row.")
+    ] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results as CSV.")] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a report, one file that needs no network.")
@@ -56,16 +69,15 @@ def bench(
     from xclip_fast.bench import providers as registry
     from xclip_fast.bench.operators import BACKENDS
     from xclip_fast.bench.record import to_csv
-    from xclip_fast.bench.run import FULL, MODEL, QUICK, Job, make_case, run
+    from xclip_fast.bench.run import MODEL, Job, effort_of, make_case, run
     from xclip_fast.checkpoints.files import replacing
 
     if names is None:
         names = (BACKENDS if full else BACKENDS[:-1]) if op else tuple(registry.PROVIDERS) if full else registry.QUICK
     place = _device(device)
-    cases = [make_case(op or MODEL, variant, frames, batch, name, mode, place) for name in dtypes]
-    found = run([Job(case, names) for case in cases], FULL if full else QUICK, lambda row: _show_row(row, as_json))
-    if out is not None:
-        found.save(out)
+    effort = effort_of(full, cache)
+    cases = [make_case(op or MODEL, variant, frames, batch, name, mode, place, input=given) for name in dtypes]
+    found = run([Job(case, names) for case in cases], effort, lambda row: _show_row(row, as_json), out)
     if csv is not None:
         with replacing(csv) as temporary:
             temporary.write_text(to_csv(found.rows), encoding="utf-8")
