@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -85,6 +86,12 @@ def _stem(instruction: str) -> str:
     """Its name without suffixes, but with the function that MUFU computes."""
     parts = instruction.split(".")
     return ".".join(parts[:2]) if parts[0] == "MUFU" else parts[0]
+
+
+def oldest(launch: Launch) -> int:
+    """The first architecture that has the dtypes of a launch: no instruction before sm_89 writes e4m3."""
+    tensors = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
+    return 89 if any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors) else min(SHARED)
 
 
 class _Compiler:

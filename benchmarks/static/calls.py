@@ -20,6 +20,7 @@ from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd, 
 from xclip_fast.kernels.message_attention import message_attention_fwd, message_key_value_fwd
 from xclip_fast.kernels.patch_embed import patch_embed_fwd
 from xclip_fast.kernels.prompt_attention import prompt_attention_bwd, prompt_attention_fwd
+from xclip_fast.kernels.quantize_rows import quantize_rows_fwd
 from xclip_fast.kernels.temporal_block import temporal_block_fwd
 
 EPS = 1e-5
@@ -48,6 +49,20 @@ def layer_norm(
     grad_stream = make(rows, width) if residual else None
     grads = layer_norm_bwd(make(rows, width), grad_stream, stream if residual else x, weight, shift, mean, rstd)
     return [normed, stream, mean, rstd, *grads]
+
+
+def quantize_rows(
+    make: Make,
+    rows: int,
+    width: int,
+    *,
+    norm: bool = False,
+    constant: bool = False,
+    activation: str | None = None,
+) -> list[Tensor]:
+    """Forward alone: only the engine quantises."""
+    x, vectors = make(rows, width), (make(width), make(width)) if norm else (None, None)
+    return [*quantize_rows_fwd(x, *vectors, make(width) if constant else None, EPS, activation)]
 
 
 def linear_quick_gelu(make: Make, rows: int, width: int, hidden: int, *, training: bool) -> list[Tensor]:

@@ -56,6 +56,11 @@ def _model(shape: str, config: XCLIPConfig, frames: int, batch: int) -> Iterator
     yield Case(f"{shape} constant", partial(norm, constant=True))
     yield Case(f"{shape} both", partial(norm, residual=True, constant=True))
     yield Case(f"{shape} autocast", partial(norm, norm_dtype=torch.float32))
+    quantized = partial(calls.quantize_rows, make, images * tokens)
+    yield Case(f"{shape} float8 norm", partial(quantized, wide, norm=True, constant=True))
+    for width in (wide, 4 * wide):
+        yield Case(f"{shape} float8 of {width}", partial(quantized, width))
+    yield Case(f"{shape} float8 activation", partial(quantized, 4 * wide, activation=config.activation))
     for name, residual in ((shape, False), (f"{shape} residual", True)):
         mean = partial(calls.mean_norm_over_frames, make, batch, frames, config.patches, wide)
         yield Case(name, partial(mean, residual=residual))

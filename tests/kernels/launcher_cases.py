@@ -20,6 +20,11 @@ CASES: dict[str, Callable[..., Any]] = {
         calls.layer_norm, rows=5, width=64, constant=True, norm_dtype=torch.float32
     ),
     "layer_norm wide": partial(calls.layer_norm, rows=3, width=1025),
+    "quantize_rows": partial(calls.quantize_rows, rows=9, width=40),
+    "quantize_rows norm": partial(calls.quantize_rows, rows=6, width=33, norm=True),
+    "quantize_rows constant": partial(calls.quantize_rows, rows=5, width=64, norm=True, constant=True),
+    "quantize_rows activation": partial(calls.quantize_rows, rows=9, width=40, activation="quick_gelu"),
+    "quantize_rows wide": partial(calls.quantize_rows, rows=3, width=1025, activation="gelu"),
     "linear_quick_gelu": partial(calls.linear_quick_gelu, rows=70, width=40, hidden=72, training=False),
     "linear_quick_gelu training": partial(calls.linear_quick_gelu, rows=33, width=24, hidden=66, training=True),
     "linear_quick_gelu tiles": partial(calls.linear_quick_gelu, rows=64, width=64, hidden=128, training=True),
@@ -70,6 +75,14 @@ def random_cases(launcher: str, count: int, longest: int) -> Iterator[Callable[.
         attention = {"heads": draw.choice([1, 2]), "head_dim": draw.choice([32, 64])}
         sizes: dict[str, dict[str, Any]] = {
             "layer_norm": {"rows": size(), "width": size(), "residual": flag(), "constant": flag()},
+            "quantize_rows": draw.choice(
+                [
+                    {"norm": True, "constant": flag()},
+                    {"activation": draw.choice(["silu", "quick_gelu", "gelu"])},
+                    {},
+                ]
+            )
+            | {"rows": size(), "width": size()},
             "linear_quick_gelu": {"rows": size(), "width": size(), "hidden": size(), "training": flag()},
             "mean_norm_over_frames": {
                 "batch": draw.randint(1, 3),

@@ -29,6 +29,7 @@ from xclip_fast.kernels.layer_norm import layer_norm_fwd  # noqa: E402
 from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd, quick_gelu_bwd  # noqa: E402
 from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_fwd  # noqa: E402
 from xclip_fast.kernels.prompt_attention import prompt_attention_fwd  # noqa: E402
+from xclip_fast.kernels.quantize_rows import quantize_rows_fwd  # noqa: E402
 
 Call = Callable[..., list[Tensor]]
 every_case = pytest.mark.parametrize("call", CASES.values(), ids=CASES)
@@ -112,6 +113,9 @@ VECTORS = {width: torch.linspace(0.5, 2.0, width).half() for width in (16, 32, 6
 # called with a number of rows, frames or videos; of each, 64 numbers come out
 LONG = {
     "layer_norm": lambda count: layer_norm_fwd(repeated(count, 64), VECTORS[64], VECTORS[64], None, None, EPS)[0],
+    "quantize_rows": lambda count: quantize_rows_fwd(repeated(count, 64), *[VECTORS[64]] * 3, EPS, None)[0].view(
+        torch.int8
+    ),
     "linear_quick_gelu": lambda count: linear_quick_gelu_fwd(
         repeated(count, 16), repeated(64, 16).contiguous(), VECTORS[64], False
     )[0],
