@@ -13,6 +13,7 @@ from numerics import relative_error
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
+from xclip_fast.bench.launches import count
 from xclip_fast.engine import cuda, products
 from xclip_fast.engine.cuda import CudaTower
 from xclip_fast.engine.packing import CUDA_REWRITES, Packing
@@ -146,6 +147,21 @@ def test_block_does_what_its_products_do_alone(model: XCLIP, stream: bool, monke
     for one, other in zip(features(model, packing, video), fused, strict=True):
         # a number at a tie may fall to the other side
         assert relative_error(one, other) < 3e-3
+
+
+def test_launches_of_a_block(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    # PyTorch's own says what it would give
+    monkeypatch.undo()
+    video = torch.empty(1, 4, 32, 32, 3, dtype=torch.uint8, device="meta")
+    counts = []
+    for packing in (HALF, FLOAT8):
+        tower = CudaTower(model.visual, model.config, replace(packing, device=torch.device("meta")))
+        counts.append(count(lambda tower=tower: tower(video, patches=True)))
+    half, float8 = counts
+    changed = {name: float8[name] - half[name] for name in half | float8 if float8[name] != half[name]}
+    products = {"_scaled_mm": 4, "linear": -1, "linear_quick_gelu": -1, "addmm_": -2, "add_": 2}
+    # four kernels quantise, and two of them are the norms
+    assert changed == products | {"quantize_rows": 4, "layer_norm": -2}
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd, 
 from xclip_fast.kernels.message_attention import message_attention_fwd, message_key_value_fwd
 from xclip_fast.kernels.patch_embed import patch_embed_fwd
 from xclip_fast.kernels.prompt_attention import prompt_attention_bwd, prompt_attention_fwd
+from xclip_fast.kernels.quantize_rows import quantize_rows_fwd
 from xclip_fast.kernels.temporal_block import temporal_block_fwd
 
 EPS = 1e-5
@@ -99,6 +100,17 @@ def test_layer_norm_backward() -> None:
         return layer_norm_bwd(grad, None, x, weight, None, mean, rstd)[:1]
 
     compare(run, made(PART, 768), made(PART, 768), largest=768)
+
+
+def test_quantize_rows() -> None:
+    need(12)
+    vector = made(768)
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        quantized, scale = quantize_rows_fwd(x, vector, vector, vector, EPS, None)
+        return quantized.view(torch.int8), scale
+
+    compare(run, made(PART, 768), largest=768)
 
 
 def test_linear_quick_gelu() -> None:
