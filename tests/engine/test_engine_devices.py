@@ -16,7 +16,12 @@ from xclip_fast.engine import Engine, api, cuda
 from xclip_fast.model import create_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+PRECISIONS: dict[torch.dtype, tuple[torch.dtype, str | None]] = {
+    torch.float32: (torch.float32, None),
+    torch.bfloat16: (torch.bfloat16, None),
+    torch.float16: (torch.float16, None),
+    torch.float8_e4m3fn: (torch.bfloat16, "float8_e4m3fn"),
+}
 
 
 class _OneStream:
@@ -30,12 +35,9 @@ class _OneStream:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     """Tensors of this mode have a device and no numbers, and operators refuse to mix two devices."""
-    # a mode that finds a GPU wants to use it
-    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(api, "_precision", lambda dtype, device: PRECISIONS[dtype])
     monkeypatch.setattr(cuda, "_Side", _OneStream)
     # graphs need the device, and errors of products need numbers
     monkeypatch.setattr(api, "GraphCache", lambda run: run)
@@ -63,7 +65,7 @@ def test_a_fake_refuses_to_mix_devices(fake: FakeTensorMode) -> None:
         torch.empty(2, device=GPU) + torch.empty(2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_engine_stays_on_its_gpu(fake: FakeTensorMode, dtype: torch.dtype) -> None:
     model = without_numbers(small_model(), fake, CPU)
     with fake:
