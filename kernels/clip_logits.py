@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._launch import on_device_of
+from xclip_fast.tuning import tunable
 
 # below this length a vector is divided by it instead, as torch.nn.functional.normalize does
 TINY = tl.constexpr(1e-12)
@@ -22,15 +23,17 @@ class Blocks(NamedTuple):
     width: int
 
 
+@tunable("clip_logits", fixed=(1,))
 def blocks(width: int) -> Blocks:
     """Four classes a program, one where they are wide."""
     padded = triton.next_power_of_2(width)
     return Blocks(4 if padded <= 1024 else 1, padded)
 
 
+@tunable("clip_logits_bwd", fixed=(1,))
 def backward_blocks(width: int) -> Blocks:
     """Half the classes: their gradients are held in registers beside them."""
-    block = blocks(width)
+    block = blocks.default(width)
     return block._replace(classes=max(1, block.classes // 2))
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._launch import on_device_of
+from xclip_fast.tuning import tunable
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # the smallest side of a tensor core product
@@ -71,6 +72,17 @@ def plan(tokens: int, queries: int, keys: int, num_warps: int, num_stages: int =
     return Plan(query_tiles(tokens, queries), key_tiles(tokens, keys), num_warps, num_stages)
 
 
+def plan_numbers(cut: Plan) -> list[int]:
+    """The sizes that ``tuned_plan`` makes such a plan of."""
+    return [cut.queries.block, cut.keys.block, cut.num_warps, cut.num_stages]
+
+
+def tuned_plan(tokens: int, head_dim: int, element_size: int, *numbers: int) -> Plan:
+    """A plan of the sizes in a tuning table."""
+    return plan(tokens, *numbers)
+
+
+@tunable("frame_attention", numbers=plan_numbers, build=tuned_plan)
 def forward_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
     """Tiles and launch options of the forward pass: the largest that leave every number in a register.
 

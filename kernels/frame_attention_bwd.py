@@ -19,12 +19,16 @@ from xclip_fast.kernels.frame_attention import (
     load_rows,
     place,
     plan,
+    plan_numbers,
     rows_contiguous,
     store_rows,
     tail_rows,
+    tuned_plan,
 )
+from xclip_fast.tuning import tunable
 
 
+@tunable("frame_attention_bwd_query", numbers=plan_numbers, build=tuned_plan)
 def query_gradient_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
     """Tiles and launch options of the queries' gradient; arguments as for ``forward_plan``."""
     if element_size == 4:
@@ -33,6 +37,7 @@ def query_gradient_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
     return plan(tokens, block, block, num_warps=4)
 
 
+@tunable("frame_attention_bwd_key", numbers=plan_numbers, build=tuned_plan)
 def key_gradient_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
     """Tiles and launch options of the keys' and values' gradient; arguments as for ``forward_plan``."""
     if element_size == 4:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.tuning import tunable
 
 # a program of the backward pass walks over many blocks of rows and writes one partial sum
 BACKWARD_PROGRAMS = 512
@@ -128,6 +129,13 @@ def block_shape(width: int) -> tuple[int, int]:
     return (4 if columns <= 1024 else 1), columns
 
 
+@tunable("layer_norm", fixed=(1,))
+def forward_block_shape(width: int) -> tuple[int, int]:
+    """Rows and columns of a block of the forward pass."""
+    return block_shape(width)
+
+
+@tunable("layer_norm_bwd", fixed=(1,))
 def backward_block_shape(width: int) -> tuple[int, int]:
     """Half the rows: the sums over all rows of a program are held beside them, and more of both would spill."""
     rows, columns = block_shape(width)
@@ -145,7 +153,7 @@ def layer_norm_fwd(
     stream = torch.empty(x.shape if residual is not None else 0, dtype=x.dtype, device=x.device)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    block_rows, block_width = block_shape(width)
+    block_rows, block_width = forward_block_shape(width)
     if rows:
         with on_device_of(x):
             _layer_norm_fwd_kernel[(triton.cdiv(rows, block_rows),)](

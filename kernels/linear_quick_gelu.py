@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.tuning import tunable
 
 # x * sigmoid(1.702 x) = x / (1 + 2^(-1.702 log2(e) x)): one exp2 and one division, where tl.sigmoid takes 13 operations
 EXPONENT = tl.constexpr(-2.4554669595930155)
@@ -26,6 +27,7 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
+@tunable("linear_quick_gelu")
 def tiling(rows: int, width: int, dtype: torch.dtype) -> Tiling:
     """The default tiles for a product of this many rows: two programs a multiprocessor where the rows fill it."""
     block_k = min(64, max(16, triton.next_power_of_2(width)))

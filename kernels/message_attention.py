@@ -18,6 +18,7 @@ from xclip_fast.kernels.skinny_linear import (
     skinny_launches,
     skinny_linear,
 )
+from xclip_fast.tuning import tunable
 
 # every clip reads the weights anew
 FUSED_CLIPS = 16
@@ -189,6 +190,7 @@ def is_fused(clips: int, longest: int, head_dim: int, itemsize: int) -> bool:
     return small and clips <= FUSED_CLIPS
 
 
+@tunable("message_attention", fixed=(0,))
 def fused_tile(longest: int, head_dim: int, itemsize: int) -> Tile:
     """All frames of a clip; a step of depth loads three times HEAD_DIM weight rows, 12 or 24 KB."""
     frames = _frame_block(longest)
@@ -197,6 +199,7 @@ def fused_tile(longest: int, head_dim: int, itemsize: int) -> Tile:
     return Tile(frames=frames, depth=depth, warps=8 if frames * itemsize > 64 else 4, stages=3)
 
 
+@tunable("message_attention_long", fixed=(1,))
 def long_tile(head_dim: int, itemsize: int) -> Tile:
     """Square tiles of frames against frames, over the whole head."""
     frames = 64 if itemsize == 2 else min(32, 2048 // head_dim)

@@ -13,6 +13,7 @@ from torch import Tensor
 from xclip_fast.kernels._launch import as_rows, on_device_of
 from xclip_fast.kernels.layer_norm import layer_norm_fwd
 from xclip_fast.kernels.skinny_linear import dot_precision
+from xclip_fast.tuning import tunable
 
 
 class Tile(NamedTuple):
@@ -25,6 +26,7 @@ class Tile(NamedTuple):
     stages: int
 
 
+@tunable("patch_embed")
 def tile(rows: int, dtype: torch.dtype) -> Tile:
     """Small tiles where the tokens of a video or two would leave multiprocessors without work."""
     if dtype == torch.float32:

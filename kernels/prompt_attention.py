@@ -13,6 +13,7 @@ from torch import Tensor
 from xclip_fast.kernels._launch import on_device_of
 from xclip_fast.kernels.frame_attention import LOG2_E
 from xclip_fast.kernels.frame_attention import _accumulate as accumulate
+from xclip_fast.tuning import tunable
 
 
 class Tiling(NamedTuple):
@@ -24,6 +25,7 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
+@tunable("prompt_attention")
 def tiling(classes: int, patches: int, dtype: torch.dtype) -> Tiling:
     """The default tiles: no larger than what they cut, halved in float32, which takes twice the shared memory."""
     largest = 32 if dtype == torch.float32 else 64
@@ -32,9 +34,10 @@ def tiling(classes: int, patches: int, dtype: torch.dtype) -> Tiling:
     return Tiling(queries, keys, 4, 3)
 
 
+@tunable("prompt_attention_bwd")
 def backward_tiling(classes: int, patches: int, dtype: torch.dtype) -> Tiling:
     """Half the keys: the backward pass holds twice the sums and scores of the forward pass, and would spill."""
-    tile = tiling(classes, patches, dtype)
+    tile = tiling.default(classes, patches, dtype)
     return tile._replace(keys=max(16, tile.keys // 2), num_stages=2)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xclip_fast.kernels._launch import as_rows, on_device_of
 from xclip_fast.kernels.layer_norm import layer_norm_fwd
+from xclip_fast.tuning import tunable
 
 # more rows than this fill the GPU in PyTorch's own product
 MAX_ROWS = 128
@@ -135,6 +136,7 @@ def _skinny_linear_fwd_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@tunable("skinny_linear")
 def tile(rows: int, width: int, out_width: int, itemsize: int) -> Tile:
     """The tallest tile that still gives every multiprocessor work: tall tiles read the weights less often."""
     columns = 32

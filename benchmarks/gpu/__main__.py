@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.gpu.prepare import build_extension, facts, make_importable
 
-PARTS = ("parity", "sanitize", "sweep", "e2e", "train")
+PARTS = ("parity", "sanitize", "questions", "sweep", "e2e", "train")
 DEADLINE = 440.0  # seconds of a part
 GRACE = 30.0  # for the case that runs when they have passed; eight minutes in all
 RESTARTS = 6

@@ -1,4 +1,4 @@
-"""The tiles that the sweep tries: eight at most for a kernel and shape, the default first; nothing else is searched."""
+"""The tiles that the sweep tries: eight at most for a function and shape; nothing else is searched."""
 
 from __future__ import annotations
 
@@ -9,27 +9,40 @@ from xclip_fast.bench.cases import Load
 from xclip_fast.kernels import (
     clip_logits,
     frame_attention,
+    frame_attention_bwd,
     layer_norm,
     linear_quick_gelu,
     message_attention,
+    patch_embed,
     prompt_attention,
     skinny_linear,
 )
+from xclip_fast.tuning import Tunable
+
+MOST = 8
 
 
-class Tunable(NamedTuple):
-    """A pure function of a launcher's module that gives the tiles, and others to put in its place.
+class Choice(NamedTuple):
+    """A function that gives a launcher its tiles, and others to put in its place.
 
     Attributes:
         op: the op whose call reaches it.
         module, function: where the launcher looks it up.
         candidates: what it could return for this load.
+        backward: the launch is one of the backward pass.
     """
 
     op: str
     module: Any
     function: str
     candidates: Callable[[Load], list[Any]]
+    backward: bool = False
+
+    @property
+    def tunable(self) -> Tunable:
+        """The function itself."""
+        found: Tunable = getattr(self.module, self.function)
+        return found
 
 
 def _products(load: Load) -> list[Any]:
@@ -38,28 +51,51 @@ def _products(load: Load) -> list[Any]:
     return [linear_quick_gelu.Tiling(*size) for size in sizes]
 
 
-def _frames(load: Load) -> list[Any]:
+def _plans(load: Load, sizes: list[tuple[int, int, int, int]]) -> list[Any]:
     tokens = load.config.patches + 1
-    sizes = [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)]
-    sizes += [(128, 64, 4, 2), (64, 32, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)]
-    made = [frame_attention.plan(tokens, queries, keys, warps, stages) for queries, keys, warps, stages in sizes]
     # short frames cut several of them alike
-    return list(dict.fromkeys(made))
+    return list(dict.fromkeys(frame_attention.plan(tokens, *size) for size in sizes))
+
+
+def _frames(load: Load) -> list[Any]:
+    sizes = [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)]
+    return _plans(load, [*sizes, (128, 64, 4, 2), (64, 32, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)])
+
+
+def _query_gradients(load: Load) -> list[Any]:
+    sizes = [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2)]
+    return _plans(load, [*sizes, (128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 4, 2), (128, 64, 8, 3)])
+
+
+def _key_gradients(load: Load) -> list[Any]:
+    sizes = [(32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 8, 2), (64, 64, 8, 2)]
+    return _plans(load, [*sizes, (64, 64, 4, 2), (32, 128, 8, 2), (64, 32, 4, 2), (32, 32, 4, 3)])
 
 
 def _prompts(load: Load) -> list[Any]:
-    sizes = [(64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (16, 64, 2, 2)]
+    sizes = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (128, 64, 8, 2), (16, 64, 2, 2)]
+    return [prompt_attention.Tiling(*size) for size in sizes]
+
+
+def _prompt_gradients(load: Load) -> list[Any]:
+    sizes = [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (32, 32, 4, 2), (32, 64, 4, 2), (64, 32, 8, 2)]
     return [prompt_attention.Tiling(*size) for size in sizes]
 
 
 def _rows(load: Load) -> list[Any]:
     _, columns = layer_norm.block_shape(load.config.vision_width)
-    return [(rows, columns) for rows in (1, 2, 4, 8)]
+    return [(rows, columns) for rows in (4, 1, 2, 8)]
 
 
 def _classes(load: Load) -> list[Any]:
-    default = clip_logits.blocks(load.config.embed_dim)
-    return [default._replace(classes=classes) for classes in (1, 2, 4, 8, 16)]
+    default = clip_logits.blocks.default(load.config.embed_dim)
+    return [default._replace(classes=classes) for classes in (4, 1, 2, 8, 16)]
+
+
+def _pixels(load: Load) -> list[Any]:
+    sizes = [(128, 128, 32, 8, 3), (64, 64, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 2)]
+    sizes += [(128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 32, 4, 4), (128, 256, 32, 8, 3)]
+    return [patch_embed.Tile(*size) for size in sizes]
 
 
 def _skinny(load: Load) -> list[Any]:
@@ -69,20 +105,32 @@ def _skinny(load: Load) -> list[Any]:
 
 
 def _messages(load: Load) -> list[Any]:
-    default = message_attention.fused_tile(load.config.frames, 64, 2)
-    steps = [(default.depth, default.warps, stages) for stages in (2, 3, 4)]
+    default = message_attention.fused_tile.default(load.config.frames, 64, 2)
+    steps = [(default.depth, default.warps, stages) for stages in (3, 2, 4)]
     steps += [(depth, warps, 3) for depth in (32, 64) for warps in (4, 8)]
     made = [default._replace(depth=depth, warps=warps, stages=stages) for depth, warps, stages in steps]
     return list(dict.fromkeys(made))
 
 
-TUNABLE = [
-    Tunable("linear_quick_gelu", linear_quick_gelu, "tiling", _products),
-    Tunable("frame_attention", frame_attention, "forward_plan", _frames),
-    Tunable("layer_norm", layer_norm, "block_shape", _rows),
-    Tunable("prompt_attention", prompt_attention, "tiling", _prompts),
-    Tunable("clip_logits", clip_logits, "blocks", _classes),
-    Tunable("message_key_value", skinny_linear, "tile", _skinny),
-    Tunable("message_attention", message_attention, "fused_tile", _messages),
+def _long_clips(load: Load) -> list[Any]:
+    default = message_attention.long_tile.default(64, 2)
+    steps = [(64, 4, 2), (16, 2, 2), (16, 4, 2), (32, 4, 2), (64, 8, 2), (64, 4, 3)]
+    return [default._replace(frames=frames, warps=warps, stages=stages) for frames, warps, stages in steps]
+
+
+CHOICES = [
+    Choice("linear_quick_gelu", linear_quick_gelu, "tiling", _products),
+    Choice("frame_attention", frame_attention, "forward_plan", _frames),
+    Choice("patch_embed", patch_embed, "tile", _pixels),
+    Choice("layer_norm", layer_norm, "forward_block_shape", _rows),
+    Choice("message_key_value", skinny_linear, "tile", _skinny),
+    Choice("message_attention", message_attention, "fused_tile", _messages),
+    Choice("message_attention", message_attention, "long_tile", _long_clips),
+    Choice("prompt_attention", prompt_attention, "tiling", _prompts),
+    Choice("clip_logits", clip_logits, "blocks", _classes),
+    Choice("frame_attention", frame_attention_bwd, "query_gradient_plan", _query_gradients, backward=True),
+    Choice("frame_attention", frame_attention_bwd, "key_gradient_plan", _key_gradients, backward=True),
+    Choice("layer_norm", layer_norm, "backward_block_shape", _rows, backward=True),
+    Choice("prompt_attention", prompt_attention, "backward_tiling", _prompt_gradients, backward=True),
+    Choice("clip_logits", clip_logits, "backward_blocks", _classes, backward=True),
 ]
-MOST = 8

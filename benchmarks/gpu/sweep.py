@@ -1,101 +1,254 @@
-"""PART=sweep: the committed candidates of each kernel at the shapes of production, checked and then timed in turn."""
+"""PART=sweep: the committed candidates of each kernel at the shapes of production, checked and then timed in turn.
+
+Beside them each op by every backend, so that a kernel that does not pay is known. ``benchmarks.gpu.tune`` makes the
+tuning table of what is found here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu.candidates import MOST, TUNABLE, Tunable
+from benchmarks.gpu.candidates import CHOICES, MOST, Choice
 from benchmarks.gpu.journal import Journal
-from xclip_fast.bench.cases import Load, config_of, find_op
+from benchmarks.gpu.quick import QuickDraw
+from xclip_fast import tuning
+from xclip_fast.bench.cases import IN_EXTENSION, OPS, Load, config_of, find_op
 from xclip_fast.bench.inputs import Inputs
 from xclip_fast.bench.machine import Sensors
-from xclip_fast.bench.operators import inputs_of
-from xclip_fast.bench.parity import run_op
-from xclip_fast.bench.record import Case
+from xclip_fast.bench.parity import floating, run_op
 from xclip_fast.bench.timing import alternate, noise_of, sampler, timing_of
-from xclip_fast.numerics import TOLERANCES, poisoned_memory, relative_error
+from xclip_fast.numerics import TOLERANCES, poisoned_memory
+from xclip_fast.ops import _backends, explain
 
-SHAPES = [("B/16", 8), ("L/14", 8), ("B/32", 8), ("L/14-336", 1), ("B/32", 1), ("B/16", 1)]
-BLOCKS, BLOCK = 5, 0.02
+SHAPES = [("B/16", 8), ("L/14", 8), ("B/32", 1), ("B/32", 8), ("B/16", 1), ("L/14", 1), ("B/16", 32), ("L/14", 32)]
+SHAPES += [("L/14-336", 1)]
+FRAMES = {"L/14-336": 16}
+BLOCKS, BLOCK = 5, 0.01
+COMPILERS = 12
+COMPILING = 0.4  # of the time that is left
+FIGURES = ("median_ms", "p10_ms", "p90_ms", "ratio", "ratio_p10", "ratio_p90", "noise", "verdict")
+
+
+class Sweep:
+    """One case: a choice of tiles, or the backends of an op, at the shape a model gives it."""
+
+    def __init__(self, op: str, choice: Choice | None, variant: str, batch: int, dry: bool) -> None:
+        self.op, self.choice, self.variant, self.batch, self.dry = op, choice, variant, batch, dry
+        self.device = "cpu" if dry else "cuda"
+        self.dtype = torch.float16 if dry else torch.bfloat16
+        self.backward = choice is not None and choice.backward
+
+    @property
+    def name(self) -> str:
+        """In the journal."""
+        what = f"{self.op} backends" if self.choice is None else self.choice.tunable.name
+        return f"{what} {self.variant} x{self.batch}"
+
+    def load(self) -> Load:
+        """The sizes."""
+        return Load(config_of(self.variant, FRAMES.get(self.variant)), self.batch, 5 if self.dry else 400)
+
+    def inputs(self) -> Inputs:
+        """Of the op."""
+        return OPS[self.op].in_model(QuickDraw(self.dtype, self.device), self.load())
+
+    def candidates(self) -> list[Any]:
+        """The default's tiles come from the default itself: here are the others."""
+        assert self.choice is not None
+        return self.choice.candidates(self.load())[: 2 if self.dry else MOST]
+
+
+def sweeps(dry: bool) -> dict[str, Sweep]:
+    """Name to case; what production runs most comes first, the backends of an op behind its tiles."""
+    found = []
+    for variant, batch in [("tiny", 1)] if dry else SHAPES:
+        choices = [choice for choice in CHOICES if choice.op == "clip_logits"] if dry else CHOICES
+        found += [Sweep(choice.op, choice, variant, batch, dry) for choice in choices]
+        found += [Sweep(op, None, variant, batch, dry) for op in (["clip_logits"] if dry else OPS)]
+    return {sweep.name: sweep for sweep in found}
 
 
 def main(journal: Journal, out: Path, dry: bool) -> bool:
     """Time what is left; true when every candidate that compiles is right."""
-    shapes = [("tiny", 1)] if dry else SHAPES
-    found = {
-        f"{entry.op} {variant} x{batch}": (entry, variant, batch) for variant, batch in shapes for entry in TUNABLE
-    }
+    found = sweeps(dry)
+    if not dry:
+        compile_ahead([found[name] for name in found if name not in journal.cases], journal.left * COMPILING)
     for name in journal.todo(found):
         journal.start(name)
-        entry, variant, batch = found[name]
-        dtype, device = ("float16", "cpu") if dry else ("bfloat16", "cuda")
-        config = config_of(variant)
-        case = Case(
-            entry.op, variant, config.frames, batch, 400 if not dry else 5, dtype, "forward", "activations", device
-        )
-        journal.add(name, {"candidates": sweep(entry, case, dry)})
-        best = min((row for row in journal.cases[name]["candidates"] if "ratio" in row), key=_time, default=None)
-        print(f"  {name}: {best['tiles'] if best else 'no candidate'} {best['ratio'] if best else ''}", flush=True)
+        sweep = found[name]
+        try:
+            result = backends_of(sweep) if sweep.choice is None else tiles_of(sweep)
+        except Exception as error:
+            # such as too little memory for this shape
+            result = {"rows": [], "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
+        journal.add(name, result)
+        timed = [row for row in result["rows"] if "ratio" in row]
+        best = max(timed, key=lambda row: float(row["ratio"]), default=None)
+        print(f"  {name}: {best['what'] if best else 'nothing'} {best['ratio'] if best else ''}", flush=True)
+        if not dry:
+            torch.cuda.empty_cache()
     complete = journal.finish(found)
-    rows = [row for case in journal.cases.values() for row in case.get("candidates", [])]
-    return complete and not any(row["status"] == "wrong" for row in rows)
+    rows = [row for case in journal.cases.values() for row in case.get("rows", [])]
+    failed = any(case.get("status") == "failed" for case in journal.cases.values())
+    return complete and not failed and not any(row["status"] == "wrong" for row in rows)
 
 
-def _time(row: dict[str, Any]) -> float:
-    return float(row["median_ms"])
+def compile_ahead(sweeps: list[Sweep], seconds: float) -> None:
+    """Compile the candidates on all cores, into Triton's cache on disk; what fails here fails again where it counts."""
+    start, chosen = time.monotonic(), [sweep for sweep in sweeps if sweep.choice is not None]
+    pool = ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn"))
+    tasks = [pool.submit(_compile, sweep.name) for sweep in chosen]
+    done, _ = wait(tasks, timeout=seconds)
+    # what compiles now would disturb what is timed next
+    pool.shutdown(wait=True, cancel_futures=True)
+    print(f"  compiled ahead: {len(done)} of {len(tasks)} cases, {time.monotonic() - start:.0f} s", flush=True)
 
 
-def sweep(entry: Tunable, case: Case, dry: bool) -> list[dict[str, Any]]:
-    """A row for the default and for each candidate; ``ratio`` is the default's time over the candidate's."""
-    op, arguments = find_op(case.name), inputs_of(case)
-    truth = run_op(op, arguments, [], "torch", False)
-    limit = 2 * TOLERANCES[getattr(torch, case.dtype)].ceiling
-    load = Load(config_of(case.variant, case.frames), case.batch, case.classes)
-    default = _call(op, arguments)
-    sensors = Sensors(case.device)
-    base = sampler(default, case.device, 0.001 if dry else BLOCK, graph=not dry)
-    noise = noise_of(alternate(base, base, 1 if dry else BLOCKS, sensors))
+def _compile(name: str) -> None:
+    sweep = sweeps(False)[name]
+    assert sweep.choice is not None
+    call = _call(sweep, sweep.inputs())
+    for tiles in sweep.candidates():
+        try:
+            with _using(sweep.choice, tiles):
+                call()
+        except Exception:
+            continue
+    torch.cuda.synchronize()
+
+
+def tiles_of(sweep: Sweep) -> dict[str, Any]:
+    """Rows of candidates; ``ratio`` is the default's time over theirs. ``shapes`` are the arguments of the function."""
+    choice, arguments = sweep.choice, sweep.inputs()
+    assert choice is not None
+    op, wanted = find_op(sweep.op), floating(arguments) if sweep.backward else []
+    truth = run_op(op, arguments, wanted, "torch", sweep.backward)
+    limit = 2 * TOLERANCES[sweep.dtype].ceiling * OPS[sweep.op].conditioning
+    shapes: dict[str, tuple[Any, ...]] = {}
+    default = choice.tunable.default
+
+    def record(*shape: Any) -> Any:
+        shapes[tuning.shape_key(shape)] = shape
+        return default(*shape)
+
+    with patch.object(choice.module, choice.function, record):
+        base = _sampler(sweep, _call(sweep, arguments))
+    if not shapes:
+        return {"rows": [], "shapes": [], "reason": "this launch does not happen at this shape"}
+    sensors, blocks = Sensors(sweep.device), 1 if sweep.dry else BLOCKS
+    noise = noise_of(alternate(base, base, blocks, sensors))
+    usual = [choice.tunable.numbers(default(*shape)) for shape in shapes.values()]
     rows = []
-    for tiles in entry.candidates(load)[: 1 if dry else MOST]:
-        row: dict[str, Any] = {"tiles": str(tiles)}
+    for tiles in sweep.candidates():
+        numbers = choice.tunable.numbers(tiles)
+        row: dict[str, Any] = {"what": str(numbers), "numbers": numbers, "default": usual == [numbers]}
         rows.append(row)
         # the launcher asks this function for its tiles at every launch
-        with patch.object(entry.module, entry.function, lambda *given, tiles=tiles, **named: tiles):
+        with _using(choice, tiles):
             try:
                 with poisoned_memory():
-                    result = run_op(op, arguments, [], "triton", False)
-                row["error"] = max(relative_error(result[name], exact) for name, exact in truth.items())
+                    result = run_op(op, arguments, wanted, "triton", sweep.backward)
+                row["error"] = max(_distance(result[name], exact) for name, exact in truth.items())
                 row["status"] = "right" if row["error"] <= limit else "wrong"
                 if row["status"] == "wrong":
                     row["error"] = str(row["error"])
                     continue
-                sample = sampler(_call(op, arguments), case.device, 0.001 if dry else BLOCK, graph=not dry)
+                sample = _sampler(sweep, _call(sweep, arguments))
+                # a captured graph keeps its tiles; a plain call would take those of the moment
+                timed = alternate(base, sample, blocks, sensors)
             except Exception as error:
                 # too much shared memory, or a shape the compiler refuses
                 row |= {"status": "refused", "reason": f"{type(error).__name__}: {error}"[:200]}
                 continue
-            # a captured graph keeps its tiles; a plain call would take those of the moment
-            blocks = alternate(base, sample, 1 if dry else BLOCKS, sensors)
-        timing = timing_of(blocks, "default", noise, method="graph")
-        row |= {
-            "median_ms": timing.median_ms,
-            "ratio": round(timing.ratio, 4),
-            "ratio_p10": round(timing.ratio_p10, 4),
-            "ratio_p90": round(timing.ratio_p90, 4),
-            "noise": round(noise, 4),
-            "verdict": timing.verdict,
-        }
-    return rows
+        row |= _figures(timing_of(timed, "default", noise, method="graph"))
+    whose = {"function": choice.tunable.name, "of": sweep.op, "backward": sweep.backward}
+    return whose | {"rows": rows, "shapes": list(shapes)}
 
 
-def _call(op: Callable[..., object], arguments: Inputs) -> Callable[[], object]:
-    def call() -> object:
-        with torch.inference_mode():
-            return op(**arguments, backend="triton")
+def backends_of(sweep: Sweep) -> dict[str, Any]:
+    """Rows of backends; ``ratio`` is the kernel's time over theirs. ``call`` is the call as a tuning table names it."""
+    arguments = sweep.inputs()
+    calls: list[str] = []
 
-    return call
+    def record(op: str, tensors: Any) -> None:
+        if op == sweep.op:
+            calls.append(tuning.call_key(tensors))
+
+    with patch.object(_backends, "tuned_backend", record), torch.no_grad():
+        _automatic(sweep, arguments)
+    base = _sampler(sweep, _call(sweep, arguments))
+    sensors, blocks = Sensors(sweep.device), 1 if sweep.dry else BLOCKS
+    noise = noise_of(alternate(base, base, blocks, sensors))
+    rows = []
+    names = ["torch", "reference"] + ["extension"] * (sweep.op in IN_EXTENSION)
+    for name in names:
+        row: dict[str, Any] = {"what": name}
+        rows.append(row)
+        refusal = explain(sweep.op, **arguments).get(name)
+        if refusal is not None:
+            row |= {"status": "refused", "reason": refusal}
+            continue
+        try:
+            timed = alternate(base, _sampler(sweep, _call(sweep, arguments, name)), blocks, sensors)
+        except Exception as error:
+            row |= {"status": "refused", "reason": f"{type(error).__name__}: {error}"[:200]}
+            continue
+        row |= {"status": "right"} | _figures(timing_of(timed, "triton", noise, method="graph"))
+    return {"rows": rows, "op": sweep.op, "call": calls[0] if calls else None}
+
+
+def _automatic(sweep: Sweep, arguments: Inputs) -> None:
+    # on a CPU the table is not asked: the call is made as if it were on a GPU
+    if not sweep.dry:
+        find_op(sweep.op)(**arguments)
+
+
+def _figures(timing: Any) -> dict[str, Any]:
+    return {name: getattr(timing, name) for name in FIGURES}
+
+
+@contextmanager
+def _using(choice: Choice, tiles: Any) -> Iterator[None]:
+    with patch.object(choice.module, choice.function, lambda *given: tiles):
+        yield
+
+
+def _distance(result: Tensor, truth: Tensor) -> float:
+    """Relative error on the device; not a number where an element was left unwritten."""
+    difference, truth = result.float() - truth.float(), truth.float()
+    scale = truth.norm().clamp(min=1e-30)
+    return max((difference.norm() / scale).item(), (difference.abs().max() / truth.abs().max().clamp(min=1e-30)).item())
+
+
+def _sampler(sweep: Sweep, call: Callable[[], object]) -> Callable[[], float]:
+    call()
+    return sampler(call, sweep.device, 0.001 if sweep.dry else BLOCK, graph=not sweep.dry)
+
+
+def _call(sweep: Sweep, arguments: Inputs, backend: str = "triton") -> Callable[[], object]:
+    op = find_op(sweep.op)
+    if not sweep.backward:
+
+        def forward() -> object:
+            with torch.inference_mode():
+                return op(**arguments, backend=backend)
+
+        return forward
+    leaves = {name: arguments[name].detach().requires_grad_() for name in floating(arguments)}
+
+    def both() -> object:
+        result = op(**(arguments | leaves), backend=backend)
+        outputs = [result] if isinstance(result, Tensor) else [out for out in result if out.requires_grad]
+        return torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(out) for out in outputs])
+
+    return both

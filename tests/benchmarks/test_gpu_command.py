@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import e2e, launches, parity, sanitize
+from benchmarks.gpu import e2e, launches, parity, sanitize, sweep, tune
+from benchmarks.gpu.candidates import CHOICES, MOST
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.prepare import run as run_command
+from xclip_fast import tuning
+from xclip_fast.bench.cases import OPS, Load, config_of
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Run
+from xclip_fast.tuning import Tunable
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"commit": "abc"}
@@ -31,15 +36,19 @@ def test_a_dry_run_of_every_part(tmp_path: Path) -> None:
     done = gpu("--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all parts are complete" in done.stdout
-    for part in ("parity", "sanitize", "sweep", "e2e", "train"):
+    for part in ("parity", "sanitize", "questions", "sweep", "e2e", "train"):
         found = json.loads((tmp_path / f"{part}.json").read_text())
         assert found["complete"] is True
         assert found["cases"]
     rows = Run.load(tmp_path / "results.json").rows
     assert {row.case.direction for row in rows} == {"forward", "train"}
     assert {row.status for row in rows} == {"timed"}
-    sweep = json.loads((tmp_path / "sweep.json").read_text())["cases"]
-    assert all(case["candidates"] and case["candidates"][0]["status"] == "right" for case in sweep.values())
+    found = json.loads((tmp_path / "sweep.json").read_text())["cases"]
+    assert all(case["rows"] and case["rows"][0]["status"] == "right" for case in found.values())
+    table = tune.table_of({"facts": {}, "cases": found})
+    assert table["tiles"].keys() <= {choice.tunable.name for choice in CHOICES}
+    asked = json.loads((tmp_path / "questions.json").read_text())["cases"]
+    assert {row["status"] for case in asked.values() for row in case.get("rows", [])} == {"timed"}
     # what comes back from a borrowed machine is eight files at most
     assert len(list(tmp_path.iterdir())) <= 8
 
@@ -139,18 +148,102 @@ def test_the_matrix_names_providers_that_exist_and_the_most_telling_cases_first(
 
 
 def test_the_sweep_has_at_most_eight_candidates_each_of_its_kind() -> None:
-    from benchmarks.gpu.candidates import MOST, TUNABLE
-    from xclip_fast.bench.cases import Load, config_of
-
-    for entry in TUNABLE:
+    for choice in CHOICES:
         kinds: set[Any] = set()
         for variant, batch in (("B/32", 1), ("B/16", 8), ("L/14-336", 1)):
-            made = entry.candidates(Load(config_of(variant), batch, 400))
+            made = choice.candidates(Load(config_of(variant), batch, 400))
             assert 2 <= len(made) <= MOST
-            assert len(set(made)) == len(made), entry.op
+            assert len(set(made)) == len(made), choice.function
             kinds |= {type(tiles) for tiles in made}
+            for tiles in made:
+                numbers = choice.tunable.numbers(tiles)
+                assert all(number & (number - 1) == 0 for number in numbers[:-1])
         assert len(kinds) == 1
-        assert callable(getattr(entry.module, entry.function))
+        assert isinstance(choice.tunable, Tunable)
+    names = [choice.tunable.name for choice in CHOICES]
+    assert len(set(names)) == len(names)
+
+
+def test_every_function_of_tiles_is_swept() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    assert set(re.findall(r'@tunable\("(\w+)"', text)) == {choice.tunable.name for choice in CHOICES}
+
+
+def test_the_sweep_covers_every_op_and_the_batches_of_the_end_to_end_matrix() -> None:
+    found = sweep.sweeps(dry=False)
+    assert {case.op for case in found.values() if case.choice is None} == set(OPS)
+    assert {(case.variant, case.batch) for case in found.values()} >= {
+        (variant, batch) for variant in ("B/16", "B/32", "L/14") for batch in (1, 8)
+    }
+    for name, case in found.items():
+        assert name.endswith(f"{case.variant} x{case.batch}")
+
+
+def swept(ratio: float, *, low: float | None = None, default: bool = False, status: str = "right") -> dict[str, Any]:
+    row = {"what": str(ratio), "numbers": [int(ratio * 64), 64], "default": default, "status": status}
+    return row | {"ratio": ratio, "ratio_p10": low or ratio, "noise": 0.01}
+
+
+def tuned(*cases: dict[str, Any]) -> dict[str, Any]:
+    names = {"function": "clip_logits B/16 x8", "op": "clip_logits backends B/16 x8"}
+    by_name = {next(names[kind] for kind in names if kind in case): case for case in cases}
+    return tune.table_of({"facts": {"gpu": "NVIDIA X", "secret": 1}, "cases": {"rest": {}, **by_name}})
+
+
+def of_tiles(*rows: dict[str, Any]) -> dict[str, Any]:
+    whose = {"function": "clip_logits", "of": "clip_logits", "backward": False}
+    return whose | {"shapes": ["512"], "rows": list(rows)}
+
+
+def of_backends(**ratios: float) -> dict[str, Any]:
+    rows = [{"what": name, "status": "right", "ratio": ratio} for name, ratio in ratios.items()]
+    return {"op": "clip_logits", "call": "a call", "rows": [*rows, {"what": "none", "status": "refused"}]}
+
+
+def test_the_best_tiles_enter_the_table() -> None:
+    refused = {"what": "x", "numbers": [1], "status": "refused"}
+    found = tuned(of_tiles(swept(1.0, default=True), swept(1.1), swept(1.2), swept(9.0, status="wrong"), refused))
+    assert found["tiles"] == {"clip_logits": {"512": [76, 64]}}
+    assert found["gpu"] == "NVIDIA X"
+    assert "secret" not in found
+    # within the noise, or not even at its worst: the default stays
+    assert tuned(of_tiles(swept(1.005), swept(1.3, low=0.99)))["tiles"] == {}
+    assert tuned(of_tiles(swept(1.2, default=True)))["tiles"] == {}
+    assert tuned(of_tiles())["tiles"] == {}
+
+
+@pytest.mark.parametrize(
+    ("case", "best", "chosen"),
+    [
+        ({"torch": 0.9}, None, None),
+        ({"torch": 0.98}, None, "torch"),
+        ({"torch": 1.5}, None, "torch"),
+        # by better tiles the kernel gains what it lacked
+        ({"torch": 1.05}, 1.2, None),
+        ({"torch": 0.5, "extension": 1.5}, None, None),
+        ({"torch": 0.5, "extension": 0.9}, None, "triton"),
+        ({"reference": 2.0}, None, None),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_does_not_gain_is_not_used(
+    case: dict[str, float], best: float | None, chosen: str | None
+) -> None:
+    cases = [of_backends(**case)] + ([of_tiles(swept(best))] if best else [])
+    assert tuned(*cases)["backends"] == ({"clip_logits": {"a call": chosen}} if chosen else {})
+
+
+def test_tune_writes_what_the_library_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sweep.json"
+    cases = {"clip_logits B/16 x8": of_tiles(swept(2.0)), "clip_logits backends B/16 x8": of_backends(torch=2.5)}
+    path.write_text(json.dumps({"facts": {"gpu": "NVIDIA X"}, "cases": cases}))
+    assert tune.main([str(path), "--out", str(tmp_path / "deep" / "x.json")]) == 0
+    assert "1 launches tuned, 1 calls by another backend" in capsys.readouterr().out
+    assert tuning.read(tmp_path / "deep" / "x.json")["tiles"] == {"clip_logits": {"512": [128, 64]}}
+    for content in ("{", "[]", '{"cases": {}}', '{"facts": {}, "cases": {}}'):
+        path.write_text(content)
+        assert tune.main([str(path)]) == 1
+    assert tune.main([str(tmp_path / "none.json")]) == 1
+    assert capsys.readouterr().err.count("error: ") == 5
 
 
 def test_sanitizers_look_at_every_kernel() -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from xclip_fast.tuning import tuned_backend
+
 BACKENDS = ("reference", "torch", "triton", "extension")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -64,11 +66,15 @@ def choose(
     name = asked or _asked
     if name in ("reference", "torch"):
         return name
-    if name is None and extension is None:
-        return "extension"
-    reason = extension if name == "extension" else refusal or kernel_refusal(*tensors)
     if name is None:
         on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
+        tuned = tuned_backend(op, tensors) if on_gpu else None
+        if tuned == "torch" or (tuned == "triton" and (refusal or kernel_refusal(*tensors)) is None):
+            return tuned
+        if extension is None:
+            return "extension"
+    reason = extension if name == "extension" else refusal or kernel_refusal(*tensors)
+    if name is None:
         return "triton" if on_gpu and reason is None else "torch"
     _check_name(name)
     if reason is not None:

@@ -1,0 +1,16 @@
+"""Random tensors drawn where they are used: on a GPU at once, where the ones every device agrees on take seconds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xclip_fast.bench.inputs import Draw
+
+
+class QuickDraw(Draw):
+    """``Draw`` with the generator of the device."""
+
+    def __call__(self, *shape: int, mean: float = 0.0, scale: float = 1.0) -> Tensor:
+        """A normal tensor."""
+        return torch.randn(shape, dtype=self.dtype, device=self.device) * scale + mean

@@ -1,0 +1,162 @@
+"""Tuning tables: read once, believed where they fit, left out where they do not; every function keeps its default."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xclip_fast import tuning
+from xclip_fast.kernels import frame_attention, layer_norm, linear_quick_gelu, message_attention
+from xclip_fast.ops import _backends
+from xclip_fast.tuning import Tunable
+
+SHAPE = (12608, 768, torch.bfloat16)
+KEY = "12608 768 torch.bfloat16"
+TUNED = [64, 256, 64, 8, 4]
+
+
+def write(path: Path, **parts: Any) -> Path:
+    path.write_text(json.dumps({"schema": 1, "tiles": {}, "backends": {}} | parts))
+    return path
+
+
+@pytest.fixture
+def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make a table that of this machine, and return a function anew, as if it had not been called."""
+
+    def using(function: Tunable, content: dict[str, Any] | None) -> Tunable:
+        table = None if content is None else tuning.read(write(tmp_path / "table.json", **content))
+        monkeypatch.setattr(tuning, "_read", table)
+        return Tunable(function.default, function.name, function.fixed, function.numbers, function.build)
+
+    return using
+
+
+def tiles(name: str, key: str, entry: object) -> dict[str, Any]:
+    return {"tiles": {name: {key: entry}}}
+
+
+def test_an_entry_is_used_for_its_shape_alone(use: Any) -> None:
+    found = use(linear_quick_gelu.tiling, tiles("linear_quick_gelu", KEY, TUNED))
+    assert found(*SHAPE) == linear_quick_gelu.Tiling(*TUNED)
+    assert found(*SHAPE) is found(*SHAPE)
+    for other in ((12609, 768, torch.bfloat16), (12608, 768, torch.float16), (1, 16, torch.float32)):
+        assert found(*other) == found.default(*other)
+
+
+def test_results_of_other_kinds(use: Any) -> None:
+    plan = use(frame_attention.forward_plan, tiles("frame_attention", "197 64 2", [128, 64, 8, 3]))
+    assert plan(197, 64, 2) == frame_attention.plan(197, 128, 64, 8, 3)
+    assert frame_attention.plan_numbers(plan(197, 64, 2)) == [128, 64, 8, 3]
+    block = use(layer_norm.forward_block_shape, tiles("layer_norm", "768", [2, 1024]))
+    assert block(768) == (2, 1024)
+    assert type(block(768)) is tuple
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [None, 7, "64", [], [64, 256, 64, 8], [*TUNED, 1], [64, 256, 64, 8, 0], [64, 256, 64, 8, 99], [64, 255, 64, 8, 4],
+     [64, 256, 64.0, 8, 4], [True, 256, 64, 8, 4], [-64, 256, 64, 8, 4], [2**40, 256, 64, 8, 4], {"block_m": 64}],
+    ids=str,
+)  # fmt: skip
+def test_what_are_no_tiles_is_left_out(entry: object, use: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "xclip_fast")
+    found = use(linear_quick_gelu.tiling, tiles("linear_quick_gelu", KEY, entry))
+    assert found(*SHAPE) == found.default(*SHAPE)
+    assert sum("is left out" in said for said in caplog.messages) == (entry is not None)
+
+
+def test_what_a_kernel_needs_cannot_be_tuned(use: Any) -> None:
+    frames = use(message_attention.fused_tile, tiles("message_attention", "32 64 2", [16, 64, 4, 3]))
+    assert frames(32, 64, 2) == frames.default(32, 64, 2)
+    columns = use(layer_norm.forward_block_shape, tiles("layer_norm", "768", [2, 512]))
+    assert columns(768) == (4, 1024)
+
+
+BROKEN = ["", "{", "[]", "null", "7", '{"schema": 2}', '{"schema": 1}', "[" * 100_000, "\0"]
+BROKEN += ['{"schema": 1, "tiles": [], "backends": {}}', '{"schema": 1, "tiles": {}, "backends": 3}']
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda text: text[:40])
+def test_a_broken_file_is_no_table(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    assert tuning.read(path) == {}
+    assert tuning.read(tmp_path / "none.json") == {}
+    assert tuning.read(tmp_path) == {}
+
+
+@pytest.mark.parametrize("entries", [None, [], 3, "x", {}])
+def test_a_part_that_is_no_table(entries: object, use: Any) -> None:
+    found = use(linear_quick_gelu.tiling, {"tiles": {"linear_quick_gelu": entries}})
+    assert found(*SHAPE) == found.default(*SHAPE)
+
+
+def test_no_table_before_there_is_a_gpu(use: Any) -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA is in use")
+    found = use(linear_quick_gelu.tiling, None)
+    assert tuning.table() is None
+    assert found(*SHAPE) == found.default(*SHAPE)
+    assert found.tuned is None
+
+
+def test_the_table_names_backends_of_calls(use: Any) -> None:
+    x, weight = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
+    key = tuning.call_key([x, weight, None])
+    assert key == "torch.float32:3x8 torch.float32:8 -"
+    use(linear_quick_gelu.tiling, {"backends": {"layer_norm": {key: "torch", "other": "triton"}, "clip_logits": 3}})
+    assert tuning.tuned_backend("layer_norm", [x, weight, None]) == "torch"
+    assert tuning.tuned_backend("layer_norm", [x, weight, x]) is None
+    assert tuning.tuned_backend("clip_logits", [x]) is None
+    assert tuning.tuned_backend("patch_embed", [x]) is None
+    use(linear_quick_gelu.tiling, {"backends": {"layer_norm": {key: "cuda"}}})
+    assert tuning.tuned_backend("layer_norm", [x, weight, None]) is None
+
+
+class OnGpu:
+    """What the choice of a backend looks at in a tensor."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("tuned", "extension", "chosen"),
+    [("torch", None, "torch"), ("triton", None, "triton"), (None, None, "extension"), (None, "none", "triton"),
+     ("torch", "none", "torch")],
+)  # fmt: skip
+def test_the_automatic_choice_asks_the_table(
+    tuned: str | None, extension: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_backends, "tuned_backend", lambda op, tensors: tuned)
+    monkeypatch.setattr(_backends, "kernel_refusal", lambda *tensors: None)
+    assert _backends.choose("patch_embed", None, OnGpu(), extension=extension) == chosen
+    # who asks for a backend gets it
+    assert _backends.choose("patch_embed", "triton", OnGpu(), extension=extension) == "triton"
+    # on a CPU nothing was measured
+    assert _backends.choose("patch_embed", None, torch.empty(1), extension="none") == "torch"
+
+
+def test_every_table_that_is_there_fits_the_functions() -> None:
+    known = {
+        value.name: value
+        for module in (frame_attention, layer_norm, linear_quick_gelu, message_attention)
+        for value in vars(module).values()
+        if isinstance(value, Tunable)
+    }
+    assert len(known) >= 5
+    for path in tuning.path_of("x").parent.glob("*.json"):
+        found = tuning.read(path)
+        assert found, path
+        assert path == tuning.path_of(found["gpu"])
+
+
+def test_names_of_files() -> None:
+    assert tuning.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert tuning.slug("../../x") == "x"
+    assert tuning.path_of("NVIDIA H100 80GB HBM3").parent.name == "tuning"
