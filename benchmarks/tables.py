@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from xclip_fast.bench.figures import milliseconds
 from xclip_fast.bench.record import Row, Run
 from xclip_fast.flops import headline
 
@@ -50,15 +51,18 @@ def _headline() -> str:
 
 def _models(run: Run) -> str:
     lines = [
-        "| model | dtype | by | error | ms (p10 to p90) | times as fast | noise |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| model | dtype | by | error | ms (p10 to p90) | times as fast | noise | of the floor | MB |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in run.rows:
         if row.case.name == "model" and row.timing is not None and row.check is not None:
             case = row.case
             what = f"{case.variant}, {case.frames} frames, batch {case.batch}"
             what += ", training step" if case.direction == "train" else ""
-            lines.append(f"| {what} | {case.dtype} | {row.provider} | {_error(row)} | {_times(row)} |")
+            what += ", from bytes" if case.input == "uint8" else ""
+            memory = "" if row.memory_mb is None else f"{row.memory_mb:.0f}"
+            cells = what, case.dtype, row.provider, _error(row), _times(row), _floor(row), memory
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _origin(run)])
 
 
@@ -69,9 +73,10 @@ def _ops(run: Run) -> str:
     ]
     for row in run.rows:
         if row.case.name != "model" and row.timing is not None:
-            roof = f"{row.roof.achieved:.0%}" if row.roof else ""
             share = f"{row.amdahl.share:.1%}" if row.amdahl else ""
-            lines.append(f"| `{row.case.name}` | {row.provider} | {_error(row)} | {_times(row)} | {roof} | {share} |")
+            lines.append(
+                f"| `{row.case.name}` | {row.provider} | {_error(row)} | {_times(row)} | {_floor(row)} | {share} |"
+            )
     return "\n".join([*lines, "", _origin(run)])
 
 
@@ -79,11 +84,14 @@ def _error(row: Row) -> str:
     return "" if row.check is None or row.check.error is None else f"{row.check.error:.1e}"
 
 
+def _floor(row: Row) -> str:
+    return f"{row.roof.achieved:.0%}" if row.roof else ""
+
+
 def _times(row: Row) -> str:
     found = row.timing
     assert found is not None
-    digits = 1 if found.median_ms >= 10 else 3
-    times = f"{found.median_ms:.{digits}f} ({found.p10_ms:.{digits}f} to {found.p90_ms:.{digits}f})"
+    times = milliseconds(found)
     if row.provider == found.baseline:
         return f"{times} | baseline | {found.noise:.3f}"
     ratio = f"{found.ratio:.2f} ({found.ratio_p10:.2f} to {found.ratio_p90:.2f})"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from xclip_fast.bench.machine import Sensors, ceilings
 from xclip_fast.bench.models import Effort, measure_model
 from xclip_fast.bench.operators import measure_op
 from xclip_fast.bench.providers import PROVIDERS, Provider, Setting, UnavailableError
-from xclip_fast.bench.record import Row, Run
+from xclip_fast.bench.record import Case, Row, Run
 from xclip_fast.bench.run import Job, effort_of, make_case, run
 from xclip_fast.bench.timing import LEAST, SPENT, Blocks, Reading, alternate, blocks_of, noise_of, sampler, timing_of
 from xclip_fast.errors import InputError
+from xclip_fast.flops import parameters
 
 EFFORT = Effort(blocks=1, block=0.001, memory=False)
 CEILINGS = {"float32_tflops": 0.1, "copy_gbs": 10.0}
@@ -345,11 +347,42 @@ def test_the_estimate_grows_with_everything() -> None:
     assert memory.estimate(make_case("model", "B/32", direction="train")) > base
 
 
-def test_peak_memory_is_of_a_process_of_its_own() -> None:
-    found = memory.peak_memory(CASE, "layers")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is counted as Linux does")
+
+
+@linux
+def test_peak_memory_is_what_the_model_takes_and_no_library() -> None:
+    found = memory.peak_memory(CASE, "hf-sdpa")
     assert found is not None
-    # python with torch, and not much more
-    assert 50 < found < 3000
+    weights = parameters(config_of("tiny")) * 4 / 1e6
+    # torch alone would be hundreds
+    assert 0.8 * weights < found < 20 * weights
+
+
+@linux
+def test_the_peak_of_a_process_is_that_since_it_settled() -> None:
+    process = memory._Process()
+    earlier = bytearray(200 << 20)
+    del earlier
+    before = process.settle()
+    assert process.peak() - before < 50 << 20
+    since = bytearray(100 << 20)
+    del since
+    assert 90 << 20 < process.peak() - before < 150 << 20
+
+
+def test_a_provider_without_a_tiny_model_imports_its_libraries_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def ready(case: Case, provider: str) -> Callable[[], object]:
+        built.append(case.variant)
+        if case.variant == "tiny":
+            raise UnavailableError("no model of these sizes")
+        return lambda: pytest.fail("it computed")
+
+    monkeypatch.setattr(memory, "_ready", ready)
+    memory._warm_up(replace(CASE, variant="B/32"), "open_clip-frames")
+    assert built == ["tiny", "B/32"]
 
 
 def test_a_process_that_cannot_measure_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:

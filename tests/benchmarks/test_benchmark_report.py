@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from xclip_fast.bench.figures import figures
+from xclip_fast.bench.figures import figures, label
 from xclip_fast.bench.record import Amdahl, Case, Check, Roof, Row, Run, Timing
 from xclip_fast.bench.report import render, write_figure, write_report
 from xclip_fast.cli import main
 from xclip_fast.errors import InputError
 
 CASE = Case("model", "B/32", 8, 1, 5, "float32", "forward", "normalised", "cpu")
-CHECK = Check("the definition in float64", 1e-7, 2e-7, 6e-7, True)
+CHECK = Check("the definition in float64", 1e-7, 2e-7, 6e-7, True, bit_repeat=True)
 TIMING = Timing("wall", "warm", 10.0, 9.0, 11.0, 0.5, "hf-sdpa", 1.5, 1.4, 1.6, 0.05, "faster", 5)
 BASE = replace(TIMING, ratio=1.0, ratio_p10=0.98, ratio_p90=1.02, verdict="no difference")
 ROOF = Roof(10**9, 10**7, 5.0, 0.5)
+CEILINGS = {"float32_tflops": 0.1, "bfloat16_tflops": 0.2, "copy_gbs": 10.0}
 FACTS = {
     "utc": "2026-01-01T00:00:00+00:00",
     "commit": "abc",
@@ -28,6 +29,12 @@ FACTS = {
     "processor": "a processor",
     "gpu": None,
 }
+
+
+@pytest.fixture
+def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    # measuring them takes longer than what is tested here
+    monkeypatch.setattr("xclip_fast.bench.run.ceilings", lambda *arguments, **named: CEILINGS)
 
 
 def rows(batch: int) -> list[Row]:
@@ -80,8 +87,35 @@ def test_the_report_needs_no_network_and_no_script(tmp_path: Path) -> None:
     assert outside == set()
     assert "<script" not in text
     assert "default-src 'none'" in text
-    for shown in ("B/32, batch 4, float32", "1.500", "1.400 to 1.600", "6.0e-07", "why &lt;not&gt;", "160", "50 %"):
-        assert shown in text
+    shown = ["B/32, batch 4, float32", "1.500 (1.400 to 1.600)", "10.0 (9.0 to 11.0)", "6.0e-07", "why &lt;not&gt;"]
+    for words in (*shown, "160", "50 %", "<td>yes</td>", ">800<", "Memory is the peak of a step"):
+        assert words in text
+    # what was not looked at is neither yes nor no
+    bare = [replace(row, check=replace(CHECK, bit_repeat=None), memory_mb=None) for row in rows(1) if row.check]
+    text = render(Run(FACTS, {}, bare))
+    for words in ("<td>yes</td>", "<td>no</td>", "Memory is the peak"):
+        assert words not in text
+
+
+def test_a_row_is_named_by_all_that_sets_it_apart() -> None:
+    bytes_in, training = replace(CASE, input="uint8"), replace(CASE, direction="train")
+    assert label(Row(CASE, "layers", "timed", timing=TIMING)) == "B/32, batch 1, float32"
+    assert label(Row(bytes_in, "layers", "timed", timing=replace(TIMING, cache="cold"))) == (
+        "B/32, batch 1, float32, bytes, cold"
+    )
+    assert label(Row(training, "layers", "failed", "why")) == "B/32, batch 1, float32, train"
+    # every patch embedding takes bytes
+    assert (
+        label(Row(replace(bytes_in, name="patch_embed"), "torch", "failed", "why")) == "patch_embed, batch 1, float32"
+    )
+
+
+def test_pages_of_paper_cut_no_figure_and_repeat_the_header() -> None:
+    text = render(whole(1, 4))
+    printed = text[text.index("@media print") : text.index("</style>")]
+    assert "break-inside: avoid" in printed
+    assert "max-height" in printed
+    assert text.count("<thead>") == text.count("</thead>") == 2
 
 
 @pytest.mark.parametrize(
@@ -126,6 +160,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("_known_ceilings")
 def test_the_command_writes_all_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = {form: tmp_path / f"bench.{form}" for form in ("json", "csv", "html")}
     arguments = ["bench", "--variant", "tiny", "--dtype", "float32", "--providers", "hf-sdpa,layers", "--json"]
@@ -138,6 +173,7 @@ def test_the_command_writes_all_forms(tmp_path: Path, capsys: pytest.CaptureFixt
     assert sorted(tmp_path.iterdir()) == sorted(paths.values())
 
 
+@pytest.mark.usefixtures("_known_ceilings")
 def test_the_table_of_the_command_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--variant", "tiny", "--op", "mean_norm_over_frames", "--dtype", "float32,bfloat16"]
     assert main(arguments) == 0

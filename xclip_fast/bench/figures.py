@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from xclip_fast.bench.cases import OPS, config_of
-from xclip_fast.bench.record import Case, Row, Run
+from xclip_fast.bench.record import Row, Run, Timing
 
 MODEL = "model"
 INK, GRID = "#1b1f24", "#d5d9de"
@@ -35,11 +35,18 @@ def hero(run: Run, kind: str) -> bytes:
     return _bars(rows, kind) if _contenders(rows) else b""
 
 
-def label(case: Case) -> str:
-    """A case in a few words."""
-    name = case.variant if case.name == MODEL else case.name
-    extra = ", train" if case.direction == "train" else ""
-    return f"{name}, batch {case.batch}, {case.dtype}{extra}"
+def label(row: Row) -> str:
+    """What a row has computed, in a few words."""
+    case = row.case
+    words = [case.variant if case.name == MODEL else case.name, f"batch {case.batch}", case.dtype]
+    words += ["train"] * (case.direction == "train") + ["bytes"] * (case.name == MODEL and case.input == "uint8")
+    return ", ".join([*words, *["cold"] * (row.timing is not None and row.timing.cache == "cold")])
+
+
+def milliseconds(timing: Timing) -> str:
+    """Median and spread, with the digits that count."""
+    digits = 1 if timing.median_ms >= 10 else 3
+    return f"{timing.median_ms:.{digits}f} ({timing.p10_ms:.{digits}f} to {timing.p90_ms:.{digits}f})"
 
 
 def _timed(run: Run, *, models: bool) -> list[Row]:
@@ -121,7 +128,7 @@ def _bars(rows: list[Row], kind: str) -> bytes:
                 alpha=0.6,
             )
         axes.axvline(1, color=INK, lw=1)
-        axes.set_yticks(range(len(shown)), [f"{label(row.case)}: {row.provider}" for row in shown])
+        axes.set_yticks(range(len(shown)), [f"{label(row)}: {row.provider}" for row in shown])
         axes.invert_yaxis()
         axes.set_xlim(left=0)
         axes.margins(y=0.01)
@@ -240,10 +247,13 @@ def _memory(rows: list[Row]) -> str:
         return ""
 
     def paint(axes: Any) -> None:
-        axes.barh(range(len(shown)), [row.memory_mb for row in shown], color=COLOURS[0])
-        axes.set_yticks(range(len(shown)), [f"{label(row.case)}: {row.provider}" for row in shown])
+        names = list(dict.fromkeys(row.provider for row in shown))
+        colours = [COLOURS[names.index(row.provider) % len(COLOURS)] for row in shown]
+        axes.barh(range(len(shown)), [row.memory_mb for row in shown], color=colours)
+        axes.margins(y=0.01)
+        axes.set_yticks(range(len(shown)), [f"{label(row)}: {row.provider}" for row in shown])
         axes.invert_yaxis()
-        axes.set_xlabel("MB, in a process of its own")
+        axes.set_xlabel("MB of weights and activations at the peak of a step")
         axes.grid(axis="x")
         axes.set_axisbelow(True)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from xclip_fast.bench.cases import config_of
@@ -48,7 +50,15 @@ def lacking_memory(case: Case) -> str | None:
 
 
 def peak_memory(case: Case, provider: str) -> float | None:
-    """Peak of one step in MB: of the GPU's memory, or of the whole process on a CPU; nothing where it failed."""
+    """What a provider takes at its peak to compute a case, in MB: its weights, and all that a step makes.
+
+    In a process of its own. On a GPU it is what torch has allocated. On a CPU it is the memory of the process above
+    what it was once the same provider had computed the tiny model: neither imported libraries count, nor the threads
+    and kernels that a first call makes. What building takes before the first step does not count either.
+
+    Returns:
+        None where it failed, and on a CPU without Linux.
+    """
     spec = json.dumps({"case": asdict(case), "provider": provider})
     command = [sys.executable, "-m", "xclip_fast.bench.memory", spec]
     try:
@@ -58,34 +68,49 @@ def peak_memory(case: Case, provider: str) -> float | None:
         return None
 
 
-def _peak_of_process() -> float:
-    try:
-        # what getrusage says includes the process that started this one
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-    except (OSError, StopIteration):
-        import resource
+class _Process:
+    """The memory of this process, as Linux counts it."""
 
-        # macOS counts in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    def __init__(self) -> None:
+        import ctypes
+
+        self.library = ctypes.CDLL(None)
+
+    def settle(self) -> int:
+        """Give back what is free, forget the peak so far, and return the bytes that are left."""
+        gc.collect()
+        if hasattr(self.library, "malloc_trim"):
+            self.library.malloc_trim(0)
+        # the peak starts anew: man 5 proc
+        Path("/proc/self/clear_refs").write_text("5")
+        return self._read("VmRSS")
+
+    def peak(self) -> int:
+        """The most bytes since it settled."""
+        return self._read("VmHWM")
+
+    def _read(self, name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 def answer(spec: str) -> None:
     """Be the child."""
-    import torch
-
-    from xclip_fast.bench.models import inputs_of, prepared, step
-    from xclip_fast.bench.providers import PROVIDERS, setting_of
-
     asked = json.loads(spec)
     case = Case(**asked["case"])
-    setting = setting_of(case)
-    classify = prepared(PROVIDERS[asked["provider"]].build(setting), case)
-    run = step(classify, inputs_of(setting), case.direction == "train")
     if case.device == "cpu":
+        process = _Process()
+        _warm_up(case, asked["provider"])
+        before = process.settle()
+        run = _ready(case, asked["provider"])
+        process.settle()
         run()
-        peak = _peak_of_process()
+        run()
+        peak = process.peak() - before
     else:
+        import torch
+
+        run = _ready(case, asked["provider"])
         run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -93,6 +118,30 @@ def answer(spec: str) -> None:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     print(json.dumps({"peak_mb": round(peak / 1e6, 1)}))
+
+
+def _warm_up(case: Case, provider: str) -> None:
+    """Everything that a provider does once in a process, with a model that leaves nothing."""
+    from xclip_fast.bench.providers import UnavailableError
+
+    try:
+        _ready(replace(case, variant="tiny", frames=config_of("tiny").frames), provider)()
+    except UnavailableError:
+        # it has no model of that size, but imports its libraries to build one that it has
+        _ready(case, provider)
+
+
+def _ready(case: Case, provider: str) -> Callable[[], object]:
+    """One step of a provider; the weights it was made of are gone where it has its own."""
+    from xclip_fast.bench.models import inputs_of, prepared, step
+    from xclip_fast.bench.providers import PROVIDERS, forget, setting_of
+
+    setting = setting_of(case)
+    classify = prepared(PROVIDERS[provider].build(setting), case)
+    inputs = inputs_of(setting)
+    del setting
+    forget()
+    return step(classify, inputs, case.direction == "train")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,11 @@ def _state(variant: str, frames: int) -> State:
     return state
 
 
+def forget() -> None:
+    """Free the weights kept for the next setting: those who measure memory hold nothing else."""
+    _state.cache_clear()
+
+
 class _Ours(nn.Module):
     """A model of this library as a classifier."""
 

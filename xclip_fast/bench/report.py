@@ -50,7 +50,7 @@ def render(run: Run) -> str:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
-        from xclip_fast.bench.figures import figures, label
+        from xclip_fast.bench.figures import figures, label, milliseconds
 
         drawn = figures(run)
     except ImportError as error:
@@ -62,7 +62,7 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["label"] = label
+    environment.filters |= {"label": label, "milliseconds": milliseconds}
     return environment.get_template("report.html.j2").render(
         run=run,
         figures=drawn,
