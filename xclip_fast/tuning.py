@@ -23,6 +23,7 @@ SCHEMA = 1
 BACKENDS = ("torch", "triton")  # that run wherever the kernels do
 LARGEST = 512  # rows, columns, warps or stages: nothing a launch is cut into is larger
 MOST_STAGES = 8
+KEPT = 1024  # results of one function: batches of any size come by
 
 _log = logging.getLogger("xclip_fast")
 _read: dict[str, Any] | None = None
@@ -104,12 +105,12 @@ class Tunable:
             if found is None:
                 return self.default(*shape)
             self.tuned = tuned = {}
-            self.entries = found.get("tiles", {}).get(self.name, {}) if found else {}
-        if not self.entries:
-            return self.default(*shape)
-        if shape not in tuned:
-            tuned[shape] = self._choose(shape)
-        return tuned[shape]
+            self.entries = found.get("tiles", {}).get(self.name, {})
+        if (result := tuned.get(shape)) is None:
+            if len(tuned) >= KEPT:
+                tuned.clear()
+            result = tuned[shape] = self._choose(shape)
+        return result
 
     def _choose(self, shape: tuple[Any, ...]) -> Any:
         default = self.default(*shape)

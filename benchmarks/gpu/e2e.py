@@ -1,46 +1,72 @@
-"""PART=e2e: whole models in bfloat16 on the GPU, our layers and engine beside Hugging Face's eager and compiled."""
+"""PART=e2e: whole models on the GPU, our engine and layers beside Hugging Face's eager and compiled."""
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.journal import Journal
+import torch
+
+from benchmarks.gpu.journal import Journal, leave_if_lost
 from xclip_fast.bench.machine import ceilings, facts
-from xclip_fast.bench.models import Effort, measure_model
+from xclip_fast.bench.models import Effort, inputs_of, measure_model, prepared, roof_of
+from xclip_fast.bench.providers import PROVIDERS, setting_of
 from xclip_fast.bench.record import FAILED, SCHEMA, TIMED, UNAVAILABLE, Case, Row, Run
 
+Plan = list[tuple[Case, tuple[str, ...]]]
+
 FRAMES = {"L/14-336": 16}
-# those first that say most, should the time end
-ORDER = [
-    *((variant, 8) for variant in ("B/16", "B/32", "L/14")),
-    *((variant, 1) for variant in ("B/32", "B/16", "L/14")),
-    *((variant, 32) for variant in ("B/32", "B/16", "L/14")),
-    *(("L/14-336", batch) for batch in (1, 8, 32)),
-]
-EAGER = ("hf-sdpa", "layers", "optimized", "engine", "engine-float8")
-COMPILED = ("hf-compile-max-cudnn", "hf-compile-max-flash", "hf-compile", "layers-compile")
+# those first that say most, should the time end: what the numbers to reach speak of, then the rest
+PRIMARY = [("B/16", 8), ("B/32", 8), ("L/14", 8), ("L/14", 32), ("B/32", 1), ("B/16", 1), ("L/14", 1)]
+LATER = [("B/16", 32), ("B/32", 32), *(("L/14-336", batch) for batch in (8, 1, 32))]
+TRAINED = [("B/16", 8), ("B/32", 8), ("L/14", 8), ("L/14-336", 8)]
+FIRST = ("hf-sdpa", "engine", "engine-float8")
+OURS = ("layers", "optimized")
+STRONGEST = ("hf-compile-max-flash", "hf-compile-max-cudnn")
+OTHERS = ("hf-compile", "layers-compile")
 EFFORT = Effort(blocks=8, block=0.05, memory=False)
+COMPILE_SECONDS = 75.0  # with less time left none is begun
+PEAK_TFLOPS = 989.4  # dense bfloat16 of an H100, by its data sheet
 CEILINGS = "ceilings"
+MEMORY = "memory"  # a provider's name with this behind it: what its training step keeps
 PARTS = ("train", "e2e")
 
 
-def cases(direction: str, dry: bool) -> Iterator[tuple[Case, str]]:
-    """Case and provider, one compiler after the eager ones of all cases: compiling takes minutes."""
+def plan(direction: str, dry: bool) -> Plan:
+    """Cases, and the providers that share truth and baseline; a compiler alone, since each takes minutes."""
     if dry:
         case = Case("model", "tiny", 4, 2, 5, "float32", direction, "normalised", "cpu")
-        yield from ((case, provider) for provider in ("hf-sdpa", "layers"))
-        return
-    order = [pair for pair in ORDER if direction == "forward" or pair[1] == 8]
-    for group in (EAGER, *((provider,) for provider in COMPILED)):
+        memory = ((case, (f"layers {MEMORY}",)),) if direction == "train" else ()
+        return [(case, ("hf-sdpa", "layers")), *memory]
+
+    def group(order: list[tuple[str, int]], providers: tuple[str, ...], *, apart: bool = False) -> Plan:
+        made: Plan = []
         for variant, batch in order:
-            case = Case(
-                "model", variant, FRAMES.get(variant, 8), batch, 400, "bfloat16", direction, "normalised", "cuda"
-            )
-            yield from ((case, provider) for provider in group)
+            frames = FRAMES.get(variant, 8)
+            case = Case("model", variant, frames, batch, 400, "bfloat16", direction, "normalised", "cuda")
+            made += [(case, (provider,)) for provider in providers] if apart else [(case, providers)]
+        return made
+
+    if direction == "train":
+        kept = tuple(f"{provider} {MEMORY}" for provider in ("hf-sdpa", *OURS, *STRONGEST))
+        return [
+            *group(TRAINED, ("hf-sdpa", *OURS)),
+            *group(TRAINED, kept[:3], apart=True),
+            *group(TRAINED[:3], (*STRONGEST, *kept[3:]), apart=True),
+            *group(TRAINED, OTHERS, apart=True),
+            *group(TRAINED[3:], (*STRONGEST, *kept[3:]), apart=True),
+        ]
+    return [
+        *group(PRIMARY, FIRST),
+        *group(PRIMARY, STRONGEST, apart=True),
+        *group(PRIMARY, OURS),
+        *group(LATER, (*FIRST, *OURS)),
+        *group(LATER, STRONGEST, apart=True),
+        *group(PRIMARY + LATER, OTHERS, apart=True),
+    ]
 
 
 def name_of(case: Case, provider: str) -> str:
@@ -50,28 +76,36 @@ def name_of(case: Case, provider: str) -> str:
 
 def main(journal: Journal, out: Path, dry: bool, direction: str = "forward") -> bool:
     """Measure what is left; true when everything was measured, and nothing was wrong."""
-    found = list(cases(direction, dry))
+    found = {name_of(case, one): (case, group) for case, group in plan(direction, dry) for one in group}
     device = "cpu" if dry else "cuda"
     if CEILINGS not in journal.cases:
         rates = {} if dry else ceilings(device, ("bfloat16",))
         journal.add(CEILINGS, {"rates": rates, "machine": facts(device)})
     rates = journal.cases[CEILINGS]["rates"]
-    names = {name_of(case, provider): (case, provider) for case, provider in found}
-    for name in journal.todo(names):
-        case, provider = names[name]
+    for name in journal.todo(found):
+        case, group = found[name]
+        if not dry and "compile" in name and journal.left < COMPILE_SECONDS:
+            break
         journal.start(name)
-        # neighbours in the list share truth and baseline
-        shared = [other for other in _together(provider) if name_of(case, other) in names]
-        left = [other for other in shared if name_of(case, other) not in journal.cases]
+        left = [other for other in group if name_of(case, other) not in journal.cases]
         try:
-            _measure(journal, case, left, rates, dry)
+            if name.endswith(MEMORY):
+                provider = left[0].removesuffix(f" {MEMORY}")
+                journal.add(name, {"status": TIMED, MEMORY: kept_memory(case, provider)})
+                print(f"  {name}: {journal.cases[name][MEMORY]}", flush=True)
+            else:
+                _measure(journal, case, left, rates, dry)
         except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:400]
             for other in left:
                 if name_of(case, other) not in journal.cases:
-                    journal.add(name_of(case, other), {"status": FAILED, "reason": f"{type(error).__name__}: {error}"})
+                    journal.add(name_of(case, other), {"status": FAILED, "reason": reason})
+                    print(f"  {name_of(case, other)}: {reason[:200]}", flush=True)
+                    leave_if_lost()
+        save(out)
     save(out)
-    complete = journal.finish(names)
-    return complete and all(found.get("status", TIMED) in (TIMED, UNAVAILABLE) for found in journal.cases.values())
+    complete = journal.finish(found)
+    return complete and all(case.get("status", TIMED) in (TIMED, UNAVAILABLE) for case in journal.cases.values())
 
 
 def save(out: Path) -> None:
@@ -80,26 +114,59 @@ def save(out: Path) -> None:
         json.loads(path.read_text(encoding="utf-8")) for part in PARTS if (path := out / f"{part}.json").exists()
     ]
     cases = [found for journal in journals for found in journal["cases"].values()]
-    head = journals[-1]["cases"][CEILINGS]
+    head = next(journal["cases"][CEILINGS] for journal in journals[::-1] if CEILINGS in journal["cases"])
     rows = [row for found in cases for row in found.get("rows", [])]
     content = {"schema": SCHEMA, "facts": head["machine"], "ceilings": head["rates"], "rows": rows}
     Run.from_dict(content).save(out / "results.json")
 
 
-def _together(provider: str) -> tuple[str, ...]:
-    return EAGER if provider in EAGER else (provider,)
-
-
 def _measure(journal: Journal, case: Case, providers: list[str], rates: dict[str, float], dry: bool) -> None:
     effort = Effort(blocks=1, block=0.01, memory=False) if dry else EFFORT
     rows: dict[str, list[dict[str, Any]]] = {}
+    used: dict[str, dict[str, float]] = {}
     for row in measure_model(case, providers, effort, rates):
         rows.setdefault(row.provider, []).append(asdict(row))
-        journal.add(name_of(case, row.provider), {"status": row.status, "rows": rows[row.provider]})
-        print(f"  {describe(row)}", flush=True)
+        found: dict[str, Any] = {"status": row.status, "rows": rows[row.provider]}
+        if (share := peak_share(row, rates)) is not None:
+            assert row.timing is not None
+            found["mfu"] = used.setdefault(row.provider, {})
+            found["mfu"][row.timing.method] = share
+        journal.add(name_of(case, row.provider), found)
+        print(f"  {describe(row)}{f', {share:.1%} of {PEAK_TFLOPS:g} TFLOP/s' if share else ''}", flush=True)
+        if row.status == FAILED:
+            leave_if_lost()
         following = providers[providers.index(row.provider) + 1 :]
         if following:
             journal.start(name_of(case, following[0]))
+
+
+def peak_share(row: Row, rates: dict[str, float]) -> float | None:
+    """Operations that are left after exact rewrites, over what the data sheet says of bfloat16: a utilisation."""
+    if row.timing is None or not PROVIDERS[row.provider].same:
+        return None
+    roof = roof_of(row.case, row.timing, rates)
+    return None if roof is None else roof.flops / (row.timing.median_ms * 1e-3) / (PEAK_TFLOPS * 1e12)
+
+
+def kept_memory(case: Case, provider: str) -> dict[str, float]:
+    """MB of a training step above the weights: what the forward pass keeps for the backward one, and the peak."""
+    setting = setting_of(case)
+    module: Any = prepared(PROVIDERS[provider].build(setting), case)
+    video, text = inputs_of(setting)
+    # the first step compiles, and makes what every later one finds
+    module(video, text).float().square().mean().backward()
+    module.zero_grad(set_to_none=True)
+    gc.collect()
+    if case.device == "cpu":
+        return {"kept_mb": 0.0, "peak_mb": 0.0}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = module(video, text).float().square().mean()
+    kept = torch.cuda.memory_allocated() - before
+    loss.backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    return {"kept_mb": round(kept / 1e6, 1), "peak_mb": round(peak / 1e6, 1)}
 
 
 def describe(row: Row) -> str:

@@ -10,6 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+LOST = 3  # exit code of a process whose CUDA context is of no more use
+PATIENCE = 2  # a case that was killed for want of time as often is not begun again
+
 
 class Journal:
     """Cases of one part by name, in a JSON file.
@@ -27,6 +30,7 @@ class Journal:
         before = _read(path)
         if before.get("facts") == facts:
             self.content["cases"] = before["cases"]
+            self.content["killed"] = before.get("killed", [])
             if crashed := before.get("running"):
                 self.cases[crashed] = {"status": "failed", "reason": "the process crashed"}
         self.write()
@@ -74,6 +78,30 @@ class Journal:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self.path)
+
+
+def forgive(path: Path) -> None:
+    """After a process was killed at its deadline: the case it was at did not crash, and the next run begins it anew."""
+    content = _read(path)
+    if name := content.get("running"):
+        content.setdefault("killed", []).append(name)
+        if content["killed"].count(name) < PATIENCE:
+            del content["running"]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def leave_if_lost() -> None:
+    """End this process where an illegal access has cost it its GPU; the next one begins behind what is recorded."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        os._exit(LOST)
 
 
 def _read(path: Path) -> dict[str, Any]:

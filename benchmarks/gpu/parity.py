@@ -47,14 +47,12 @@ def main(journal: Journal, out: Path, dry: bool) -> bool:
         }
         for done in as_completed(running):
             if found := done.result():
-                junit = found.pop("junit")
                 if found.pop("cut_off"):
                     # what it says stays; the next run begins it anew
                     journal.content.setdefault("cut_off", {})[running[done]] = found
                     journal.write()
                 else:
                     journal.add(running[done], found)
-                _merge(out / "parity.xml", junit)
                 counts = ", ".join(f"{count} {what}" for what, count in found["tests"].items())
                 print(f"  {running[done]}: {counts or found['output'][-200:]} ({found['seconds']} s)", flush=True)
     complete = journal.finish(asked)
@@ -79,7 +77,6 @@ def _run_suite(asked: list[str], path: Path, journal: Journal) -> dict[str, Any]
         "tests": tests,
         "failures": failures,
         "parity": parity,
-        "junit": junit,
         "cut_off": cut_off,
     }
 
@@ -119,16 +116,3 @@ def _parity_row(text: str) -> dict[str, Any]:
         "allowance": allowance,
         "used": error / allowance if allowance else float(error > 0),
     }
-
-
-def _merge(path: Path, junit: str) -> None:
-    """Add the suites of one file to those that are there."""
-    if not junit:
-        return
-    whole = (
-        ElementTree.fromstring(path.read_text(encoding="utf-8")) if path.exists() else ElementTree.Element("testsuites")
-    )
-    whole.extend(ElementTree.fromstring(junit).iter("testsuite"))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(ElementTree.tostring(whole, encoding="unicode"), encoding="utf-8")
-    temporary.replace(path)

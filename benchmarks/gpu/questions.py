@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.journal import Journal, leave_if_lost
 from benchmarks.gpu.quick import QuickDraw
 from xclip_fast.bench.cases import Load, config_of
 from xclip_fast.bench.inputs import frame_attention, linear_quick_gelu
@@ -239,6 +239,7 @@ def main(journal: Journal, out: Path, dry: bool) -> bool:
             # the other questions still have their turn
             journal.add(name, {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400], "rows": []})
             print(f"  {name}: {type(error).__name__}: {error}", flush=True)
+        leave_if_lost()
         if not dry:
             torch.cuda.empty_cache()
     complete = journal.finish(asked)

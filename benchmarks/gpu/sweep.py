@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.candidates import CHOICES, MOST, Choice
-from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.journal import Journal, leave_if_lost
 from benchmarks.gpu.quick import QuickDraw
 from xclip_fast import tuning
 from xclip_fast.bench.cases import IN_EXTENSION, OPS, Load, config_of, find_op
@@ -92,6 +92,7 @@ def main(journal: Journal, out: Path, dry: bool) -> bool:
             # such as too little memory for this shape
             result = {"rows": [], "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
         journal.add(name, result)
+        leave_if_lost()
         timed = [row for row in result["rows"] if "ratio" in row]
         best = max(timed, key=lambda row: float(row["ratio"]), default=None)
         print(f"  {name}: {best['what'] if best else 'nothing'} {best['ratio'] if best else ''}", flush=True)

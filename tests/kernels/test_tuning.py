@@ -156,6 +156,15 @@ def test_every_table_that_is_there_fits_the_functions() -> None:
         assert path == tuning.path_of(found["gpu"])
 
 
+def test_results_are_kept_and_not_without_end(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = use(linear_quick_gelu.tiling, tiles("linear_quick_gelu", KEY, TUNED))
+    monkeypatch.setattr(tuning, "KEPT", 5)
+    for rows in range(1, 40):
+        assert found(rows, 64, torch.float16) == found.default(rows, 64, torch.float16)
+        assert len(found.tuned) <= 5
+    assert found(*SHAPE) == linear_quick_gelu.Tiling(*TUNED)
+
+
 def test_names_of_files() -> None:
     assert tuning.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert tuning.slug("../../x") == "x"
