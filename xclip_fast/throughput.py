@@ -63,8 +63,10 @@ def embed_files(
 
     Raises:
         InputError: an option cannot be used, the memory is too small for the batch, or the processes do not start.
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or ``paths`` is one path.
     """
+    if isinstance(paths, str | os.PathLike):
+        raise ValueError(f"paths must be a list of files, found the one path {os.fspath(paths)!r}")
     return embed_in_groups(
         model,
         [os.fsdecode(path) for path in paths],

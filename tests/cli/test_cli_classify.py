@@ -126,6 +126,14 @@ def test_labels_that_cannot_be_used(labels: str, words: str, cli: Cli, tiny: Pat
     one_line(err, words)
 
 
+@pytest.mark.parametrize("device", ["banana", "meta", "mps", "", "CPU", "cpu:x"])
+@pytest.mark.parametrize("command", [("classify", "--labels", "a,b"), ("embed", "--out", "f.npz")], ids=str)
+def test_other_devices_are_refused(command: tuple[str, ...], device: str, cli: Cli, tiny: Path, bikes: Path) -> None:
+    code, out, err = cli(*command, bikes, "--weights", tiny, "--device", device)
+    assert (code, out) == (2, "")
+    one_line(err, f"unknown device {device!r}: choose cpu, cuda or cuda:N")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -147,6 +155,12 @@ def test_label_files_that_cannot_be_used(
     code, out, err = cli("classify", bikes, "--labels-file", file, "--weights", tiny)
     assert (code, out) == (2, "")
     one_line(err, words)
+
+
+def test_a_file_without_a_name_is_named_in_its_refusal(cli: Cli, tiny: Path) -> None:
+    code, out, err = cli("classify", "", "--labels", "a,b", "--weights", tiny)
+    assert (code, out) == (2, "")
+    one_line(err, "error: '': cannot be read (No such file")
 
 
 def test_a_label_file_may_have_a_byte_order_mark_commas_and_blank_lines(tmp_path: Path) -> None:

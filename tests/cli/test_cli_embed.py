@@ -118,6 +118,16 @@ def test_an_unknown_ending_is_refused_before_anything_is_read(cli: Cli, tmp_path
     one_line(err, "must end in .safetensors, .npz, .parquet")
 
 
+def test_options_of_shards_without_shards_are_refused_before_anything_is_read(cli: Cli, tmp_path: Path) -> None:
+    files = ("no-such-video.mp4", "--weights", "no-such-weights.pth")
+    code, out, err = cli("embed", *files, "--out", tmp_path / "folder")
+    assert (code, out) == (2, "")
+    one_line(err, "no ending such as .safetensors", "--shard-size")
+    code, out, err = cli("embed", *files, "--out", tmp_path / "f.npz", "--shard-format", "parquet")
+    assert (code, out) == (2, "")
+    one_line(err, "--shard-format was given without --shard-size")
+
+
 @pytest.mark.parametrize(("form", "name"), [("xclip_fast", "a.safetensors"), ("official", "a.pth"), ("hf", "a")])
 def test_convert_keeps_every_bit(form: str, name: str, cli: Cli, tiny: Path, tmp_path: Path) -> None:
     target = tmp_path / name

@@ -154,6 +154,9 @@ def test_bad_numbers_are_refused_before_any_work(model: Any) -> None:
         lambda: embed_files(model, ["a"], workers=-1),
         lambda: embed_files(model, ["a"], crops=2),
         lambda: embed_files(model, ["a"], preset="none"),
+        # a text is a list of letters too
+        lambda: embed_files(model, "a.mp4"),
+        lambda: embed_files(model, Path("a.mp4")),
     ]
     for call in refused:
         with pytest.raises(ValueError, match=r"."):

@@ -275,6 +275,11 @@ def test_no_tokenizer_for_other_sizes(size) -> None:
         get_tokenizer(size)
 
 
+def test_a_vocabulary_that_nobody_would_read_is_refused() -> None:
+    with pytest.raises(InputError, match="reads none: leave it out"):
+        get_tokenizer(514, "merges.txt")
+
+
 def test_the_batch_is_as_long_as_its_longest_text(clip) -> None:
     assert clip("hello world!").tolist() == [[START, 3306, 1002, 256, END]]
     assert clip(["cat", "a photo of a cat", ""]).tolist() == [

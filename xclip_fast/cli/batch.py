@@ -39,10 +39,12 @@ def open_model(weights: str, frames: int | None, device: str, dtype: str) -> Any
 
     import torch
 
+    from xclip_fast.bench.run import check_device
     from xclip_fast.checkpoints import load_model
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
     if weights == DEMO:
         note("the demo's model knows nothing but its moving shapes: choose another with --weights")
     model = load_model(find_weights(weights), frames=frames, dtype=getattr(torch, dtype), device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,7 +37,9 @@ def embed(
             min=1, help="Write shards of so many files to the folder; run again, it goes on.", show_default=False
         ),
     ] = None,
-    shard_format: Annotated[str, typer.Option(help="Of the shards: safetensors or parquet.")] = "safetensors",
+    shard_format: Annotated[
+        str | None, typer.Option(help="Of the shards: safetensors or parquet.", show_default="safetensors")
+    ] = None,
     weights: Weights = DEMO,
     preset: Preset = None,
     frames: Frames = None,
@@ -68,10 +71,16 @@ def embed(
     if not 0 < timeout <= MOST_SECONDS:
         raise InputError(f"--timeout takes more than 0 and up to {MOST_SECONDS:g} seconds, found {timeout:g}")
     if shard_size is None:
+        if shard_format is not None:
+            raise InputError("--shard-format was given without --shard-size: give both for shards, none for one file")
+        if not Path(out).suffix:
+            raise InputError(
+                f"--out {out} has no ending such as .safetensors: give one, or --shard-size N for a folder of shards"
+            )
         check_features_path(out)
         failed = _to_file(videos, out, open_model(weights, frames, device, dtype), options, decoding)
     else:
-        options |= {"shard_size": shard_size, "format": shard_format}
+        options |= {"shard_size": shard_size, "format": shard_format or "safetensors"}
         failed = _to_shards(videos, out, open_model(weights, frames, device, dtype), options, decoding)
     if failed:
         raise typer.Exit(BAD_INPUT)

@@ -106,7 +106,7 @@ class Engine:
     ) -> None:
         _check_model(model)
         weight = model.visual.conv1.weight
-        self.device = torch.device(weight.device if device is None else device)
+        self.device = weight.device if device is None else _device(device)
         self.dtype = weight.dtype if dtype is None else dtype
         self.config = model.config
         stream, narrow = _precision(self.dtype, self.device)
@@ -310,11 +310,17 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise InputError(f"an engine on {device!r} was asked for: it runs on cpu and cuda") from None
+
+
 def _precision(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, str | None]:
     """The dtype of the stream, and the narrow one of the blocks' products, if any."""
     if dtype not in DTYPES and dtype is not torch.float64:
-        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise InputError(f"an engine in {dtype} was asked for: choose one of {names}")
+        raise InputError(f"an engine in {dtype!r} was asked for: choose one of {', '.join(map(str, DTYPES))}")
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"an engine on {device} was asked for: it runs on cpu and cuda")
     if device.type == "cuda" and not torch.cuda.is_available():

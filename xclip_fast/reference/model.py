@@ -131,6 +131,8 @@ def check_video(video: Tensor) -> None:
     Raises:
         ValueError: the video has another shape or dtype.
     """
+    if not isinstance(video, Tensor):
+        raise ValueError(f"video must be a tensor, found {type(video).__name__}")
     if video.ndim != 5 or 0 in video.shape:
         raise ValueError(
             "video must be a non-empty uint8 (B, T, H, W, 3) or floating point (B, T, 3, H, W) tensor, "
@@ -151,6 +153,8 @@ def check_tokens(tokens: Tensor, config: XCLIPConfig) -> None:
         ValueError: the tokens have another shape or dtype, or an id is not in the vocabulary.
     """
     longest = config.context_length
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be a tensor, found {type(tokens).__name__}")
     if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32) or not 1 <= tokens.shape[1] <= longest:
         raise ValueError(
             f"tokens must be integers of shape (K, L) with 1 <= L <= {longest}, "

@@ -140,10 +140,14 @@ def get_tokenizer(config_or_vocab_size: XCLIPConfig | int, vocabulary: str | Pat
             that holds one of them. By default the file that the package open_clip_torch carries.
 
     Raises:
-        InputError: no tokenizer has this size, or its vocabulary is missing or broken.
+        InputError: no tokenizer has this size, or its vocabulary is missing or broken, or it takes none.
     """
     size = config_or_vocab_size if isinstance(config_or_vocab_size, int) else config_or_vocab_size.vocab_size
     if size == BYTE_VOCAB_SIZE:
+        if vocabulary is not None:
+            raise InputError(
+                f"vocabulary {vocabulary} was given, and the byte-level tokenizer reads none: leave it out"
+            )
         return Tokenizer()
     if size != CLIP_VOCAB_SIZE:
         raise InputError(

@@ -57,7 +57,7 @@ def check_source(path: str | os.PathLike[str]) -> Source:
         InputError: the file is missing, unreadable, not a regular file, empty, too large, or not a video container.
     """
     text = os.fsdecode(path)
-    name = text if text.isprintable() else ascii(text)
+    name = text if text and text.isprintable() else ascii(text)
     try:
         head = _read_head(text, name)
     except (OSError, UnicodeError) as error:
