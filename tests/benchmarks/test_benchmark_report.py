@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from xclip_fast.bench.figures import figures, label
+from xclip_fast.bench.models import Effort
 from xclip_fast.bench.record import Amdahl, Case, Check, Roof, Row, Run, Timing
 from xclip_fast.bench.report import render, write_figure, write_report
 from xclip_fast.cli import main
+from xclip_fast.cli.bench import _show as show
 from xclip_fast.errors import InputError
 
 CASE = Case("model", "B/32", 8, 1, 5, "float32", "forward", "normalised", "cpu")
@@ -32,9 +34,10 @@ FACTS = {
 
 
 @pytest.fixture
-def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    # measuring them takes longer than what is tested here
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    # measuring takes longer than what is tested here
     monkeypatch.setattr("xclip_fast.bench.run.ceilings", lambda *arguments, **named: CEILINGS)
+    monkeypatch.setattr("xclip_fast.bench.run.QUICK", Effort(blocks=1, block=0.001, memory=False))
 
 
 def rows(batch: int) -> list[Row]:
@@ -160,7 +163,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("_known_ceilings")
+@pytest.mark.usefixtures("_short")
 def test_the_command_writes_all_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = {form: tmp_path / f"bench.{form}" for form in ("json", "csv", "html")}
     arguments = ["bench", "--variant", "tiny", "--dtype", "float32", "--providers", "hf-sdpa,layers", "--json"]
@@ -173,14 +176,50 @@ def test_the_command_writes_all_forms(tmp_path: Path, capsys: pytest.CaptureFixt
     assert sorted(tmp_path.iterdir()) == sorted(paths.values())
 
 
-@pytest.mark.usefixtures("_known_ceilings")
+@pytest.mark.usefixtures("_short")
 def test_the_table_of_the_command_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--variant", "tiny", "--op", "mean_norm_over_frames", "--dtype", "float32,bfloat16"]
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert "note: bfloat16 torch: timed" in err
     assert "baseline" in out
+    assert " s in all" in out.splitlines()[-1]
     assert max(len(line) for line in out.splitlines() if not line.startswith(("ceilings", "triton", "extension"))) <= 80
+
+
+@pytest.mark.usefixtures("_short")
+def test_the_command_measures_from_bytes_with_cold_caches(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "--variant", "tiny", "--dtype", "float32", "--providers", "layers"]
+    assert main([*arguments, "--input", "uint8", "--cache", "cold"]) == 0
+    out = capsys.readouterr().out
+    assert "uint8 frames, cold caches" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--input", "jpeg"], "unknown input 'jpeg': choose one of normalised, uint8"),
+        (["--cache", "hot"], "unknown cache 'hot': choose one of warm, cold"),
+        (["--op", "layer_norm", "--input", "uint8"], "layer_norm has its own"),
+        (["--mode", "train", "--input", "uint8"], "bytes have no gradient to check"),
+    ],
+)
+def test_options_that_cannot_be_are_a_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--variant", "tiny", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert words in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_bits_that_do_not_repeat_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    restless = replace(CHECK, bit_repeat=False)
+    run = Run({**FACTS, "seconds": 12.3}, {}, [Row(CASE, "layers", "timed", None, restless, TIMING, ROOF)])
+    show(run)
+    assert "layers, float32: two runs differ in their bits" in capsys.readouterr().out
+    assert "<td>no</td>" in render(run)
 
 
 def test_profile_shows_what_takes_time_and_writes_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

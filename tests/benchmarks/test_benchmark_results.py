@@ -270,6 +270,7 @@ def test_the_command_keeps_its_rows_and_says_how_long_it_took(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("xclip_fast.bench.run.ceilings", lambda *arguments, **named: RUN.ceilings)
+    monkeypatch.setattr("xclip_fast.bench.run.QUICK", Effort(blocks=1, block=0.001, memory=False))
     path = tmp_path / "results.json"
     arguments = ["run", "--case", "clip_logits", "--variant", "tiny", "--cache", "cold", "--json", str(path)]
     assert command(arguments) == 0

@@ -82,11 +82,11 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
             if not check.passed:
                 yield Row(case, provider, WRONG, beyond(check), check)
                 continue
+            memory = peak_memory(case, provider) if effort.memory else None
             for method in methods:
                 timing = bases[method].against(
                     None if provider == name else _sample(provider, built, inputs, case, method, effort)
                 )
-                memory = peak_memory(case, provider) if effort.memory else None
                 yield replace(_row(case, provider, check, timing, ceilings), memory_mb=memory)
         except UnavailableError as error:
             yield Row(case, provider, UNAVAILABLE, str(error))

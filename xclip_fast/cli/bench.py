@@ -115,6 +115,8 @@ def _show(found: Run) -> None:
     for dtype, rows in groups.items():
         case = rows[0].case
         title = f"{case.name} {case.variant}, frames {case.frames}, batch {case.batch}, {case.direction}, {dtype}"
+        title += ", uint8 frames" if case.name == "model" and case.input == "uint8" else ""
+        title += ", cold caches" if any(row.timing and row.timing.cache == "cold" for row in rows) else ""
         shown = table(f"{title} on {case.device}", "provider", *columns, "verdict", numbers=("provider", *columns))
         shown.columns[0].justify = "left"
         for row in rows:
@@ -123,13 +125,16 @@ def _show(found: Run) -> None:
     for row in found.rows:
         if row.timing is None:
             stdout.print(safe(f"{row.provider}, {row.case.dtype}: {row.status}: {row.reason}"), soft_wrap=True)
+        elif row.check is not None and row.check.bit_repeat is False:
+            stdout.print(safe(f"{row.provider}, {row.case.dtype}: two runs differ in their bits"), soft_wrap=True)
     rates = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in found.ceilings.items())
     noises = ", ".join(
         f"{rows[0].case.dtype} {max(row.timing.noise for row in rows if row.timing):.3f}"
         for rows in groups.values()
         if any(row.timing for row in rows)
     )
-    stdout.print(safe(f"ceilings of this machine in this run: {rates}; noise of the ratio: {noises}"), soft_wrap=True)
+    line = f"ceilings of this machine in this run: {rates}; noise of the ratio: {noises}"
+    stdout.print(safe(f"{line}; {found.facts['seconds']:.0f} s in all"), soft_wrap=True)
 
 
 def _cells(row: Row) -> list[Any]:
