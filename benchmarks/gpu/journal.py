@@ -26,7 +26,7 @@ class Journal:
     def __init__(self, path: Path, facts: dict[str, Any], deadline: float) -> None:
         self.path = path
         self.end = time.monotonic() + deadline
-        self.content: dict[str, Any] = {"facts": facts, "complete": False, "cases": {}}
+        self.content: dict[str, Any] = {"facts": facts, "complete": False, "killed": [], "cases": {}}
         before = _read(path)
         if before.get("facts") == facts:
             self.content["cases"] = before["cases"]

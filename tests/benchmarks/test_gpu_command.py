@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import e2e, journal, launches, parity, sanitize, sweep, tune
+from benchmarks.gpu import e2e, goals, journal, launches, parity, sanitize, sweep, tune
 from benchmarks.gpu.candidates import CHOICES, MOST
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.prepare import run as run_command
@@ -211,6 +211,43 @@ def test_the_sweep_covers_every_op_and_the_batches_of_the_end_to_end_matrix() ->
     }
     for name, case in found.items():
         assert name.endswith(f"{case.variant} x{case.batch}")
+
+
+def test_goals_are_read_from_what_the_parts_record(tmp_path: Path) -> None:
+    assert all(goal.found is None for goal in goals.goals(tmp_path))
+
+    def timed(ratio: float, method: str = "graph") -> dict[str, Any]:
+        return {"timing": {"ratio": ratio, "method": method}}
+
+    def write(part: str, cases: dict[str, Any]) -> None:
+        (tmp_path / f"{part}.json").write_text(json.dumps({"cases": cases}))
+
+    forward = {
+        "B/16 x8 engine": {"rows": [timed(1.9), timed(2.0, "wall")], "mfu": {}},
+        "B/16 x8 hf-sdpa": {"rows": [timed(1.0), timed(1.0, "wall")]},
+        "B/16 x8 hf-compile-max-flash": {"rows": [timed(1.4), timed(1.3, "wall")]},
+        "B/16 x8 hf-compile-max-cudnn": {"rows": [timed(1.5, "events")]},
+        "B/16 x8 engine-float8": {"rows": [{"timing": None}]},
+        "B/16 x1 engine": {"status": "failed"},
+    }
+    write("e2e", forward)
+    kept = {"layers": 5.0, "hf-compile-max-flash": 10.0}
+    write("train", {f"B/16 x8 {name} memory": {"memory": {"kept_mb": size}} for name, size in kept.items()})
+    times = {"flash": 3.0, "cudnn": 2.8, "triton": 2.0}
+    write("questions", {"ifa B/16 x8": {"rows": [{"contender": key, "median_ms": t} for key, t in times.items()]}})
+    rows = [{"what": "extension", "ratio": 1.2}, {"what": "reference", "ratio": 0.3}, {"what": "torch"}]
+    write("sweep", {"patch_embed backends B/16 x8": {"rows": rows}})
+    found = {goal.name: goal for goal in goals.goals(tmp_path) if goal.found is not None}
+    assert {name: round(goal.found or 0, 3) for name, goal in found.items()} == {
+        "B/16 x8 engine over the best compiled": 1.267,
+        "B/16 x8 engine over eager, as a user sees it": 2.0,
+        "B/16 x8 activations kept, of the compiled one's": 0.5,
+        "B/16 x8 attention over SDPA on joined keys": 1.4,
+        "B/16 x8 patch embedding over the eager chain": 4.0,
+    }
+    assert all(str(goal).endswith("reached") for goal in found.values())
+    assert str(goals.Goal("x", 0.6, 0.7, at_most=True)) == "x: 0.700 (<= 0.6) MISSED"
+    assert str(goals.Goal("x", 3.0, None)) == "x: not measured (>= 3)"
 
 
 def swept(ratio: float, *, low: float | None = None, default: bool = False, status: str = "right") -> dict[str, Any]:
