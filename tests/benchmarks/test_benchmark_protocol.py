@@ -119,14 +119,14 @@ def test_a_gpu_that_says_nothing_drops_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("most", "seconds", "wanted"),
-    [(10, 0.2, 10), (10, SPENT / 10, 10), (10, 8.0, 4), (10, 16.0, LEAST), (10, 1e4, LEAST), (1, 1e4, 1), (3, 8.0, 3)],
+    [(10, 0.2, 10), (10, SPENT / 10, 10), (10, 6.0, 4), (10, 16.0, LEAST), (10, 1e4, LEAST), (1, 1e4, 1), (3, 8.0, 3)],
 )
 def test_long_calls_have_fewer_blocks(most: int, seconds: float, wanted: int) -> None:
     assert blocks_of(most, seconds) == wanted
 
 
 def test_the_first_block_tells_how_many_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = itertools.count(0.0, 8.0)
+    now = itertools.count(0.0, 6.0)
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     assert len(alternate(lambda: 2.0, lambda: 2.0, 10, Reading).ratios) == 4
 
@@ -275,8 +275,9 @@ def test_every_provider_that_runs_here_is_right(direction: str, dtype: str) -> N
     rows = list(measure_model(case, RUNNING, EFFORT, CEILINGS))
     assert {row.provider: row.reason for row in rows if row.status not in ("timed", "unavailable")} == {}
     timed = {row.provider for row in rows if row.status == "timed"}
-    assert timed >= {"hf-sdpa", "hf-eager", "reference", "layers", "optimized"}
-    assert ("engine" in timed) == (direction == "forward")
+    others = {row.provider: row.reason for row in rows if row.provider not in timed}
+    assert others.keys().isdisjoint({"hf-sdpa", "hf-eager", "reference", "layers", "optimized"}), others
+    assert ("engine" in timed) == (direction == "forward"), others
     assert {row.provider: row.check.bit_repeat for row in rows if row.check} == dict.fromkeys(timed, True)
 
 

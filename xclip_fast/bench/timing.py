@@ -18,7 +18,7 @@ BLOCK = 0.5  # seconds of a block at most
 GROUP = 1e-3  # seconds between two GPU events at least: shorter ones measure the events
 CACHE = 256 << 20  # bytes written to make a cache cold
 CLOCK_DRIFT = 0.03  # a block whose clock is further from the median is dropped
-SPENT = 32.0  # seconds that all blocks of two contenders may take, so that two seconds a call leave four blocks
+SPENT = 24.0  # seconds that all blocks of two contenders may take: six blocks where a call takes one
 LEAST = 3  # blocks, however long one takes
 
 

@@ -59,6 +59,7 @@ def bench(
     """Time the model here: errors first, then blocks in turn with Hugging Face's eager model.
 
     The ratio is the other's time over this one's; it counts where it leaves the noise of the baseline against itself.
+    The floor is the least time that this machine's rate of products and copies allows, over the time taken.
     """
     for path in (out, csv, html):
         if path is not None and not path.absolute().parent.is_dir():
@@ -111,7 +112,7 @@ def _show(found: Run) -> None:
     groups: dict[str, list[Row]] = {}
     for row in found.rows:
         groups.setdefault(row.case.dtype, []).append(row)
-    columns = ("error", "ms", "p10-p90", "ratio")
+    columns = ("error", "ms", "p10-p90", "ratio", "floor")
     for dtype, rows in groups.items():
         case = rows[0].case
         title = f"{case.name} {case.variant}, frames {case.frames}, batch {case.batch}, {case.direction}, {dtype}"
@@ -140,11 +141,12 @@ def _show(found: Run) -> None:
 def _cells(row: Row) -> list[Any]:
     error = "-" if row.check is None or row.check.error is None else f"{row.check.error:.1e}"
     if row.timing is None:
-        return [error, "-", "-", "-", safe(row.status, "red" if row.status in ("wrong", "failed") else "yellow")]
+        return [error, "-", "-", "-", "-", safe(row.status, "red" if row.status in ("wrong", "failed") else "yellow")]
     found = row.timing
     spread = (
         f"{found.p10_ms:.1f}-{found.p90_ms:.1f}" if found.p10_ms >= 10 else f"{found.p10_ms:.3f}-{found.p90_ms:.3f}"
     )
+    floor = f"{row.roof.achieved:.0%}" if row.roof else "-"
     if row.provider == found.baseline:
-        return [error, f"{found.median_ms:.3f}", spread, "1", "baseline"]
-    return [error, f"{found.median_ms:.3f}", spread, f"{found.ratio:.3f}", found.verdict]
+        return [error, f"{found.median_ms:.3f}", spread, "1", floor, "baseline"]
+    return [error, f"{found.median_ms:.3f}", spread, f"{found.ratio:.3f}", floor, found.verdict]
