@@ -137,6 +137,15 @@ def test_a_full_disk_is_one_line() -> None:
     assert done.stderr == "error: output: No space left on device\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_log_on_a_full_disk_changes_no_exit_code(tmp_path: Path) -> None:
+    for command, code in ((["convert", "demo", "a.safetensors"], 0), (["convert", "nothing", "b.safetensors"], 2)):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([*COMMAND, *command], stderr=full, stdout=subprocess.PIPE, cwd=tmp_path, timeout=60)
+        assert (done.returncode, done.stdout) == (code, b"")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
 def test_a_closed_stdout_is_no_crash() -> None:
     done = subprocess.run(["sh", "-c", f"{sys.executable} -m xclip_fast.cli --help >&-"], timeout=60)
     assert done.returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -53,7 +54,13 @@ def note(message: object) -> None:
 
 
 def _say(word: str, style: str, message: object) -> None:
-    stderr.print(Text.assemble((f"{word}: ", style), printable(message)), soft_wrap=True)
+    try:
+        stderr.print(Text.assemble((f"{word}: ", style), printable(message)), soft_wrap=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        # a log on a full disk must not stop the work, nor change the exit code when python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def emit_json(payload: dict[str, Any]) -> None:
