@@ -28,9 +28,9 @@ kernels-report: $(INSTALLED)
 tables: $(INSTALLED)
 	$(BIN)/python -m benchmarks tables
 
-# on a machine with one NVIDIA GPU, with its own Python and without network; PART=parity|sanitize|sweep|e2e|train
+# on a machine with one NVIDIA GPU, with its own Python and without network: benchmarks/gpu/README.md
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(PART)
+	$(PYTHON) -m benchmarks.gpu $(if $(DEADLINE),--deadline $(DEADLINE)) $(PART)
 
 gpu-dry-run: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu --dry-run --out build/gpu-dry-run $(PART)

@@ -44,9 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if prepared["importable"]["code"] != 0:
         print(f"error: xclip_fast.kernels cannot be imported:\n{prepared['importable']['output']}", file=sys.stderr)
         return 2
-    failed = [part for part in options.parts or PARTS if not _run(part, options)]
+    failed = [step for step, found in prepared.items() if found["code"] != 0]
+    failed += [part for part in options.parts or PARTS if not _run(part, options)]
     # the end of the output is what a borrowed machine is sure to send back
-    print("\n".join(str(goal) for goal in goals(out) if goal.found is not None), flush=True)
+    for goal in goals(out):
+        if goal.found is not None:
+            print(goal, flush=True)
     print(f"failed or unfinished: {', '.join(failed)}" if failed else "all parts are complete", flush=True)
     return 1 if failed else 0
 

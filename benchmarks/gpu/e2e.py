@@ -80,7 +80,9 @@ def main(journal: Journal, out: Path, dry: bool, direction: str = "forward") -> 
     device = "cpu" if dry else "cuda"
     if CEILINGS not in journal.cases:
         rates = {} if dry else ceilings(device, ("bfloat16",))
-        journal.add(CEILINGS, {"rates": rates, "machine": facts(device)})
+        # a borrowed machine has no git history
+        machine = facts(device) | {"commit": journal.content["facts"]["commit"]}
+        journal.add(CEILINGS, {"rates": rates, "machine": machine})
     rates = journal.cases[CEILINGS]["rates"]
     for name in journal.todo(found):
         case, group = found[name]

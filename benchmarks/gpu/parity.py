@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -65,8 +66,10 @@ def _run_suite(asked: list[str], path: Path, journal: Journal) -> dict[str, Any]
     if left < 10:
         return {}
     command = [sys.executable, "-m", "pytest", *asked, "-q", "-s", "-p", "no:cacheprovider", f"--junit-xml={path}"]
-    # it stops between two tests, and says what it has found until then
-    found = run([*command, f"--session-timeout={left - 5:.0f}"], left + MARGIN)
+    if tuple(map(int, version("pytest-timeout").split(".")[:2])) >= (2, 3):
+        # it stops between two tests, and says what it has found until then
+        command.append(f"--session-timeout={left - 5:.0f}")
+    found = run(command, left + MARGIN)
     junit = path.read_text(encoding="utf-8") if path.exists() else ""
     tests, failures, parity = read_junit(junit)
     cut_off = found["code"] is None or "session-timeout: " in found["output"]

@@ -88,9 +88,12 @@ def facts() -> dict[str, Any]:
     """The code and the machine; cases of another one are not carried on."""
     import torch
 
-    commit = run(["git", "rev-parse", "--short", "HEAD"], 20)
+    commit = os.environ.get("COMMIT")
+    if not commit:
+        asked = run(["git", "rev-parse", "--short", "HEAD"], 20)
+        commit = asked["output"].strip() if asked["code"] == 0 else "unknown"
     found = {
-        "commit": commit["output"].strip() if commit["code"] == 0 else "unknown",
+        "commit": commit,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
