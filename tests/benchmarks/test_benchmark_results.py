@@ -19,7 +19,7 @@ from xclip_fast.bench.cases import OPS
 from xclip_fast.bench.models import Effort
 from xclip_fast.bench.operators import BACKENDS
 from xclip_fast.bench.providers import PROVIDERS
-from xclip_fast.bench.record import Case, Check, Row, Run, Timing, to_csv
+from xclip_fast.bench.record import Case, Check, Roof, Row, Run, Timing, to_csv
 from xclip_fast.bench.run import Job, make_case, run
 from xclip_fast.errors import InputError
 
@@ -181,6 +181,22 @@ def test_a_table_is_written_between_its_markers_and_nowhere_else(tmp_path: Path)
     assert "old | table" not in text
     assert "| X-CLIP-B/16, 8 frames | 145 | 144.91 |" in text
     assert not tables.write(path)
+
+
+def test_the_table_of_models_has_speed_error_floor_and_memory_in_a_row() -> None:
+    bytes_in = replace(CASE, input="uint8")
+    rows = [
+        Row(CASE, "engine", "timed", None, CHECK, TIMING, Roof(1, 1, 8.5, 0.85), memory_mb=412.3),
+        Row(bytes_in, "engine-int8", "timed", None, CHECK, TIMING),
+    ]
+    first, second, *_ = tables._models(Run(FACTS, RUN.ceilings, rows)).splitlines()[2:]
+    assert first == (
+        "| B/32, 8 frames, batch 1 | float32 | engine | 1.0e-07 | 10.0 (9.0 to 11.0) | **1.50 (1.40 to 1.60)** | 0.050 "
+        "| 85% | 412 |"
+    )
+    # bytes are not under the rate of float32, and were not weighed
+    assert second.startswith("| B/32, 8 frames, batch 1, from bytes | float32 | engine-int8 |")
+    assert second.endswith("| 0.050 |  |  |")
 
 
 def test_a_marker_of_no_table_is_an_error() -> None:

@@ -170,7 +170,7 @@ def blocks_of(most: int, seconds: float) -> int:
         most: where calls are short.
         seconds: of one block.
     """
-    return max(min(most, LEAST), min(most, int(SPENT / seconds)))
+    return max(min(most, LEAST), min(most, int(SPENT / max(seconds, 1e-9))))
 
 
 def alternate(first: Sample, second: Sample, blocks: int, sensors: Callable[[], Reading]) -> Blocks:
