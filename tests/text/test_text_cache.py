@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -318,6 +319,23 @@ def test_ten_thousand_labels_in_bounded_chunks(monkeypatch, model) -> None:
     # texts of like length go together
     assert sum(rows * length for rows, length in model.sizes) < 0.75 * tokens.numel()
     assert_fresh(features[::25], model, tokens[::25])
+
+
+def test_the_results_of_chunks_are_not_held(monkeypatch, model) -> None:
+    monkeypatch.setattr(module, "_CHUNK_TOKENS", 64)
+    held: list[weakref.ref[Tensor]] = []
+
+    def encode(tokens: Tensor) -> Tensor:
+        assert sum(one() is not None for one in held) <= 1
+        features = Counted.encode_text(model, tokens)
+        held.append(weakref.ref(features))
+        return features
+
+    monkeypatch.setattr(model, "encode_text", encode)
+    tokens = get_tokenizer(514)([f"label {number}" for number in range(100)])
+    features = TextCache().encode(model, tokens)
+    assert len(held) > 10
+    assert_fresh(features, model, tokens)
 
 
 def test_a_text_longer_than_a_chunk_is_encoded_alone(monkeypatch, model) -> None:

@@ -120,12 +120,15 @@ def encode_in_chunks(model: Any, tokens: Tensor, ends: Tensor, device: torch.dev
 
     Ten thousand texts need little memory, and no padding is computed.
     """
-    order = ends.argsort(stable=True)
-    features = [
-        model.encode_text(tokens[chunk, : int(ends[chunk[-1]]) + 1].to(device))
-        for chunk in order.split(max(1, _CHUNK_TOKENS // tokens.shape[1]))
-    ]
-    return torch.cat(features)[order.argsort().to(device)]
+    features = None
+    for chunk in ends.argsort(stable=True).split(max(1, _CHUNK_TOKENS // tokens.shape[1])):
+        found = model.encode_text(tokens[chunk, : int(ends[chunk[-1]]) + 1].to(device))
+        if features is None:
+            features = found.new_empty(len(tokens), *found.shape[1:])
+        # results kept in a list would part the free memory that the next chunk could use
+        features[chunk.to(device)] = found
+    assert features is not None
+    return features
 
 
 def text_weights(model: Any, tokens: Tensor | None = None) -> list[Tensor]:
