@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from xclip_fast.bench.figures import figures, label
+from xclip_fast.bench.figures import COLOURS, figures, label
 from xclip_fast.bench.models import Effort
 from xclip_fast.bench.record import Amdahl, Case, Check, Roof, Row, Run, Timing
 from xclip_fast.bench.report import render, write_figure, write_report
@@ -69,6 +69,13 @@ def test_every_figure_is_there_when_its_numbers_are() -> None:
     assert all(svg.startswith("<svg") and svg.rstrip().endswith("</svg>") for svg in found.values())
     assert "layers" in found["Times as fast as the baseline"]
     assert "mathdefault" not in "".join(found.values())
+
+
+def test_a_provider_has_one_colour_in_every_figure() -> None:
+    found = figures(whole(1, 4))
+    # the second provider of the run: its bars, its line, its points
+    for title in ("Times as fast as the baseline", "Latency against batch", "Roofline", "Peak memory"):
+        assert COLOURS[1] in found[title]
 
 
 def test_nothing_measured_is_a_report_without_figures() -> None:

@@ -18,13 +18,14 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8
 
 def figures(run: Run) -> dict[str, str]:
     """Title to SVG."""
+    models, ops, colours = _timed(run, models=True), _timed(run, models=False), _colours(run)
     found = {
-        "Times as fast as the baseline": _speed_ups(_timed(run, models=True)),
-        "Latency against batch": _batches(_timed(run, models=True)),
-        "Ops: times as fast as the definition": _speed_ups(_timed(run, models=False)),
-        "Time of the parts": _parts(_timed(run, models=False)),
-        "Roofline": _roofline(run),
-        "Peak memory": _memory(_timed(run, models=True)),
+        "Times as fast as the baseline": _speed_ups(models, colours),
+        "Latency against batch": _batches(models, colours),
+        "Ops: times as fast as the definition": _speed_ups(ops, colours),
+        "Time of the parts": _parts(ops),
+        "Roofline": _roofline(run, colours),
+        "Peak memory": _memory(models, colours),
     }
     return {title: svg for title, svg in found.items() if svg}
 
@@ -32,7 +33,7 @@ def figures(run: Run) -> dict[str, str]:
 def hero(run: Run, kind: str) -> bytes:
     """The first figure alone, as "svg" or "png", for a README; empty when there is nothing to show."""
     rows = _timed(run, models=True)
-    return _bars(rows, kind) if _contenders(rows) else b""
+    return _bars(rows, kind, _colours(run)) if _contenders(rows) else b""
 
 
 def label(row: Row) -> str:
@@ -51,6 +52,12 @@ def milliseconds(timing: Timing) -> str:
 
 def _timed(run: Run, *, models: bool) -> list[Row]:
     return [row for row in run.rows if row.timing is not None and (row.case.name == MODEL) is models]
+
+
+def _colours(run: Run) -> dict[str, str]:
+    """One for each provider, the same in every figure."""
+    names = dict.fromkeys(row.provider for row in run.rows if row.timing is not None)
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
 
 
 def _contenders(rows: Sequence[Row]) -> list[Row]:
@@ -98,22 +105,21 @@ def _inline(data: bytes) -> str:
     return text[text.index("<svg") :].replace('width="', 'data-width="', 1).replace('height="', 'data-height="', 1)
 
 
-def _speed_ups(rows: list[Row]) -> str:
+def _speed_ups(rows: list[Row], colours: dict[str, str]) -> str:
     if not _contenders(rows):
         return ""
-    return _inline(_bars(rows, "svg"))
+    return _inline(_bars(rows, "svg", colours))
 
 
-def _bars(rows: list[Row], kind: str) -> bytes:
+def _bars(rows: list[Row], kind: str, colours: dict[str, str]) -> bytes:
     shown = _contenders(rows)
 
     def paint(axes: Any) -> None:
-        names = list(dict.fromkeys(row.provider for row in shown))
         for place, row in enumerate(shown):
             found = row.timing
             assert found is not None
             errors = [[max(0.0, found.ratio - found.ratio_p10)], [max(0.0, found.ratio_p90 - found.ratio)]]
-            colour = COLOURS[names.index(row.provider) % len(COLOURS)]
+            colour = colours[row.provider]
             sure = found.verdict != "no difference"
             axes.barh(place, found.ratio, xerr=errors, color=colour, alpha=1.0 if sure else 0.45, ecolor=INK, capsize=2)
             # the baseline against itself: what lies inside is no difference
@@ -139,7 +145,7 @@ def _bars(rows: list[Row], kind: str) -> bytes:
     return _draw(paint, 1.0 + 0.3 * len(shown), kind)
 
 
-def _batches(rows: list[Row]) -> str:
+def _batches(rows: list[Row], colours: dict[str, str]) -> str:
     lines: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         if row.case.direction == "forward":
@@ -149,15 +155,15 @@ def _batches(rows: list[Row]) -> str:
         return ""
 
     def paint(axes: Any) -> None:
-        names = list(dict.fromkeys(provider for _, _, provider in lines))
         kinds = list(dict.fromkeys((variant, dtype) for variant, dtype, _ in lines))
         for (variant, dtype, provider), line in lines.items():
             line = sorted(line, key=lambda row: row.case.batch)
             times = [row.timing.median_ms for row in line if row.timing is not None]
             style = ("-", "--", ":", "-.")[kinds.index((variant, dtype)) % 4]
-            colour = COLOURS[names.index(provider) % len(COLOURS)]
             batches = [row.case.batch for row in line]
-            axes.plot(batches, times, style, color=colour, marker="o", ms=3, label=f"{variant} {dtype} {provider}")
+            axes.plot(
+                batches, times, style, color=colours[provider], marker="o", ms=3, label=f"{variant} {dtype} {provider}"
+            )
         _logarithmic(axes)
         axes.set_xticks(sorted({row.case.batch for line in lines.values() for row in line}))
         axes.set_xlabel("videos in the batch")
@@ -197,7 +203,7 @@ def _parts(rows: list[Row]) -> str:
     return _svg(paint, 3.0)
 
 
-def _roofline(run: Run) -> str:
+def _roofline(run: Run, colours: dict[str, str]) -> str:
     rows = [row for row in run.rows if row.roof is not None and row.timing is not None and row.roof.flops > 0]
     if not rows or "copy_gbs" not in run.ceilings:
         return ""
@@ -214,12 +220,10 @@ def _roofline(run: Run) -> str:
             axes.plot(
                 x, y, "-" if index == 0 else "--", color=INK, lw=1, label=f"{dtype} products and copies, measured"
             )
-        names = list(dict.fromkeys(row.provider for row in rows))
-        for name in names:
+        for name in dict.fromkeys(row.provider for row in rows):
             mine = [(row, x) for row, x in points if row.provider == name]
             rates = [row.roof.flops / row.timing.median_ms / 1e9 for row, _ in mine if row.roof and row.timing]
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            axes.plot([x for _, x in mine], rates, "o", ms=4, color=colour, label=name)
+            axes.plot([x for _, x in mine], rates, "o", ms=4, color=colours[name], label=name)
         _logarithmic(axes)
         axes.set_xlabel("operations a byte")
         axes.set_ylabel("TFLOP/s")
@@ -241,15 +245,13 @@ def _logarithmic(axes: Any) -> None:
         axis.set_minor_formatter(lambda value, place: "")
 
 
-def _memory(rows: list[Row]) -> str:
+def _memory(rows: list[Row], colours: dict[str, str]) -> str:
     shown = [row for row in rows if row.memory_mb is not None]
     if not shown:
         return ""
 
     def paint(axes: Any) -> None:
-        names = list(dict.fromkeys(row.provider for row in shown))
-        colours = [COLOURS[names.index(row.provider) % len(COLOURS)] for row in shown]
-        axes.barh(range(len(shown)), [row.memory_mb for row in shown], color=colours)
+        axes.barh(range(len(shown)), [row.memory_mb for row in shown], color=[colours[row.provider] for row in shown])
         axes.margins(y=0.01)
         axes.set_yticks(range(len(shown)), [f"{label(row)}: {row.provider}" for row in shown])
         axes.invert_yaxis()
