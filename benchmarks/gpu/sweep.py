@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def tiles_of(sweep: Sweep) -> dict[str, Any]:
         shapes[tuning.shape_key(shape)] = shape
         return default(*shape)
 
-    with patch.object(choice.module, choice.function, record):
+    with _replaced(choice, record):
         base = _sampler(sweep, _call(sweep, arguments))
     if not shapes:
         return {"rows": [], "shapes": [], "reason": "this launch does not happen at this shape"}
@@ -219,9 +219,15 @@ def _figures(timing: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _using(choice: Choice, tiles: Any) -> Iterator[None]:
-    with patch.object(choice.module, choice.function, lambda *given: tiles):
+def _replaced(choice: Choice, function: Callable[..., Any]) -> Iterator[None]:
+    # the tiles of a backward pass are made of the forward pass's default
+    function.default = choice.tunable.default  # type: ignore[attr-defined]
+    with patch.object(choice.module, choice.function, function):
         yield
+
+
+def _using(choice: Choice, tiles: Any) -> AbstractContextManager[None]:
+    return _replaced(choice, lambda *given: tiles)
 
 
 def _distance(result: Tensor, truth: Tensor) -> float:
