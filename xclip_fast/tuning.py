@@ -104,8 +104,9 @@ class Tunable:
             found = table()
             if found is None:
                 return self.default(*shape)
-            self.tuned = tuned = {}
+            # another thread may look at any time: what it finds is whole
             self.entries = found.get("tiles", {}).get(self.name, {})
+            self.tuned = tuned = {}
         if (result := tuned.get(shape)) is None:
             if len(tuned) >= KEPT:
                 tuned.clear()
