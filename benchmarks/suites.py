@@ -17,7 +17,7 @@ _TRAINED = ("hf-sdpa", "layers")
 
 
 def jobs(suite: str, input: str | None = None) -> list[Job]:
-    """The cases of a suite; on two idle cores "cpu" takes half an hour with ``--full``, "ops" two minutes.
+    """The cases of a suite; on two idle cores "cpu" takes half an hour with ``--full``.
 
     Args:
         suite: of ``SUITES``.
