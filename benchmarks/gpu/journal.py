@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from xclip_fast.checkpoints.files import replacing
+
 LOST = 3  # exit code of a process whose CUDA context is of no more use
 PATIENCE = 2  # a case that was killed for want of time as often is not begun again
 
@@ -75,9 +77,7 @@ class Journal:
 
     def write(self) -> None:
         """Replace the file in one step."""
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_json(self.path, self.content)
 
 
 def forgive(path: Path) -> None:
@@ -87,9 +87,13 @@ def forgive(path: Path) -> None:
         content.setdefault("killed", []).append(name)
         if content["killed"].count(name) < PATIENCE:
             del content["running"]
-        temporary = path.with_suffix(".tmp")
+        write_json(path, content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file in one step."""
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
 
 
 def leave_if_lost() -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.journal import write_json
 from xclip_fast.tuning import SCHEMA, path_of
 
 WORTH = 1.03  # a kernel that gains less is not used
@@ -78,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     path = options.out or path_of(table["gpu"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, table)
     counts = (sum(map(len, table[part].values())) for part in ("tiles", "backends"))
     print("{}: {} launches tuned, {} calls by another backend".format(path, *counts))
     return 0

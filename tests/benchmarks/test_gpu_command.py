@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -166,8 +167,22 @@ def test_a_case_that_was_killed_for_want_of_time_is_begun_anew(tmp_path: Path) -
     assert not (tmp_path / "none.json").exists()
 
 
-def test_a_process_without_a_gpu_has_none_to_lose() -> None:
-    journal.leave_if_lost()
+def test_a_process_ends_where_it_has_lost_its_gpu_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    for used, synchronize, expected in (
+        (False, lost, []),
+        (True, lambda: None, []),
+        (True, lost, [journal.LOST]),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        journal.leave_if_lost()
+        assert codes == expected
 
 
 def test_utilisation_is_of_the_data_sheet_and_of_models_alone() -> None:

@@ -24,21 +24,14 @@ PRECISIONS: dict[torch.dtype, tuple[torch.dtype, str | None]] = {
 }
 
 
-class _OneStream:
-    """The side stream of a tower, without the stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.begin = lambda work: work()
-        self.join = lambda result: result
-
-
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     """Tensors of this mode have a device and no numbers, and operators refuse to mix two devices."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(api, "_precision", lambda dtype, device: PRECISIONS[dtype])
-    monkeypatch.setattr(cuda, "_Side", _OneStream)
+    one_stream = cuda.Side(CPU)
+    monkeypatch.setattr(cuda, "Side", lambda device: one_stream)
     # graphs need the device, and errors of products need numbers
     monkeypatch.setattr(api, "GraphCache", lambda run: run)
     monkeypatch.setattr(api, "check_products", lambda model, packing, clips: ([], None))

@@ -190,7 +190,7 @@ def test_side_work_starts_and_ends_in_order(fake_cuda: Cuda, capturing: bool, mo
     fake_cuda.capturing = capturing
     kept = []
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append(stream.name))
-    side, ran = cuda._Side(torch.device("cuda")), []
+    side, ran = cuda.Side(torch.device("cuda")), []
     result = side.begin(lambda: ran.append(fake_cuda.now) or torch.ones(1))
     assert ran == ["side"]
     assert fake_cuda.now == "main"
@@ -201,7 +201,7 @@ def test_side_work_starts_and_ends_in_order(fake_cuda: Cuda, capturing: bool, mo
 
 def test_each_thread_has_a_side_stream(fake_cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    side, streams = cuda._Side(torch.device("cuda")), []
+    side, streams = cuda.Side(torch.device("cuda")), []
 
     def work() -> None:
         for _ in range(2):

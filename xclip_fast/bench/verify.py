@@ -60,7 +60,6 @@ def verify(
     backends: Sequence[str] = BACKENDS,
     seed: int = 0,
     gradients: bool = True,
-    wrapper: Sequence[str] = (),
     deadline: float = DEADLINE,
 ) -> Iterator[Result]:
     """Check every case of the ops, forward and backward; a crash is a failed case, and the next op follows.
@@ -75,7 +74,6 @@ def verify(
         backends: of ``BACKENDS``.
         seed: of the random inputs.
         gradients: check the backward pass too.
-        wrapper: a command in front of each process, such as compute-sanitizer with its options.
         deadline: seconds for the process of one op.
 
     Raises:
@@ -96,17 +94,17 @@ def verify(
             for dtype in dtypes
         ]
         if cases:
-            yield from _in_child(cases, gradients, wrapper, deadline)
+            yield from _in_child(cases, gradients, deadline)
 
 
-def _in_child(cases: list[Result], gradients: bool, wrapper: Sequence[str], deadline: float) -> Iterator[Result]:
+def _in_child(cases: list[Result], gradients: bool, deadline: float) -> Iterator[Result]:
     spec = json.dumps({"cases": [asdict(case) for case in cases], "gradients": gradients})
     environment = dict(os.environ)
     if cases[0].device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     else:
         environment.pop("TRITON_INTERPRET", None)
-    command = [*wrapper, sys.executable, "-m", "xclip_fast.bench.verify"]
+    command = [sys.executable, "-m", "xclip_fast.bench.verify"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     child = subprocess.Popen(command, text=True, errors="replace", env=environment, **pipes)  # type: ignore[call-overload]
     try:
@@ -118,7 +116,7 @@ def _in_child(cases: list[Result], gradients: bool, wrapper: Sequence[str], dead
         end = f"no answer within {deadline:g} s"
     finally:
         child.kill()
-    # what a wrapper says stands between the lines
+    # what a crash says may stand between the lines
     lines = output.splitlines()
     found = [Result(**json.loads(line)) for line in lines if line.startswith(_RESULT)]
     yield from found

@@ -1,7 +1,7 @@
 """The vision tower on the fused ops: a residual stream without biases, CFA on a stream of its own. Never run on a GPU.
 
 The ops run anywhere, so the CPU's tests hold this tower to the reference; what a GPU alone has, the second stream, is
-in ``_Side``.
+in ``Side``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Block:
         messages = message_attention(class_tokens, **self.message)
         return message_key_value(messages, *self.norm_1, *self.message_kv, eps=self.eps).flatten(0, 1)
 
-    def __call__(self, tokens: Tensor, side: _Side, class_row: bool) -> Tensor:
+    def __call__(self, tokens: Tensor, side: Side, class_row: bool) -> Tensor:
         """Tokens (B, T, S, D), contiguous, to the same or to (B, T, 1, D); they may be written over."""
         class_tokens = tokens[:, :, 0]
         message_kv = side.begin(lambda: self.key_value(class_tokens))
@@ -90,7 +90,7 @@ class _Block:
         return scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-class _Side:
+class Side:
     """Work beside the main stream; on the CPU it is simply done. Each thread has a stream of its own.
 
     So what one thread captures is never mixed with what another runs.
@@ -155,7 +155,7 @@ class CudaTower:
         self.lag = None if lag is None else packing.tensor(lag)
         self.norm_post = packing.tensor(visual.ln_post.weight), packing.tensor(visual.ln_post.bias)
         self.projection = packing.product(exact(visual.proj).t(), None)
-        self.side = _Side(packing.device)
+        self.side = Side(packing.device)
 
     def __call__(self, video: Tensor, *, patches: bool) -> tuple[Tensor, list[Tensor]]:
         """A checked video to frame features (B * T, E), and the tokens of its frames in one part (B, T, S, D)."""
