@@ -105,7 +105,7 @@ def extension_arguments() -> dict[str, object]:
     }
     native = Extension(
         "xclip_fast._native",
-        ["csrc/bindings.cpp", "csrc/patch_embed_cpu.cpp"],
+        ["csrc/bindings.cpp", *(f"csrc/{part}_cpu.cpp" for part in ("frame_attention", "int8_rows", "patch_embed"))],
         include_dirs=include_paths(),
         library_dirs=library_paths(),
         libraries=["torch_cpu", "dl", "rt", "pthread"],

@@ -5,9 +5,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
+#include "frame_attention_cpu.h"
+#include "int8_rows_cpu.h"
 #include "patch_embed_cpu.h"
 
 #ifdef XCLIP_FAST_CUDA
@@ -93,6 +98,61 @@ void patch_tokens(const Tensor& product, const std::optional<Tensor>& unit, cons
   });
 }
 
+Tensor frame_attention(const Tensor& packed, int64_t frames, int64_t heads, int64_t queries, double scale) {
+  Tensor mixed = torch::stable::new_empty(packed, {frames * queries, heads * xclip_fast::kHeadDim});
+  const xclip_fast::FrameAttention work{
+      .packed = static_cast<const uint16_t*>(packed.const_data_ptr()),
+      .frames = frames,
+      .tokens = packed.size(0) / frames - 1,
+      .heads = heads,
+      .queries = queries,
+      .scale = static_cast<float>(scale),
+      .mixed = static_cast<uint16_t*>(mixed.mutable_data_ptr()),
+  };
+  torch::stable::parallel_for(0, frames * heads, 1, [&](int64_t begin, int64_t end) {
+    xclip_fast::frame_attention(work, begin, end);
+  });
+  return mixed;
+}
+
+// Bytes with their scale and zero point: rows = scale * (bytes - zero). One number that is not finite spoils all of them.
+std::tuple<Tensor, double, int64_t> int8_rows(const Tensor& rows) {
+  constexpr int64_t kBlock = 1 << 15;
+  const int64_t count = rows.numel(), blocks = (count + kBlock - 1) / kBlock;
+  const xclip_fast::Numbers numbers{rows.const_data_ptr(), rows.scalar_type() == ScalarType::BFloat16};
+  std::vector<xclip_fast::Range> ranges(blocks);
+  const auto blockwise = [&](const auto& work) {
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        work(block, block * kBlock, std::min(count, (block + 1) * kBlock));
+      }
+    });
+  };
+  blockwise([&](int64_t block, int64_t begin, int64_t end) {
+    ranges[block] = xclip_fast::range_of(numbers, begin, end);
+  });
+  double low = 0.0, high = 0.0;
+  bool finite = true;
+  for (const auto& range : ranges) {
+    finite = finite && std::isfinite(range.low);
+    low = std::min<double>(low, range.low);
+    high = std::max<double>(high, range.high);
+  }
+  Tensor bytes = torch::stable::new_empty(rows, {rows.size(0), rows.size(1)}, ScalarType::Byte);
+  auto* out = static_cast<uint8_t*>(bytes.mutable_data_ptr());
+  // two of the 255 steps are room for rounding: a byte that wraps around would be the worst of errors
+  const double scale = high > low ? (high - low) / 253.0 : 1.0;
+  if (!finite) {
+    std::fill(out, out + count, uint8_t{0});
+    return {bytes, std::nan(""), 0};
+  }
+  const int64_t zero = std::llrint(-low / scale) + 1;
+  blockwise([&](int64_t, int64_t begin, int64_t end) {
+    xclip_fast::to_bytes(numbers, static_cast<float>(1.0 / scale), static_cast<float>(zero), out, begin, end);
+  });
+  return {bytes, scale, zero};
+}
+
 #ifdef XCLIP_FAST_CUDA
 // The caller has made the device of the frames current; `stream` is a cudaStream_t of it.
 Tensor patch_embed_cuda(const Tensor& frames, const Tensor& weight, const Tensor& table, int64_t patch,
@@ -125,10 +185,14 @@ Tensor patch_embed_cuda(const Tensor& frames, const Tensor& weight, const Tensor
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 2; }
+extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 3; }
 
 extern "C" __attribute__((visibility("default"))) const char* xclip_fast_architectures() {
   return XCLIP_FAST_ARCHITECTURES;
+}
+
+extern "C" __attribute__((visibility("default"))) bool xclip_fast_attends() {
+  return xclip_fast::frame_attention_runs();
 }
 
 STABLE_TORCH_LIBRARY(xclip_fast_native, m) {
@@ -137,6 +201,8 @@ STABLE_TORCH_LIBRARY(xclip_fast_native, m) {
   m.def(
       "patch_tokens(Tensor product, Tensor? unit, Tensor? bias, Tensor class_embedding, Tensor positions, "
       "Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor(a!) tokens, Tensor(b!)? embedded) -> ()");
+  m.def("frame_attention(Tensor packed, int frames, int heads, int queries, float scale) -> Tensor");
+  m.def("int8_rows(Tensor rows) -> (Tensor, float, int)");
   m.def(
       "patch_embed_cuda(Tensor frames, Tensor weight, Tensor table, int patch, ScalarType dtype, int stream) -> Tensor");
 }
@@ -145,6 +211,8 @@ STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CPU, m) {
   m.impl("patch_rows", TORCH_BOX(&patch_rows));
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
   m.impl("patch_tokens", TORCH_BOX(&patch_tokens));
+  m.impl("frame_attention", TORCH_BOX(&frame_attention));
+  m.impl("int8_rows", TORCH_BOX(&int8_rows));
 }
 
 #ifdef XCLIP_FAST_CUDA

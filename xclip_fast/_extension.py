@@ -7,13 +7,14 @@ import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from xclip_fast.errors import one_line
 
 LIBRARY = Path(__file__).with_name("_native.so")
-INTERFACE = 2  # raised with every change of what the library's operators take, there and here
+INTERFACE = 3  # raised with every change of what the library's operators take, there and here
 REBUILD = "build it again with `make ext`"
 
 Question = Callable[[], "str | None"]
@@ -28,39 +29,53 @@ def _constant(question: Question) -> Question:
 @_constant
 def refusal() -> str | None:
     """Why the extension cannot be used, in one sentence, or nothing; the first call loads it."""
-    return _load(LIBRARY)[0]
+    return _load(LIBRARY).refusal
 
 
 @_constant
 def cuda_refusal() -> str | None:
     """Why the CUDA part of the extension cannot be used, or nothing."""
-    reason, architectures = _load(LIBRARY)
-    return reason or (None if architectures else "the extension was built without CUDA: build it where nvcc is")
+    library = _load(LIBRARY)
+    without = None if library.architectures else "the extension was built without CUDA: build it where nvcc is"
+    return library.refusal or without
 
 
 def architectures() -> list[str]:
     """The GPU architectures the extension holds code for; none where it is missing or built for the CPU alone."""
-    return _load(LIBRARY)[1]
+    return list(_load(LIBRARY).architectures)
+
+
+def attends() -> bool:
+    """Whether the extension is there and its attention runs on this processor: it needs AVX512-BF16."""
+    return _load(LIBRARY).attends
+
+
+class _Library(NamedTuple):
+    """What a library was found to be: why it cannot be used, if so, and its abilities."""
+
+    refusal: str | None
+    architectures: tuple[str, ...] = ()
+    attends: bool = False
 
 
 @cache
-def _load(path: Path) -> tuple[str | None, list[str]]:
-    """The reason the library cannot be used, if any, and its GPU architectures."""
+def _load(path: Path) -> _Library:
     if not path.exists():
-        return "the extension is not built: `make ext` builds it", []
+        return _Library("the extension is not built: `make ext` builds it")
     damage = _damage(path)
     if damage:
-        return f"the extension {path.name} is damaged ({damage}): {REBUILD}", []
+        return _Library(f"the extension {path.name} is damaged ({damage}): {REBUILD}")
     try:
         # the operators of the library register themselves with torch as it is loaded
         library = ctypes.CDLL(str(path))
         library.xclip_fast_architectures.restype = ctypes.c_char_p
         interface, built_for = library.xclip_fast_interface(), library.xclip_fast_architectures().decode()
     except (OSError, AttributeError) as error:
-        return f"the extension does not load with torch {torch.__version__} ({one_line(error)}): {REBUILD}", []
+        return _Library(f"the extension does not load with torch {torch.__version__} ({one_line(error)}): {REBUILD}")
     if interface != INTERFACE:
-        return f"the extension has interface {interface}, this xclip_fast needs {INTERFACE}: {REBUILD}", []
-    return None, built_for.split()
+        return _Library(f"the extension has interface {interface}, this xclip_fast needs {INTERFACE}: {REBUILD}")
+    library.xclip_fast_attends.restype = ctypes.c_bool
+    return _Library(None, tuple(built_for.split()), library.xclip_fast_attends())
 
 
 def _damage(path: Path) -> str | None:

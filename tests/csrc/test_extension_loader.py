@@ -127,7 +127,7 @@ def test_only_stable_functions_of_torch_are_called() -> None:
 
 @built
 def test_the_operators_are_registered_for_what_was_built() -> None:
-    for name in ("patch_rows", "pack_weights", "patch_tokens"):
+    for name in ("patch_rows", "pack_weights", "patch_tokens", "frame_attention", "int8_rows"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"xclip_fast_native::{name}", "CPU")
     on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("xclip_fast_native::patch_embed_cuda", "CUDA")
     assert on_cuda == bool(_extension.architectures())

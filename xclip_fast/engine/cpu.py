@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, scaled_dot_product_attention, softmax
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
+from xclip_fast.engine.attention import frame_attention
 from xclip_fast.engine.packing import PRODUCTS, Packing, exact, place_of
 from xclip_fast.engine.products import Product
 from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.reference.positions import spatial_positions
 
 CHUNK_ROWS = 800  # at once: with fewer products are slower, with many more their memory is above plain PyTorch's
-_SCORES = 120_000  # of the attention at once: their float32 softmax stays in the second cache
-_SHORT = 320  # keys up to which two batched products beat the fused attention, in bfloat16
 
 
 @dataclass
@@ -74,40 +73,15 @@ class Block:
 
     def __call__(self, rows: Tensor, messages: Tensor, *, class_row: bool = False) -> Tensor:
         """Rows (F * S, D) of F frames with their messages (F, D) to the same rows, or the class rows (F, D) alone."""
-        mixed = self._attend(rows, messages, class_row)
-        if class_row:
-            rows = rows[:: rows.shape[0] // len(messages)].contiguous()
-        rows = self.out.add(rows, mixed)
-        return self.projection.add(rows, self.fc.activated(self.norm_2(rows)))
-
-    def _attend(self, rows: Tensor, messages: Tensor, class_row: bool) -> Tensor:
-        frames, tokens = len(messages), len(rows) // len(messages)
+        frames = len(messages)
+        tokens = len(rows) // frames
         # the queries of the messages come along unused: cheaper than a product of their keys and values alone
         packed = self.qkv(torch.cat([self.norm_1(rows), self.norm_1(messages)]))
-        packed = packed.view(len(packed), 3, self.heads, -1)
-        own = packed[: len(rows)].view(frames, tokens, 3, self.heads, -1)
-        pair = packed.new_empty(2, frames, self.heads, tokens + 1, packed.shape[-1])
-        pair[:, :, :, :tokens] = own[:, :, 1:].permute(2, 0, 3, 1, 4)
-        pair[:, :, :, tokens] = packed[len(rows) :, 1:].transpose(0, 1)
-        query = own[:, : 1 if class_row else tokens, 0].transpose(1, 2)
-        mixed = attend(query, pair[0], pair[1], self.scale)
-        return mixed.transpose(1, 2).reshape(-1, rows.shape[1])
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """(F, heads, L, head_dim) queries, contiguous keys and values; without a scale of its own for ``scale`` 1."""
-    if query.dtype is not torch.bfloat16 or key.shape[2] > _SHORT or scale != 1.0:
-        return scaled_dot_product_attention(query, key, value, scale=scale)
-    shape = query.shape
-    query, key, value = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
-    mixed = torch.empty_like(query)
-    heads = max(1, _SCORES // (query.shape[1] * key.shape[2]))
-    for first in range(0, len(query), heads):
-        some = slice(first, first + heads)
-        # PyTorch's softmax is twice as fast into float32 as into bfloat16
-        weights = softmax(torch.bmm(query[some], key[some]), dim=-1, dtype=torch.float32).to(value.dtype)
-        torch.bmm(weights, value[some], out=mixed[some])
-    return mixed.view(shape)
+        mixed = frame_attention(packed, frames, self.heads, 1 if class_row else tokens, self.scale)
+        if class_row:
+            rows = rows[::tokens].contiguous()
+        rows = self.out.add(rows, mixed)
+        return self.projection.add(rows, self.fc.activated(self.norm_2(rows)))
 
 
 class CpuTower:

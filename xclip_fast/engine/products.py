@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xclip_fast import _extension
 from xclip_fast.ops import linear_quick_gelu
 from xclip_fast.ops._quantize_rows import activate, quantize_rows
 
@@ -172,7 +173,12 @@ def int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_rows(x: Tensor) -> tuple[Tensor, float, int]:
-    """Rows as bytes, scale and zero point: ``x = scale * (bytes - zero)``. A NaN or an infinity spoils all of them."""
+    """Float32 or bfloat16 rows on the CPU as bytes, scale and zero point: ``x = scale * (bytes - zero)``.
+
+    A NaN or an infinity spoils all of them.
+    """
+    if _extension.refusal() is None:
+        return torch.ops.xclip_fast_native.int8_rows(x.contiguous())
     low, high = (value.item() for value in x.aminmax())
     low, high = min(low, 0.0), max(high, 0.0)
     # two of the 255 steps are room for rounding: a byte that wraps around would be the worst of errors
