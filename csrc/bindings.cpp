@@ -98,26 +98,36 @@ void patch_tokens(const Tensor& product, const std::optional<Tensor>& unit, cons
   });
 }
 
-Tensor frame_attention(const Tensor& packed, int64_t frames, int64_t heads, int64_t queries, double scale) {
-  Tensor mixed = torch::stable::new_empty(packed, {frames * queries, heads * xclip_fast::kHeadDim});
+// Rows of tokens (frames, tokens, 3 D) and messages (frames, 2 D), each without gaps, the rows any distance apart.
+std::tuple<Tensor, Tensor> frame_attention(const Tensor& tokens, const Tensor& messages, int64_t heads, int64_t queries,
+                                           double scale, bool with_lse) {
+  const int64_t frames = tokens.size(0);
+  Tensor mixed = torch::stable::new_empty(tokens, {frames, queries, heads * xclip_fast::kHeadDim});
+  Tensor lse = with_lse ? torch::stable::new_empty(tokens, {frames, heads, queries}, ScalarType::Float)
+                        : torch::stable::new_empty(tokens, {0}, ScalarType::Float);
   const xclip_fast::FrameAttention work{
-      .packed = static_cast<const uint16_t*>(packed.const_data_ptr()),
-      .frames = frames,
-      .tokens = packed.size(0) / frames - 1,
+      .tokens = static_cast<const uint16_t*>(tokens.const_data_ptr()),
+      .frame_stride = tokens.stride(0),
+      .token_stride = tokens.stride(1),
+      .messages = static_cast<const uint16_t*>(messages.const_data_ptr()),
+      .message_stride = messages.stride(0),
+      .token_count = tokens.size(1),
       .heads = heads,
       .queries = queries,
       .scale = static_cast<float>(scale),
       .mixed = static_cast<uint16_t*>(mixed.mutable_data_ptr()),
+      .lse = with_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr,
   };
   torch::stable::parallel_for(0, frames * heads, 1, [&](int64_t begin, int64_t end) {
     xclip_fast::frame_attention(work, begin, end);
   });
-  return mixed;
+  return {mixed, lse};
 }
 
 // Bytes with their scale and zero point: rows = scale * (bytes - zero). One number that is not finite spoils all of them.
 std::tuple<Tensor, double, int64_t> int8_rows(const Tensor& rows) {
   constexpr int64_t kBlock = 1 << 15;
+  constexpr double kLeastRange = 1e-35;  // of numbers that are not taken for zeros: the inverse of their step is a float
   const int64_t count = rows.numel(), blocks = (count + kBlock - 1) / kBlock;
   const xclip_fast::Numbers numbers{rows.const_data_ptr(), rows.scalar_type() == ScalarType::BFloat16};
   std::vector<xclip_fast::Range> ranges(blocks);
@@ -141,7 +151,7 @@ std::tuple<Tensor, double, int64_t> int8_rows(const Tensor& rows) {
   Tensor bytes = torch::stable::new_empty(rows, {rows.size(0), rows.size(1)}, ScalarType::Byte);
   auto* out = static_cast<uint8_t*>(bytes.mutable_data_ptr());
   // two of the 255 steps are room for rounding: a byte that wraps around would be the worst of errors
-  const double scale = high > low ? (high - low) / 253.0 : 1.0;
+  const double scale = high - low < kLeastRange ? 1.0 : (high - low) / 253.0;
   if (!finite) {
     std::fill(out, out + count, uint8_t{0});
     return {bytes, std::nan(""), 0};
@@ -201,7 +211,9 @@ STABLE_TORCH_LIBRARY(xclip_fast_native, m) {
   m.def(
       "patch_tokens(Tensor product, Tensor? unit, Tensor? bias, Tensor class_embedding, Tensor positions, "
       "Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor(a!) tokens, Tensor(b!)? embedded) -> ()");
-  m.def("frame_attention(Tensor packed, int frames, int heads, int queries, float scale) -> Tensor");
+  m.def(
+      "frame_attention(Tensor tokens, Tensor messages, int heads, int queries, float scale, bool with_lse) -> "
+      "(Tensor, Tensor)");
   m.def("int8_rows(Tensor rows) -> (Tensor, float, int)");
   m.def(
       "patch_embed_cuda(Tensor frames, Tensor weight, Tensor table, int patch, ScalarType dtype, int stream) -> Tensor");

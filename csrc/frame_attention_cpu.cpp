@@ -12,6 +12,7 @@
 #pragma GCC diagnostic pop
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -26,6 +27,7 @@ constexpr int64_t kPairs = kHeadDim / 2;   // of one row of a head
 constexpr int64_t kColumns = 4 * kLanes;   // of a panel: keys in the first product, kHeadDim in the second
 constexpr int64_t kPanel = kPairs * kColumns;
 constexpr int kRows = 6;                   // queries at a time: with them 24 of 32 registers hold sums
+constexpr float kLog2E = 1.44269504f;
 static_assert(kColumns == kHeadDim);
 
 struct alignas(64) Line {
@@ -49,9 +51,9 @@ XCLIP_FAST_PART __m512 product(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
-// sums (rows, 16 * vectors) += a (rows, pairs) b (pairs, 16 * vectors), all of pairs; b has rows of kColumns.
+// sums (rows, 16 * vectors) = a (rows, 2 * pairs) b (2 * pairs, 16 * vectors); b is packed, its rows of kColumns pairs.
 template <int rows, int vectors>
-XCLIP_FAST_PART void multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t pairs,
+XCLIP_FAST_PART void multiply(const uint16_t* a, int64_t a_stride, const uint32_t* b, int64_t pairs,
                                 __m512 (&sums)[rows][vectors]) {
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < vectors; ++v) sums[r][v] = _mm512_setzero_ps();
@@ -61,7 +63,7 @@ XCLIP_FAST_PART void multiply(const uint32_t* a, int64_t a_stride, const uint32_
     for (int v = 0; v < vectors; ++v) column[v] = _mm512_load_si512(b + p * kColumns + v * kLanes);
     for (int r = 0; r < rows; ++r) {
       int32_t pair;
-      std::memcpy(&pair, a + r * a_stride + p, sizeof pair);
+      std::memcpy(&pair, a + r * a_stride + 2 * p, sizeof pair);
       const __m512i row = _mm512_set1_epi32(pair);
       for (int v = 0; v < vectors; ++v) sums[r][v] = product(sums[r][v], row, column[v]);
     }
@@ -70,7 +72,7 @@ XCLIP_FAST_PART void multiply(const uint32_t* a, int64_t a_stride, const uint32_
 
 // Scores of some rows of queries and the 16 * vectors keys of a panel.
 template <int rows, int vectors>
-XCLIP_FAST_PART void score(const uint32_t* query, int64_t query_stride, const uint32_t* keys, float* scores,
+XCLIP_FAST_PART void score(const uint16_t* query, int64_t query_stride, const uint32_t* keys, float* scores,
                              int64_t stride) {
   __m512 sums[rows][vectors];
   multiply<rows, vectors>(query, query_stride, keys, kPairs, sums);
@@ -94,31 +96,39 @@ XCLIP_FAST_PART __m512 power_of_two(__m512 x) {
   return _mm512_scalef_ps(y, whole);
 }
 
-// Scores of one query to weights that are not yet divided by their sum, which is returned.
-XCLIP_FAST_PART float soften(float* scores, int64_t keys, float scale, uint32_t* weights) {
+// The logarithm of a sum of powers of two, kept as their largest exponent and the sum without it.
+struct LogSum {
+  float exponent;
+  float sum;
+};
+
+// Scores of one query to weights that are not yet divided by their sum.
+XCLIP_FAST_PART LogSum soften(float* scores, int64_t keys, float scale, uint16_t* weights) {
   const int64_t vectors = (keys + kLanes - 1) / kLanes;
   const __mmask16 tail = static_cast<__mmask16>((1u << (keys - (vectors - 1) * kLanes)) - 1u);
   float* last = scores + (vectors - 1) * kLanes;
   _mm512_store_ps(last, _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), tail, _mm512_load_ps(last)));
   __m512 most = _mm512_load_ps(scores);
   for (int64_t v = 1; v < vectors; ++v) most = _mm512_max_ps(most, _mm512_load_ps(scores + v * kLanes));
-  const __m512 factor = _mm512_set1_ps(scale * 1.44269504f);
-  const __m512 shift = _mm512_mul_ps(factor, _mm512_set1_ps(_mm512_reduce_max_ps(most)));
+  const __m512 factor = _mm512_set1_ps(scale * kLog2E);
+  const float exponent = scale * kLog2E * _mm512_reduce_max_ps(most);
+  const __m512 shift = _mm512_set1_ps(exponent);
   __m512 sum = _mm512_setzero_ps();
   for (int64_t v = 0; v < vectors; ++v) {
     const __m512 power = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + v * kLanes), factor, shift));
     sum = _mm512_add_ps(sum, power);
     const __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(power));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(weights + v * kLanes / 2), narrow);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(weights + v * kLanes), narrow);
   }
-  return _mm512_reduce_add_ps(sum);
+  return {exponent, _mm512_reduce_add_ps(sum)};
 }
 
-// Some rows of queries from start to end.
+// Some rows of queries from start to end; `mixed` and, unless it is null, `lse` are those of the first.
 template <int rows>
-XCLIP_FAST_TARGET void attend(const FrameAttention& work, const uint32_t* query, int64_t query_stride,
-                              Buffers& buffers, uint16_t* mixed) {
-  const int64_t keys = work.tokens + 1, stride = static_cast<int64_t>(buffers.scores.size()) * kLanes / kRows;
+XCLIP_FAST_TARGET void attend(const FrameAttention& work, const uint16_t* query, Buffers& buffers, uint16_t* mixed,
+                              float* lse) {
+  const int64_t keys = work.token_count + 1, query_stride = work.token_stride;
+  const int64_t stride = static_cast<int64_t>(buffers.scores.size()) * kLanes / kRows;
   float* scores = reinterpret_cast<float*>(buffers.scores.data());
   for (int64_t first = 0; first < keys; first += kColumns) {
     const uint32_t* panel = Buffers::of(buffers.keys) + first / kColumns * kPanel;
@@ -133,13 +143,15 @@ XCLIP_FAST_TARGET void attend(const FrameAttention& work, const uint32_t* query,
       score<rows, 4>(query, query_stride, panel, scores + first, stride);
     }
   }
-  uint32_t* weights = Buffers::of(buffers.weights);
+  uint16_t* weights = reinterpret_cast<uint16_t*>(buffers.weights.data());
   float inverse[rows];
   for (int r = 0; r < rows; ++r) {
-    inverse[r] = 1.0f / soften(scores + r * stride, keys, work.scale, weights + r * stride / 2);
+    const LogSum found = soften(scores + r * stride, keys, work.scale, weights + r * stride);
+    inverse[r] = 1.0f / found.sum;
+    if (lse) lse[r] = found.exponent + std::log2(found.sum);
   }
   __m512 sums[rows][4];
-  multiply<rows, 4>(weights, stride / 2, Buffers::of(buffers.values), (keys + 1) / 2, sums);
+  multiply<rows, 4>(weights, stride, Buffers::of(buffers.values), (keys + 1) / 2, sums);
   for (int r = 0; r < rows; ++r) {
     const __m512 factor = _mm512_set1_ps(inverse[r]);
     uint16_t* row = mixed + r * work.heads * kHeadDim;
@@ -172,12 +184,13 @@ XCLIP_FAST_PART void transpose(__m512i (&rows)[kLanes]) {
 
 // Keys and values of one head of one frame into panels; behind the last key come zeros.
 XCLIP_FAST_TARGET void pack(const FrameAttention& work, int64_t frame, int64_t head, Buffers& buffers) {
-  const int64_t stride = 3 * work.heads * kHeadDim, part = work.heads * kHeadDim, keys = work.tokens + 1;
-  const uint16_t* tokens = work.packed + frame * work.tokens * stride + head * kHeadDim;
-  const uint16_t* message = work.packed + (work.frames * work.tokens + frame) * stride + head * kHeadDim;
+  const int64_t part = work.heads * kHeadDim, keys = work.token_count + 1;
+  const uint16_t* tokens = work.tokens + frame * work.frame_stride + part + head * kHeadDim;
+  const uint16_t* message = work.messages + frame * work.message_stride + head * kHeadDim;
+  // one half of a row: of the key, or with `which` 1 of the value
   const auto half = [&](int64_t key, int64_t which, int64_t side) XCLIP_FAST_TARGET {
     if (key >= keys) return _mm512_setzero_si512();
-    const uint16_t* row = key < work.tokens ? tokens + key * stride : message;
+    const uint16_t* row = key < work.token_count ? tokens + key * work.token_stride : message;
     return _mm512_loadu_si512(row + which * part + side * 2 * kLanes);
   };
   uint32_t* packed = Buffers::of(buffers.keys);
@@ -185,7 +198,7 @@ XCLIP_FAST_TARGET void pack(const FrameAttention& work, int64_t frame, int64_t h
     uint32_t* panel = packed + first / kColumns * kPanel + first % kColumns;
     for (int64_t side = 0; side < 2; ++side) {
       __m512i rows[kLanes];
-      for (int r = 0; r < kLanes; ++r) rows[r] = half(first + r, 1, side);
+      for (int r = 0; r < kLanes; ++r) rows[r] = half(first + r, 0, side);
       transpose(rows);
       for (int r = 0; r < kLanes; ++r) _mm512_store_si512(panel + (side * kLanes + r) * kColumns, rows[r]);
     }
@@ -199,7 +212,7 @@ XCLIP_FAST_TARGET void pack(const FrameAttention& work, int64_t frame, int64_t h
   packed = Buffers::of(buffers.values);
   for (int64_t key = 0; key < keys; key += 2, packed += kColumns) {
     for (int64_t side = 0; side < 2; ++side) {
-      const __m512i first = half(key, 2, side), second = half(key + 1, 2, side);
+      const __m512i first = half(key, 1, side), second = half(key + 1, 1, side);
       _mm512_store_si512(packed + side * 2 * kLanes, _mm512_permutex2var_epi16(first, low, second));
       _mm512_store_si512(packed + side * 2 * kLanes + kLanes, _mm512_permutex2var_epi16(first, high, second));
     }
@@ -211,15 +224,15 @@ XCLIP_FAST_TARGET void pack(const FrameAttention& work, int64_t frame, int64_t h
 bool frame_attention_runs() { return __builtin_cpu_supports("avx512bf16"); }
 
 void frame_attention(const FrameAttention& work, int64_t begin, int64_t end) {
-  const int64_t row = 3 * work.heads * kHeadDim;
-  Buffers buffers((work.tokens + kColumns) / kColumns);
+  Buffers buffers((work.token_count + kColumns) / kColumns);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t frame = unit / work.heads, head = unit % work.heads;
     pack(work, frame, head, buffers);
     const auto some = [&](int64_t first, auto attend_rows) {
-      const uint16_t* query = work.packed + (frame * work.tokens + first) * row + head * kHeadDim;
+      const uint16_t* query = work.tokens + frame * work.frame_stride + first * work.token_stride + head * kHeadDim;
       uint16_t* mixed = work.mixed + ((frame * work.queries + first) * work.heads + head) * kHeadDim;
-      attend_rows(work, reinterpret_cast<const uint32_t*>(query), row / 2, buffers, mixed);
+      float* lse = work.lse ? work.lse + unit * work.queries + first : nullptr;
+      attend_rows(work, query, buffers, mixed, lse);
     };
     if (work.queries < kRows) {
       for (int64_t first = 0; first < work.queries; ++first) some(first, attend<1>);

@@ -8,15 +8,19 @@ namespace xclip_fast {
 
 constexpr int64_t kHeadDim = 64;
 
+// All numbers are bfloat16, strides are counted in them.
 struct FrameAttention {
-  // (frames * tokens + frames, 3, heads, kHeadDim) bfloat16: query, key and value of all tokens, then of the messages
-  const uint16_t* packed;
-  int64_t frames;
-  int64_t tokens;
+  const uint16_t* tokens;  // (frames, tokens, 3, heads, kHeadDim): query, key and value
+  int64_t frame_stride;
+  int64_t token_stride;
+  const uint16_t* messages;  // (frames, 2, heads, kHeadDim): key and value
+  int64_t message_stride;
+  int64_t token_count;
   int64_t heads;
-  int64_t queries;  // the first ones of each frame: 1 or all
+  int64_t queries;  // the first ones of each frame: up to token_count
   float scale;      // of the scores, above 0
-  uint16_t* mixed;  // (frames * queries, heads, kHeadDim) bfloat16
+  uint16_t* mixed;  // (frames, queries, heads, kHeadDim)
+  float* lse;       // (frames, heads, queries) base 2 log-sum-exp of the scaled scores, or null
 };
 
 // Whether this processor runs the function below.

@@ -45,15 +45,19 @@ def architectures() -> list[str]:
     return list(_load(LIBRARY).architectures)
 
 
-def attends() -> bool:
-    """Whether the extension is there and its attention runs on this processor: it needs AVX512-BF16."""
-    return _load(LIBRARY).attends
+@_constant
+def attention_refusal() -> str | None:
+    """Why the attention of the extension cannot be used on this processor, or is not the fastest, or nothing."""
+    library = _load(LIBRARY)
+    if library.refusal or not library.attends:
+        return library.refusal or "this processor has no AVX512-BF16"
+    return "on a processor with tiles (AMX) PyTorch's products use them" if torch.cpu._is_amx_tile_supported() else None
 
 
 class _Library(NamedTuple):
     """What a library was found to be: why it cannot be used, if so, and its abilities."""
 
-    refusal: str | None
+    refusal: str | None = None
     architectures: tuple[str, ...] = ()
     attends: bool = False
 

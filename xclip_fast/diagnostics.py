@@ -50,7 +50,7 @@ def report() -> dict[str, Any]:
     backends = {name: {"purpose": purpose, **facts[name]} for name, (_, purpose) in LIBRARIES.items()}
     if triton["available"] and "cuda" not in torch:
         backends["triton"] |= _missing("no GPU for it here, torch does the work", triton["version"])
-    backends["extension"] = {"purpose": "patch embedding in C++ and CUDA", **extension}
+    backends["extension"] = {"purpose": "patch embedding in C++ and CUDA, attention and int8 on the CPU", **extension}
     return {
         "version": xclip_fast.__version__,
         "python": platform.python_version(),
@@ -120,7 +120,8 @@ def _extension() -> dict[str, Any]:
     reason = extension.refusal()
     if reason is not None:
         return _missing(reason)
-    return {"available": True, "version": ", ".join(["cpu", *extension.architectures()]), "reason": None}
+    attention = [] if extension.attention_refusal() else ["bfloat16 attention"]
+    return {"available": True, "version": ", ".join(["cpu", *attention, *extension.architectures()]), "reason": None}
 
 
 def _ask(names: list[str]) -> dict[str, dict[str, Any]]:

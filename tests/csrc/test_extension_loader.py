@@ -100,7 +100,8 @@ def test_another_torch_another_machine_another_version_are_a_sentence_each(tmp_p
 def test_the_built_library_is_found_and_described() -> None:
     (facts,) = load(_extension.LIBRARY)
     assert facts["available"]
-    assert facts["version"] == ", ".join(["cpu", *_extension.architectures()])
+    attention = [] if _extension.attention_refusal() else ["bfloat16 attention"]
+    assert facts["version"] == ", ".join(["cpu", *attention, *_extension.architectures()])
     assert (_extension.cuda_refusal() is None) == bool(_extension.architectures())
 
 

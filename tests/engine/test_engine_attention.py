@@ -8,7 +8,6 @@ from numerics import assert_parity, poisoned_memory, relative_error
 from torch import Tensor
 
 from xclip_fast import _extension
-from xclip_fast.engine import attention
 from xclip_fast.engine.attention import frame_attention
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -17,9 +16,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture
 def by_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extension attends wherever it runs, though it is not the fastest everywhere."""
-    if not _extension.attends():
-        pytest.skip("no extension, or a CPU without AVX512-BF16")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    if _extension.attention_refusal():
+        pytest.skip(_extension.attention_refusal())
 
 
 @pytest.fixture(params=["extension", "torch"])
@@ -28,7 +27,7 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param == "extension":
         request.getfixturevalue("by_extension")
     else:
-        monkeypatch.setattr(_extension, "attends", lambda: False)
+        monkeypatch.setattr(_extension, "attention_refusal", lambda: "not now")
 
 
 def rows(frames: int, tokens: int, heads: int, dtype: torch.dtype, head_dim: int = 64, mean: float = 0.0) -> Tensor:
@@ -133,17 +132,3 @@ def test_threads_change_nothing() -> None:
         found.append(frame_attention(packed, 4, 3, 33, None))
     torch.set_num_threads(before)
     assert torch.equal(*found)
-
-
-def test_who_attends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "attends", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    half = torch.empty(1, dtype=torch.bfloat16)
-    assert attention.serves(half, 64)
-    assert not attention.serves(half, 32)
-    assert not attention.serves(half.float(), 64)
-    assert not attention.serves(half.to("meta"), 64)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert not attention.serves(half, 64)
-    monkeypatch.setattr(_extension, "attends", lambda: False)
-    assert not attention.serves(half, 64)

@@ -91,6 +91,16 @@ def test_bytes_are_within_half_a_step(low: float, high: float, shape: tuple[int,
 
 
 @pytest.mark.usefixtures("without_or_with_extension")
+@pytest.mark.parametrize("size", [0.0, 1e-42, -1e-36])
+def test_bytes_of_zeros_and_of_numbers_next_to_them(size: float) -> None:
+    rows, scale, zero = int8_rows(torch.full((3, 4), size))
+    assert (scale * (rows.float() - zero) == 0).all()
+    x = torch.linspace(-1.0, 1.0, 12).view(3, 4) * 1e-34
+    rows, scale, zero = int8_rows(x)
+    assert (scale * (rows.double() - zero) - x.double()).abs().max() <= 0.501 * scale
+
+
+@pytest.mark.usefixtures("without_or_with_extension")
 def test_bytes_of_strided_rows() -> None:
     x = torch.randn(8, 30)
     for part in (x[::2], x[:, ::3], x.t()):
@@ -100,9 +110,7 @@ def test_bytes_of_strided_rows() -> None:
 
 @pytest.mark.usefixtures("without_or_with_extension")
 @pytest.mark.parametrize("place", [(0, 0), (69, 999), (35, 1)], ids=str)
-def test_bytes_of_zeros_and_of_bad_numbers(place: tuple[int, int]) -> None:
-    rows, scale, zero = int8_rows(torch.zeros(3, 4))
-    assert (scale * (rows.float() - zero) == 0).all()
+def test_bytes_of_bad_numbers(place: tuple[int, int]) -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
         x = torch.ones(70, 1000)
         x[place] = bad

@@ -195,7 +195,7 @@ OPS: dict[str, OpCase] = {
     ),
 }
 
-IN_EXTENSION = ("patch_embed",)  # ops that the compiled extension serves too
+IN_EXTENSION = ("frame_attention", "patch_embed")  # ops that the compiled extension serves too
 
 
 def find_op(name: str) -> Callable[..., Any]:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
-from xclip_fast import _extension
+from xclip_fast.ops import _attention_extension
 
-HEAD_DIM = 64  # of every published model, and as in csrc/frame_attention_cpu.h
 _SCORES = 120_000  # at once: their float32 softmax stays in the second cache
 _SHORT = 320  # keys up to which two batched products beat the fused attention of PyTorch, in bfloat16
 
@@ -27,29 +26,19 @@ def frame_attention(packed: Tensor, frames: int, heads: int, queries: int, scale
     Returns:
         (frames * queries, D) in the dtype of ``packed``.
     """
-    head_dim = packed.shape[1] // (3 * heads)
+    width = packed.shape[1] // 3
+    head_dim = width // heads
     scale = head_dim**-0.5 if scale is None else scale
-    if serves(packed, head_dim):
-        return torch.ops.xclip_fast_native.frame_attention(packed, frames, heads, queries, scale)
-    tokens = len(packed) // frames - 1
-    packed = packed.view(len(packed), 3, heads, head_dim)
-    own = packed[: frames * tokens].view(frames, tokens, 3, heads, head_dim)
-    pair = packed.new_empty(2, frames, heads, tokens + 1, head_dim)
-    pair[:, :, :, :tokens] = own[:, :, 1:].permute(2, 0, 3, 1, 4)
-    pair[:, :, :, tokens] = packed[frames * tokens :, 1:].transpose(0, 1)
+    tokens, messages = packed[:-frames].view(frames, -1, 3 * width), packed[-frames:, width:]
+    if _attention_extension.refusal(tokens, messages, heads) is None:
+        mixed, _ = _attention_extension.frame_attention_fwd(tokens, messages, heads, queries, scale, False)
+        return mixed.view(frames * queries, width)
+    own = tokens.view(frames, -1, 3, heads, head_dim)
+    pair = packed.new_empty(2, frames, heads, own.shape[1] + 1, head_dim)
+    pair[:, :, :, :-1] = own[:, :, 1:].permute(2, 0, 3, 1, 4)
+    pair[:, :, :, -1] = messages.unflatten(1, (2, heads, head_dim)).transpose(0, 1)
     mixed = _attend(own[:, :queries, 0].transpose(1, 2), pair[0], pair[1], scale)
-    return mixed.transpose(1, 2).reshape(frames * queries, heads * head_dim)
-
-
-def serves(packed: Tensor, head_dim: int) -> bool:
-    """Whether the extension attends, and is the fastest: where there are tiles (AMX), oneDNN's products use them."""
-    return (
-        packed.dtype is torch.bfloat16
-        and packed.device.type == "cpu"
-        and head_dim == HEAD_DIM
-        and _extension.attends()
-        and not torch.cpu._is_amx_tile_supported()
-    )
+    return mixed.transpose(1, 2).reshape(frames * queries, width)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -16,6 +16,7 @@ from xclip_fast import _extension
 from xclip_fast.ops import linear_quick_gelu
 from xclip_fast.ops._quantize_rows import activate, quantize_rows
 
+_LEAST_RANGE = 1e-35  # of numbers that are not taken for zeros: the inverse of their step is a float32
 _BYTES_AT_ONCE = 200_000  # numbers turned into bytes together: in float32 they stay in the second cache
 
 
@@ -182,7 +183,7 @@ def int8_rows(x: Tensor) -> tuple[Tensor, float, int]:
     low, high = (value.item() for value in x.aminmax())
     low, high = min(low, 0.0), max(high, 0.0)
     # two of the 255 steps are room for rounding: a byte that wraps around would be the worst of errors
-    scale = (high - low) / 253 or 1.0
+    scale = 1.0 if high - low < _LEAST_RANGE else (high - low) / 253
     zero = round(-low / scale) + 1 if isfinite(scale) else 0
     rows = torch.empty(x.shape, dtype=torch.int8)
     size = max(1, _BYTES_AT_ONCE // x.shape[1])

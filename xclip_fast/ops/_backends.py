@@ -30,7 +30,7 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference" (a few plain lines), "torch" (the fused formulation, any device), "triton" (the kernels) or
-            "extension" (compiled C++ and CUDA, which serves ``patch_embed`` alone).
+            "extension" (compiled C++ and CUDA, which serves ``patch_embed``, and ``frame_attention`` on some CPUs).
 
     Raises:
         ValueError: there is no such backend.
@@ -50,6 +50,7 @@ def choose(
     *tensors: Tensor | None,
     refusal: str | None = None,
     extension: str | None = NO_EXTENSION,
+    extension_wins: bool = True,
 ) -> str:
     """The backend that serves a call.
 
@@ -59,6 +60,7 @@ def choose(
         tensors: all tensors of the call.
         refusal: why the kernels cannot serve this call's sizes, or nothing.
         extension: why the compiled extension cannot serve this call, or nothing.
+        extension_wins: whether it is the fastest where it can, and so the automatic choice.
 
     Raises:
         ValueError: there is no such backend, or "triton" or "extension" was asked for and cannot serve this call.
@@ -71,7 +73,7 @@ def choose(
         tuned = tuned_backend(op, tensors) if on_gpu else None
         if tuned == "torch" or (tuned == "triton" and (refusal or kernel_refusal(*tensors)) is None):
             return tuned
-        if extension is None:
+        if extension is None and extension_wins:
             return "extension"
     reason = extension if name == "extension" else refusal or kernel_refusal(*tensors)
     if name is None:

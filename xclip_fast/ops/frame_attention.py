@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
+from xclip_fast.ops import _attention_extension
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
 from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
 
@@ -26,7 +27,8 @@ def frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, *, backend: str
             be any distance apart; without unit stride along a row it is copied.
         message_kv: (F, 2 D), key and value of each frame's message, side by side; dtype of ``qkv``.
         heads: number of heads; the kernels take a head_dim of 32, 64 or 128.
-        backend: "reference", "torch", "triton", or the automatic choice.
+        backend: "reference", "torch", "triton", "extension" (bfloat16 and a head_dim of 64, on CPUs with AVX512-BF16),
+            or the automatic choice.
 
     Returns:
         (F, S, D), contiguous, heads side by side in each row.
@@ -38,14 +40,23 @@ def frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, *, backend: str
     """
     qkv, message_kv = cast_for_product(qkv, message_kv)
     _check(qkv, message_kv, heads)
-    chosen = choose("frame_attention", backend, qkv, message_kv, refusal=_size_refusal(qkv, heads))
+    # only a backward pass needs the log-sum-exp
+    with_lse = torch.is_grad_enabled() and (qkv.requires_grad or message_kv.requires_grad)
+    chosen = choose(
+        "frame_attention",
+        backend,
+        qkv,
+        message_kv,
+        refusal=_size_refusal(qkv, heads),
+        extension=_attention_extension.refusal(qkv, message_kv, heads),
+        # PyTorch's own attention has the faster backward pass on the CPU
+        extension_wins=not with_lse,
+    )
     if chosen == "reference":
         return frame_attention_ref(qkv, message_kv, heads)
     if chosen == "torch":
         return _frame_attention_torch(qkv, message_kv, heads)
-    # only a backward pass needs the log-sum-exp
-    with_lse = torch.is_grad_enabled() and (qkv.requires_grad or message_kv.requires_grad)
-    return torch.ops.xclip_fast.frame_attention(qkv, message_kv, heads, with_lse)[0]
+    return torch.ops.xclip_fast.frame_attention(qkv, message_kv, heads, with_lse, chosen == "extension")[0]
 
 
 def frame_attention_ref(qkv: Tensor, message_kv: Tensor, heads: int) -> Tensor:
@@ -70,8 +81,13 @@ def _query_key_value(qkv: Tensor, message_kv: Tensor, heads: int) -> tuple[Tenso
 
 
 @custom_op("xclip_fast::frame_attention", mutates_args=())
-def _frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool = True) -> tuple[Tensor, Tensor]:
+def _frame_attention(
+    qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool = True, extension: bool = False
+) -> tuple[Tensor, Tensor]:
     """The rows, and the base 2 log-sum-exp of the scores as (F, heads, S), not rounded; empty where not asked for."""
+    if extension:
+        scale = (qkv.shape[-1] // 3 // heads) ** -0.5
+        return _attention_extension.frame_attention_fwd(qkv, message_kv, heads, qkv.shape[1], scale, with_lse)
     if runs_kernels(qkv) and _size_refusal(qkv, heads) is None:
         from xclip_fast.kernels.frame_attention import frame_attention_fwd
 
@@ -83,7 +99,9 @@ def _frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool
 
 
 @register_fake("xclip_fast::frame_attention")
-def _frame_attention_fake(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool = True) -> tuple[Tensor, Tensor]:
+def _frame_attention_fake(
+    qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool = True, extension: bool = False
+) -> tuple[Tensor, Tensor]:
     frames, tokens, packed = qkv.shape
     lse = qkv.new_empty(frames, heads, tokens, dtype=exact_dtype(qkv.dtype)) if with_lse else _no_lse(qkv)
     return qkv.new_empty(frames, tokens, packed // 3), lse
@@ -120,7 +138,7 @@ def _frame_attention_backward_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    qkv, message_kv, heads, with_lse = inputs
+    qkv, message_kv, heads, with_lse, _ = inputs
     out, lse = output
     ctx.save_for_backward(qkv, message_kv, out, lse)
     ctx.heads, ctx.with_lse = heads, with_lse
@@ -130,11 +148,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     if grad is None:
-        return None, None, None, None
+        return (None,) * 5
     if not ctx.with_lse:
         raise ValueError("frame_attention was called with with_lse=False, which has no backward pass")
     grads = torch.ops.xclip_fast.frame_attention_backward(grad, *ctx.saved_tensors, ctx.heads)
-    return *grads, None, None
+    return *grads, None, None, None
 
 
 register_autograd("xclip_fast::frame_attention", _backward, setup_context=_setup_context)
@@ -159,6 +177,11 @@ def _backward_flops(grad_shape: torch.Size, qkv_shape: torch.Size, *args: object
 @explains("frame_attention")
 def _refusal(qkv: Tensor, message_kv: Tensor, heads: int) -> str | None:
     return _size_refusal(qkv, heads) or kernel_refusal(qkv, message_kv)
+
+
+@explains("frame_attention", extension=True)
+def _no_extension(qkv: Tensor, message_kv: Tensor, heads: int) -> str | None:
+    return _attention_extension.refusal(qkv, message_kv, heads)
 
 
 def _size_refusal(qkv: Tensor, heads: int) -> str | None:
