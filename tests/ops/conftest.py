@@ -1,4 +1,4 @@
-"""Every op test runs under the pointer check where the interpreter stands in for a GPU."""
+"""Where the interpreter stands in for a GPU, every op test runs under the pointer check, and in a right bfloat16."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from harness import ON_GPU
+from interpreted_bfloat16 import interpreted_bfloat16
 from pointer_check import Launches, checked_pointers
 
 
@@ -15,5 +16,5 @@ def launches() -> Iterator[Launches | None]:
     if ON_GPU:
         yield None
         return
-    with checked_pointers() as found:
+    with interpreted_bfloat16(), checked_pointers() as found:
         yield found

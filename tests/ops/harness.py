@@ -13,8 +13,7 @@ from xclip_fast.bench.parity import Op, doubled, floating, run_op
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-# the interpreter that stands in for a GPU computes bfloat16 wrongly
-KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
+KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 kernel_dtypes = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -42,7 +41,7 @@ def check_op(
         backend: the one under test.
         gradients: compare the gradients too.
         fixed: floating point inputs whose gradient a test of its own looks at.
-        ceiling: see ``numerics.assert_parity``.
+        ceiling: see ``numerics.assert_parity``; eight times as much in bfloat16, whose steps are that much larger.
     """
     wanted = [name for name in floating(inputs) if name not in fixed]
     truth = run_op(op, doubled(inputs), wanted, "reference", gradients)
@@ -52,7 +51,8 @@ def check_op(
     assert found.keys() == truth.keys()
     for name in truth:
         assert found[name].dtype == plain[name].dtype, f"{name}: {found[name].dtype}, expected {plain[name].dtype}"
-        assert_parity(found[name], plain[name], truth[name], what=f"{what} {name}", ceiling=ceiling)
+        limit = 8 * ceiling if ceiling and plain[name].dtype == torch.bfloat16 else ceiling
+        assert_parity(found[name], plain[name], truth[name], what=f"{what} {name}", ceiling=limit)
 
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:

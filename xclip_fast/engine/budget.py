@@ -13,6 +13,7 @@ from torch import Tensor
 from xclip_fast.engine.cpu import Block, CpuTower, pack_block, step
 from xclip_fast.engine.packing import CPU_REWRITES, PRODUCTS, Packing, place_of
 from xclip_fast.engine.products import Product
+from xclip_fast.ops._quantize_rows import activate
 
 # relative errors of one product on its own inputs; rounding alone gives a third of them or less
 BUDGETS = {"bfloat16": 0.01, "float16": 0.002, "int8": 0.05, "float8_e4m3fn": 0.1}
@@ -45,23 +46,23 @@ class ProductError:
 
 
 class _Recorder:
-    """A product that remembers its rows."""
+    """A product that remembers its rows and what it made of them."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: Any) -> None:
         self.name, self.product = product.name, product
-        self.rows: list[Tensor] = []
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.rows.append(x)
-        return self.product(x)
+        result = self.product(x)
+        # whoever gets the result may write over it
+        self.seen.append((x, result.clone()))
+        return result
 
     def activated(self, x: Tensor) -> Tensor:
-        self.rows.append(x)
-        return self.product.activated(x)
+        return activate(self(x), self.product.activation)
 
     def add(self, stream: Tensor, x: Tensor) -> Tensor:
-        self.rows.append(x)
-        return self.product.add(stream, x)
+        return stream + self(x)
 
 
 def check_products(model: Any, packing: Packing, clips: Tensor) -> tuple[list[ProductError], list[Block] | None]:
@@ -90,7 +91,7 @@ def check_products(model: Any, packing: Packing, clips: Tensor) -> tuple[list[Pr
             }
             for name, (norm, weight) in behind.items():
                 weight, _ = form.behind(norm, weight, weight.new_zeros(len(weight)))
-                packing.smoothing[places[name]] = _smoothing(getattr(block, name).rows, weight)
+                packing.smoothing[places[name]] = _smoothing([rows for rows, _ in getattr(block, name).seen], weight)
         low = pack_block(resblock, index, model.config, form)
         found = {}
         for name, place in places.items():
@@ -132,11 +133,11 @@ def _smoothing(seen: list[Tensor], weight: Tensor) -> Tensor:
     return torch.where(ratio.isfinite() & (ratio > 0), share, 1.0)
 
 
-def _largest_error(recorder: Any, low: Product, dtype: torch.dtype, share: Tensor | None) -> float:
+def _largest_error(recorder: _Recorder, low: Product, dtype: torch.dtype, share: Tensor | None) -> float:
     errors = []
-    for rows in recorder.rows:
+    for rows, truth in recorder.seen:
         given = rows if share is None else rows / share.to(rows)
-        truth, found = recorder.product(rows), low(given.to(dtype)).float()
+        found = low(given.to(dtype)).float()
         errors.append((found - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float32).tiny))
     error = torch.stack(errors).max().item()
     return float("inf") if isnan(error) else error

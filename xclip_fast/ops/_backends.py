@@ -14,6 +14,7 @@ from xclip_fast.tuning import tuned_backend
 
 BACKENDS = ("reference", "torch", "triton", "extension")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INTERPRETED_DTYPES = (torch.float16, torch.float32)  # Triton's interpreter keeps bfloat16 as integers
 
 NO_EXTENSION = "this op has no part in the compiled extension"
 
@@ -99,7 +100,7 @@ def kernel_refusal(*tensors: Tensor | None) -> str | None:
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if kind == "cpu" and interpreting():
-        if any(tensor.dtype == torch.bfloat16 for tensor in present):
+        if any(tensor.is_floating_point() and tensor.dtype not in INTERPRETED_DTYPES for tensor in present):
             return "Triton's interpreter computes bfloat16 wrongly"
         return None
     if kind != "cuda":
