@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import socket
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from interpreted_bfloat16 import interpreted_bfloat16
 from numerics import TOLERANCES, assert_within, randomise_parameters, relative_error
 from torch import Tensor, nn
 
@@ -190,14 +192,28 @@ def test_autocast_as_the_reference() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models(dtype: torch.dtype) -> None:
+def test_half_precision_models(dtype: torch.dtype, backend: str) -> None:
     oracle, model = pair()
+    exact = copy.deepcopy(oracle).double()
     video, tokens = inputs()
-    truth = copy.deepcopy(oracle).double()(video.double(), tokens)
-    plain, found = oracle.to(dtype)(video, tokens), model.to(dtype)(video, tokens)
+    truth, plain = exact(video.double(), tokens), oracle.to(dtype)(video, tokens)
+    interpreter = nullcontext() if ON_GPU else interpreted_bfloat16()
+    with interpreter, ops.backend(backend):
+        found = model.to(dtype)(video, tokens)
+        found.backward(upstream := torch.randn(found.shape, device=DEVICE).to(dtype))
+    limit = TOLERANCES[dtype].model
     assert found.dtype == dtype
     assert relative_error(found, truth) <= 2 * relative_error(plain, truth) + TOLERANCES[dtype].rounding
+    truth.backward(upstream.double())
+    plain.backward(upstream)
+    errors = {
+        name: (relative_error(model.get_parameter(name).grad, right.grad), relative_error(other.grad, right.grad))
+        for (name, right), other in zip(exact.named_parameters(), oracle.parameters(), strict=True)
+    }
+    wrong = {name: (ours, other) for name, (ours, other) in errors.items() if not ours <= 2 * other + limit}
+    assert wrong == {}
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
