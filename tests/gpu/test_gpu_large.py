@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from gpu_cases import DEVICE, HALF, ON_GPU, check, inputs_of, needs_gpu
+from gpu_cases import DEVICE, ON_GPU, check, inputs_of, needs_gpu
 from torch import Tensor
 
 from xclip_fast.bench.cases import OPS
@@ -45,7 +45,7 @@ def need(gigabytes: float) -> None:
 
 
 def made(*shape: int) -> Tensor:
-    return torch.randn(*shape).to(DEVICE, HALF)
+    return torch.randn(*shape).to(DEVICE, torch.bfloat16)
 
 
 def times(small: Tensor, largest: int) -> int:
@@ -153,7 +153,7 @@ def test_prompt_attention_forward_and_backward() -> None:
 def test_clip_logits_forward_and_backward() -> None:
     need(24)
     text, alpha = made(400 if ON_GPU else 7, 512), made(512)
-    scale = torch.tensor(2.0).to(DEVICE, HALF)
+    scale = torch.tensor(2.0).to(DEVICE, torch.bfloat16)
 
     def run(video: Tensor, prompts: Tensor) -> tuple[Tensor, ...]:
         logits = clip_logits_fwd(video, text, prompts, alpha, scale, None)
@@ -228,7 +228,9 @@ def test_bytes_up_to_the_limit() -> None:
     affine = [[0.02] * 3, [-1.5] * 3]
     # the op refuses frames of 2^31 bytes: as many as it takes
     compare(
-        lambda frames: (patch_embed_fwd(frames, weight, vector, positions, vector, vector, EPS, affine, HALF)[0],),
+        lambda frames: (
+            patch_embed_fwd(frames, weight, vector, positions, vector, vector, EPS, affine, torch.bfloat16)[0],
+        ),
         small,
         largest=side * side * 3 * 11 // 10,
     )
