@@ -96,6 +96,7 @@ OPS: dict[str, OpCase] = {
             "patches of 16": partial(inputs.patch_embed, frames=2, image=32, patch=16, width=40),
             "one patch of 14": partial(inputs.patch_embed, frames=1, image=14, patch=14, width=64),
         },
+        conditioning=8.0,
     ),
     "layer_norm": OpCase(
         lambda draw, load: inputs.layer_norm(draw, load.tokens, load.config.vision_width),
