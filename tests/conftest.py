@@ -20,6 +20,8 @@ import pytest
 from golden import DATA, Golden, read_golden
 from numerics import ROWS, ParityRow, parity_table
 
+from xclip_fast import _extension
+
 PARITY = "parity"
 
 # float32 means float32 on a GPU too
@@ -33,6 +35,14 @@ def seeds() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def by_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention of the compiled extension wherever it runs, also where the automatic choice is another."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    if reason := _extension.attention_refusal():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session", params=sorted(DATA.glob("tiny_*.safetensors")), ids=lambda path: path.stem)

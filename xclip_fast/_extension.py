@@ -47,7 +47,7 @@ def architectures() -> list[str]:
 
 @_constant
 def attention_refusal() -> str | None:
-    """Why the attention of the extension cannot be used on this processor, or is not the fastest, or nothing."""
+    """Why the attention of the extension cannot be used on this processor, or was never measured there, or nothing."""
     library = _load(LIBRARY)
     if library.refusal or not library.attends:
         return library.refusal or "this processor has no AVX512-BF16"

@@ -13,14 +13,6 @@ from xclip_fast.engine.attention import frame_attention
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture
-def by_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extension attends wherever it runs, though it is not the fastest everywhere."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    if _extension.attention_refusal():
-        pytest.skip(_extension.attention_refusal())
-
-
 @pytest.fixture(params=["extension", "torch"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the extension attends, once PyTorch."""

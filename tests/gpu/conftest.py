@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from gpu_cases import ON_GPU
 from interpreted_bfloat16 import interpreted_bfloat16
 
 
 @pytest.fixture(autouse=True)
 def bfloat16() -> Iterator[None]:
-    if ON_GPU:
-        yield
-        return
     with interpreted_bfloat16():
         yield

@@ -14,14 +14,6 @@ from xclip_fast.ops import explain, frame_attention
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a test of the CPU")
 
 
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extension's attention wherever it runs, though it is not the fastest everywhere."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    if _extension.attention_refusal():
-        pytest.skip(_extension.attention_refusal())
-
-
 def arguments(frames: int, tokens: int, heads: int, head_dim: int = 64, mean: float = 0.0) -> dict[str, object]:
     width = heads * head_dim
     return {
@@ -31,14 +23,14 @@ def arguments(frames: int, tokens: int, heads: int, head_dim: int = 64, mean: fl
     }
 
 
-@pytest.mark.usefixtures("built")
+@pytest.mark.usefixtures("by_extension")
 @pytest.mark.parametrize("tokens", [1, 5, 6, 7, 15, 16, 50, 63, 64, 65, 197])
 @pytest.mark.parametrize("mean", [0.0, 0.5])
 def test_parity(tokens: int, mean: float) -> None:
     check_op(frame_attention, arguments(2, tokens, 2, mean=mean), what="frame_attention extension", backend="extension")
 
 
-@pytest.mark.usefixtures("built")
+@pytest.mark.usefixtures("by_extension")
 @pytest.mark.parametrize("layout", ["offset", "padded", "strided", "transposed"])
 def test_layouts(layout: str) -> None:
     inputs = arguments(3, 9, 2)
@@ -48,12 +40,12 @@ def test_layouts(layout: str) -> None:
         assert torch.equal(frame_attention(**moved, backend="extension"), plain)
 
 
-@pytest.mark.usefixtures("built")
+@pytest.mark.usefixtures("by_extension")
 def test_no_frames_give_none() -> None:
     assert frame_attention(**arguments(0, 5, 2), backend="extension").shape == (0, 5, 128)
 
 
-@pytest.mark.usefixtures("built")
+@pytest.mark.usefixtures("by_extension")
 def test_log_sum_exp() -> None:
     qkv, message_kv, _ = arguments(2, 18, 2).values()
     _, lse = torch.ops.xclip_fast.frame_attention(qkv, message_kv, 2, True, True)
@@ -66,7 +58,7 @@ def test_log_sum_exp() -> None:
     )
 
 
-@pytest.mark.usefixtures("built")
+@pytest.mark.usefixtures("by_extension")
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_registered_op(with_lse: bool) -> None:
     qkv, message_kv, _ = arguments(2, 5, 1).values()
@@ -75,7 +67,7 @@ def test_registered_op(with_lse: bool) -> None:
     torch.library.opcheck(torch.ops.xclip_fast.frame_attention, (*tensors, 1, with_lse, True))
 
 
-@pytest.mark.usefixtures("built")
+@pytest.mark.usefixtures("by_extension")
 def test_compiles_whole() -> None:
     def attend(qkv: Tensor, message_kv: Tensor) -> Tensor:
         return frame_attention(qkv, message_kv, 2)
@@ -85,7 +77,7 @@ def test_compiles_whole() -> None:
     assert torch.equal(compiled(qkv, message_kv), frame_attention(qkv, message_kv, 2, backend="extension"))
 
 
-@pytest.mark.usefixtures("built")
+@pytest.mark.usefixtures("by_extension")
 def test_automatic_where_no_gradient_is_asked_for() -> None:
     qkv, message_kv, heads = arguments(2, 33, 2).values()
     by = {name: frame_attention(qkv, message_kv, heads, backend=name) for name in ("extension", "torch")}
