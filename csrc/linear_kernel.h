@@ -94,9 +94,18 @@ inline const float* widened(const Linear& work, int64_t panel, int64_t from, int
   return copy;
 }
 
+// Asks for a share of the next panels' parts, so that they are on their way while these are multiplied.
+inline void prefetch(const char* from, int64_t bytes, int64_t share, int64_t shares) {
+  const int64_t lines = (bytes + 63) / 64;
+  for (int64_t line = lines * share / shares; line < lines * (share + 1) / shares; ++line) {
+    _mm_prefetch(from + 64 * line, _MM_HINT_T1);
+  }
+}
+
 void linear_part(const Linear& work, int64_t begin, int64_t end) {
   const int64_t panels = (work.columns + kPanelColumns - 1) / kPanelColumns, pairs = (panels + 1) / 2;
   std::vector<Line> row_lines(kBlockRows * kBlockInner / kLineNumbers), copies(2 * kBlockInner), edges;
+  const int64_t size = work.type == Element::kFloat32 ? 4 : 2;
   float* const rows = row_lines.data()->numbers;
   while (begin < end) {
     const int64_t block = begin / pairs, stop = std::min(end, (block + 1) * pairs);
@@ -126,6 +135,9 @@ void linear_part(const Linear& work, int64_t begin, int64_t end) {
         }
         float* target = whole ? result : edges.data()->numbers;
         const int64_t vectors = (wide + kPanelColumns - 1) / kPanelColumns * kVectors;
+        const int64_t bytes = inner * kPanelColumns * size, ahead = ((first + 2) * work.inner + from) * kPanelColumns * size;
+        const int64_t shares = (vectors + kTile - 1) / kTile * ((count + kRows - 1) / kRows);
+        int64_t share = 0;
         for (int64_t v = 0; v < vectors; v += kTile) {
           const int64_t some = std::min(kTile, vectors - v);
           const float* b[kTile];
@@ -137,6 +149,13 @@ void linear_part(const Linear& work, int64_t begin, int64_t end) {
             const Finish finish{from == 0, work.add, biased ? bias + v * kLanes : nullptr, last && work.silu};
             const auto heights = std::make_integer_sequence<int, kRows>();
             const Multiply kernel = some == 1 ? multiply_of<1>(height, heights) : multiply_of<2>(height, heights);
+            if (first + 3 < panels) {
+              for (int64_t p = 0; p < 2; ++p) {
+                prefetch(static_cast<const char*>(work.panels) + ahead + p * work.inner * kPanelColumns * size, bytes,
+                         share, shares);
+              }
+              ++share;
+            }
             kernel(rows + row * inner, b, inner, finish, results, stride);
           }
         }
