@@ -38,9 +38,8 @@ def seeds() -> None:
 
 
 @pytest.fixture
-def by_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The attention of the compiled extension wherever it runs, also where the automatic choice is another."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+def by_extension() -> None:
+    """The attention of the compiled extension."""
     if reason := _extension.attention_refusal():
         pytest.skip(reason)
 

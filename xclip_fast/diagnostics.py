@@ -42,15 +42,19 @@ _CHILD = (
 def report() -> dict[str, Any]:
     """Versions, devices and backends, JSON-ready; it never raises because something is broken.
 
-    ``torch`` and ``triton`` are versions or None; ``cuda`` is the version of CUDA if torch finds a GPU, else None;
-    ``extension`` and each entry of ``backends`` say whether they can be used and, if not, the reason.
+    ``features`` are those of the processor, ``native`` the half precisions it multiplies in; the engine multiplies
+    others in float32. ``torch`` and ``triton`` are versions or None; ``cuda`` is the version of CUDA if torch finds a
+    GPU, else None; ``extension`` and each entry of ``backends`` say whether they can be used and, if not, the reason.
     """
     facts = _ask(["torch", "extension", *LIBRARIES])
     torch, triton, extension = facts["torch"], facts["triton"], facts["extension"]
     backends = {name: {"purpose": purpose, **facts[name]} for name, (_, purpose) in LIBRARIES.items()}
     if triton["available"] and "cuda" not in torch:
         backends["triton"] |= _missing("no GPU for it here, torch does the work", triton["version"])
-    backends["extension"] = {"purpose": "patch embedding in C++ and CUDA, attention and int8 on the CPU", **extension}
+    backends["extension"] = {
+        "purpose": "patch embedding in C++ and CUDA, products, attention and int8 on the CPU",
+        **extension,
+    }
     return {
         "version": xclip_fast.__version__,
         "python": platform.python_version(),
@@ -61,6 +65,8 @@ def report() -> dict[str, Any]:
         "cuda": torch.get("cuda"),
         "cuda_reason": torch.get("cuda_reason"),
         "devices": torch.get("devices", []),
+        "features": torch.get("features", []),
+        "native": torch.get("native", []),
         "extension": {"loaded": extension["available"], "reason": extension["reason"]},
         "backends": backends,
     }
@@ -97,8 +103,13 @@ def _torch() -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {"available": True, "version": torch.__version__, "reason": None}
-    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    from xclip_fast import processor
+
+    kernels = torch.backends.cpu.get_cpu_capability()
+    cpu = f"{processor.describe()}; {torch.get_num_threads()} threads, PyTorch's kernels for {kernels}"
     found["devices"] = [{"name": "cpu", "description": cpu}]
+    found["features"] = list(processor.features())
+    found["native"] = [name for name in ("bfloat16", "float16") if processor.multiplies(getattr(torch, name))]
     if not torch.cuda.is_available():
         built = torch.version.cuda
         found["cuda_reason"] = (
@@ -120,8 +131,9 @@ def _extension() -> dict[str, Any]:
     reason = extension.refusal()
     if reason is not None:
         return _missing(reason)
-    attention = [] if extension.attention_refusal() else ["bfloat16 attention"]
-    return {"available": True, "version": ", ".join(["cpu", *attention, *extension.architectures()]), "reason": None}
+    abilities = [] if extension.linear_refusal() else ["float32 products"]
+    abilities += [] if extension.attention_refusal() else ["bfloat16 attention"]
+    return {"available": True, "version": ", ".join(["cpu", *abilities, *extension.architectures()]), "reason": None}
 
 
 def _ask(names: list[str]) -> dict[str, dict[str, Any]]:

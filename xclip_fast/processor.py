@@ -69,17 +69,17 @@ def describe() -> str:
 
 def _capabilities() -> dict[str, Any]:
     ask = getattr(torch.cpu, "get_capabilities", None)
-    found: dict[str, Any] = dict(ask()) if ask else {}
-    if X86:
-        # torch 2.11 has no such list
-        vnni = torch.cpu._is_vnni_supported()
-        older = {
-            "avx2": torch.cpu._is_avx2_supported(),
-            "avx512_bw": torch.cpu._is_avx512_supported(),
-            "avx512_vnni": vnni and torch.cpu._is_avx512_supported(),
-            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-            "amx_bf16": torch.cpu._is_amx_tile_supported(),
-            "amx_int8": torch.cpu._is_amx_tile_supported(),
-        }
-        return older | found
-    return {"neon": platform.machine().lower() in ("aarch64", "arm64")} | found
+    if ask:
+        return dict(ask())
+    if not X86:
+        return {"neon": platform.machine().lower() in ("aarch64", "arm64")}
+    # torch 2.11 has no such list
+    wide, tiles = torch.cpu._is_avx512_supported(), torch.cpu._is_amx_tile_supported()
+    return {
+        "avx2": torch.cpu._is_avx2_supported(),
+        "avx512_bw": wide,
+        "avx512_vnni": wide and torch.cpu._is_vnni_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": tiles,
+        "amx_int8": tiles,
+    }

@@ -100,8 +100,9 @@ def test_another_torch_another_machine_another_version_are_a_sentence_each(tmp_p
 def test_the_built_library_is_found_and_described() -> None:
     (facts,) = load(_extension.LIBRARY)
     assert facts["available"]
-    attention = [] if _extension.attention_refusal() else ["bfloat16 attention"]
-    assert facts["version"] == ", ".join(["cpu", *attention, *_extension.architectures()])
+    abilities = [] if _extension.linear_refusal() else ["float32 products"]
+    abilities += [] if _extension.attention_refusal() else ["bfloat16 attention"]
+    assert facts["version"] == ", ".join(["cpu", *abilities, *_extension.architectures()])
     assert (_extension.cuda_refusal() is None) == bool(_extension.architectures())
 
 
@@ -128,7 +129,7 @@ def test_only_stable_functions_of_torch_are_called() -> None:
 
 @built
 def test_the_operators_are_registered_for_what_was_built() -> None:
-    for name in ("patch_rows", "pack_weights", "patch_tokens", "frame_attention", "int8_rows"):
+    for name in ("patch_rows", "pack_weights", "patch_tokens", "frame_attention", "int8_rows", "pack_linear", "linear"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"xclip_fast_native::{name}", "CPU")
     on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("xclip_fast_native::patch_embed_cuda", "CUDA")
     assert on_cuda == bool(_extension.architectures())

@@ -39,7 +39,12 @@ def largest_error(part: str, folder: Path, lines: int) -> float:
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize(
     ("part", "lines", "limit"),
-    [("patch_embed_cpu", 20, 1e-4), ("frame_attention_cpu", 24, 4e-3), ("int8_rows_cpu", 10, 0.501)],
+    [
+        ("patch_embed_cpu", 20, 1e-4),
+        ("frame_attention_cpu", 24, 4e-3),
+        ("int8_rows_cpu", 10, 0.501),
+        ("linear_cpu", 48, 1e-6),
+    ],
 )
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(
     part: str, lines: int, limit: float, tmp_path: Path

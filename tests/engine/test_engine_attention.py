@@ -97,11 +97,12 @@ def test_infinite_scores_are_as_softmax_has_them() -> None:
     packed = rows(2, 20, 1, torch.bfloat16)
     packed[3, 64 + 5] = float("inf")
     packed[0, 5] = 0
-    found, wanted = (attend(packed, 2, 1, 20, None) for attend in (frame_attention, plain))
+    # in float64: tiles (AMX) make numbers that are none of other infinite scores too
+    found, wanted = frame_attention(packed, 2, 1, 20, None), plain(packed.double(), 2, 1, 20, None)
     # all weight on an infinite key is no number, none is none
     assert torch.equal(found.isnan(), wanted.isnan())
     assert 0 < found.isnan().sum() < 20 * 64
-    assert relative_error(found.nan_to_num(), wanted.nan_to_num().double()) < 0.01
+    assert relative_error(found.nan_to_num(), wanted.nan_to_num()) < 0.01
 
 
 @pytest.mark.usefixtures("by_extension")

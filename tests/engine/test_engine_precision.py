@@ -17,13 +17,14 @@ from xclip_fast.demo.clips import CLASSES, FRAMES, HELD_OUT, SAMPLED, make_clip
 from xclip_fast.demo.models import load_trained
 from xclip_fast.engine import Engine, budget
 from xclip_fast.engine.budget import BUDGETS
-from xclip_fast.engine.products import onednn_int8
+from xclip_fast.engine.products import int8_product
 from xclip_fast.reference import XCLIP
 from xclip_fast.text import get_tokenizer
 from xclip_fast.video.sampling import uniform_indices
 
 HALVES = [torch.bfloat16, torch.float16]
-INT8 = pytest.param(torch.int8, marks=pytest.mark.skipif(not onednn_int8(), reason="oneDNN multiplies no bytes here"))
+needs_int8 = pytest.mark.skipif(int8_product() is None, reason="this PyTorch multiplies no bytes on this processor")
+INT8 = pytest.param(torch.int8, marks=needs_int8)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_product_beyond_its_budget_falls_back(
     assert relative_error(engine.encode_video(video).video, truth) < 0.05
 
 
-@pytest.mark.skipif(not onednn_int8(), reason="oneDNN multiplies no bytes here")
+@needs_int8
 def test_outlier_channels_cost_int8_little(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     model.visual.ln_pre.weight[1:3] *= 64

@@ -10,21 +10,31 @@ from numerics import relative_error
 from torch import Tensor
 from torch.nn.functional import linear
 
-from xclip_fast import _extension
-from xclip_fast.engine import packing, products
+from xclip_fast import _extension, processor
+from xclip_fast.engine import products
 from xclip_fast.engine.packing import CPU_REWRITES, CastProduct, Packing
 from xclip_fast.engine.products import (
+    EIGHT_BITS,
+    SEVEN_BITS,
     Int8Product,
     OneDnnProduct,
+    PackedProduct,
     PlainProduct,
+    QnnpackInt8Product,
+    WidenedProduct,
+    cpu_product,
     int8_channels,
+    int8_product,
     int8_rows,
-    onednn_int8,
     onednn_packs,
 )
 from xclip_fast.ops._quantize_rows import activate
 
 CPU = torch.device("cpu")
+INT8_PRODUCTS = ([Int8Product] if processor.X86 and int8_product() else []) + (
+    [QnnpackInt8Product] if "qnnpack" in torch.backends.quantized.supported_engines else []
+)
+KEPT_PRODUCTS = [WidenedProduct] + ([] if _extension.linear_refusal() else [PackedProduct])
 SIZES = [(1, 64, 64), (7, 48, 80), (130, 96, 32)]
 
 
@@ -52,8 +62,79 @@ def test_products_agree(size: tuple[int, int, int], activation: str, dtype: torc
         compare(OneDnnProduct(*operand[1:3], activation), operand, activation, limit)
     wide = [x.float() for x in operand[1:3]]
     compare(CastProduct(PlainProduct(*wide, activation), torch.float32, dtype), operand, activation, limit)
-    if onednn_int8():
-        compare(Int8Product(*operand[1:3], activation, dtype), operand, activation, 0.04)
+    for narrow in INT8_PRODUCTS:
+        compare(narrow(*operand[1:3], activation, dtype), operand, activation, 0.04)
+    # half precision is kept, and multiplied in float32
+    for kept in KEPT_PRODUCTS if dtype is torch.float32 else ():
+        compare(kept(*operand[1:3], activation), operand, activation, 1e-6)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (205, 300, 33), (5, 257, 1), (0, 16, 16)], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [PackedProduct, WidenedProduct], ids=lambda kind: kind.__name__)
+def test_weights_are_kept_in_their_dtype_and_multiplied_in_float32(
+    kind: type, stored: torch.dtype, size: tuple[int, int, int]
+) -> None:
+    if kind is PackedProduct and (reason := _extension.linear_refusal()):
+        pytest.skip(reason)
+    x, weight, bias, stream = operands(*size, torch.float32)
+    product = kind(weight.to(stored), bias, "silu")
+    assert product.name == str(stored).removeprefix("torch.")
+    assert product.weight.dtype is stored
+    assert product.weight.numel() < weight.numel() + 16 * weight.shape[1]
+    if len(x):
+        compare(product, (x, weight.to(stored).float(), bias, stream), "silu", 1e-6)
+    assert product(x).shape == stream.shape
+    strided = torch.randn(*reversed(x.shape)).t()
+    torch.testing.assert_close(product(strided), product(strided.contiguous()), rtol=1e-6, atol=2e-6)
+
+
+def test_bad_numbers_of_a_row_spoil_that_row_of_a_packed_product() -> None:
+    if reason := _extension.linear_refusal():
+        pytest.skip(reason)
+    x, weight, bias, stream = operands(14, 300, 40, torch.float32)
+    product = PackedProduct(weight, bias)
+    whole = product.activated(x)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        spoilt = x.clone()
+        spoilt[7, 299] = bad
+        found = product.activated(spoilt)
+        assert not found[7].isfinite().all()
+        others = torch.arange(14) != 7
+        assert torch.equal(found[others], whole[others])
+        assert not product.add(stream.clone(), spoilt)[7].isfinite().any()
+
+
+@pytest.mark.parametrize("x", [-300.0, -126.5, -88.0, -20.0, -1e-30, 0.0, 1e-30, 0.7, 88.0, 300.0])
+def test_silu_of_a_packed_product_over_its_range(x: float) -> None:
+    if reason := _extension.linear_refusal():
+        pytest.skip(reason)
+    found = PackedProduct(torch.ones(16, 1), None).activated(torch.full((1, 1), x))
+    truth = torch.nn.functional.silu(torch.full((1, 16), x, dtype=torch.float64))
+    assert (found - truth).abs().max() <= 2.0**-22 * abs(truth[0, 0]) + 1e-37
+
+
+@pytest.mark.parametrize(
+    ("found", "stored", "kind"),
+    [
+        (("avx2",), torch.float32, PackedProduct),
+        (("avx2", "avx512"), torch.float32, OneDnnProduct),
+        (("avx2", "avx512"), torch.bfloat16, PackedProduct),
+        ((), torch.float16, PackedProduct),
+    ],
+    ids=str,
+)
+def test_the_product_is_chosen_by_the_processor(
+    found: tuple[str, ...], stored: torch.dtype, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (reason := _extension.linear_refusal()) or not onednn_packs(torch.float32):
+        pytest.skip(reason or "no oneDNN")
+    monkeypatch.setattr(processor, "onednn_features", lambda: found)
+    weight = torch.ones(16, 8, dtype=stored)
+    assert type(cpu_product(weight, None, "silu", torch.float32)) is kind
+    monkeypatch.setattr(_extension, "linear_refusal", lambda: "not now")
+    plain = OneDnnProduct if stored is torch.float32 else WidenedProduct
+    assert type(cpu_product(weight, None, "silu", torch.float32)) is plain
 
 
 def test_products_without_bias() -> None:
@@ -63,8 +144,29 @@ def test_products_without_bias() -> None:
     for product in made:
         torch.testing.assert_close(product(x), linear(x, weight))
         torch.testing.assert_close(product.add(stream.clone(), x), stream + linear(x, weight))
-    if onednn_int8():
-        assert relative_error(Int8Product(weight, None, "silu", torch.float32)(x), linear(x, weight)) < 0.04
+    for narrow in INT8_PRODUCTS:
+        assert relative_error(narrow(weight, None, "silu", torch.float32)(x), linear(x, weight)) < 0.04
+
+
+@pytest.mark.parametrize("kind", INT8_PRODUCTS, ids=lambda kind: kind.__name__)
+def test_the_largest_sums_of_bytes_do_not_saturate(kind: type) -> None:
+    # all bytes of rows and weights at the end of their range: pairs of products beyond 16 bits
+    x, weight = torch.ones(8, 512), torch.ones(32, 512)
+    x[0, 0], weight[1] = 0.0, -1.0
+    found = kind(weight, None, "silu", torch.float32)(x)
+    assert relative_error(found, linear(x, weight)) < 0.01
+
+
+def test_rows_have_seven_bits_where_pairs_are_added_in_16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for narrow, steps in ((True, SEVEN_BITS), (False, EIGHT_BITS)):
+        monkeypatch.setattr(processor, "sums_bytes_in_16_bits", lambda narrow=narrow: narrow)
+        if Int8Product in INT8_PRODUCTS:
+            assert Int8Product(torch.eye(16), None, "silu", torch.float32).steps == steps
+        rows, scale, _ = int8_rows(torch.linspace(-1, 3, 4000).view(4, 1000), steps)
+        assert rows.max() <= steps + 2
+        assert 4 / scale == pytest.approx(steps)
+    # of seven bits two products fit
+    assert 2 * (SEVEN_BITS + 2) * 127 < 2**15 < 2 * 255 * 127
 
 
 @pytest.fixture(params=["extension", "torch"])
@@ -115,9 +217,8 @@ def test_bytes_of_bad_numbers(place: tuple[int, int]) -> None:
         x = torch.ones(70, 1000)
         x[place] = bad
         assert not isfinite(int8_rows(x)[1])
-        if onednn_int8():
-            product = Int8Product(torch.eye(1000), None, "silu", torch.float32)
-            assert not product(x).isfinite().any()
+        for narrow in INT8_PRODUCTS:
+            assert not narrow(torch.eye(1000), None, "silu", torch.float32)(x).isfinite().any()
 
 
 def test_channels_are_within_half_a_step() -> None:
@@ -129,7 +230,8 @@ def test_channels_are_within_half_a_step() -> None:
 
 
 def test_engine_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "onednn_packs", lambda dtype: False)
+    monkeypatch.setattr(products, "onednn_packs", lambda dtype: False)
+    monkeypatch.setattr(_extension, "linear_refusal", lambda: "not now")
     x, weight, bias, _ = operands(5, 32, 16, torch.float32)
     product = Packing(CPU, torch.float32, CPU_REWRITES).product(weight.double(), bias.double())
     assert isinstance(product, PlainProduct)
@@ -140,8 +242,18 @@ def test_detection_refuses_a_product_that_is_wrong(monkeypatch: pytest.MonkeyPat
     assert not onednn_packs.__wrapped__(torch.float64)
     monkeypatch.setattr(OneDnnProduct, "__call__", lambda self, x: torch.zeros(4, 16))
     assert not onednn_packs.__wrapped__(torch.float32)
-    monkeypatch.setattr(Int8Product, "add", lambda self, stream, x: stream)
-    assert not onednn_int8.__wrapped__()
+    for kind in (Int8Product, QnnpackInt8Product):
+        monkeypatch.setattr(kind, "add", lambda self, stream, x: stream)
+    assert int8_product.__wrapped__() is None
+
+
+def test_int8_on_arm_is_that_of_qnnpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    if QnnpackInt8Product not in INT8_PRODUCTS:
+        pytest.skip("this PyTorch has no QNNPACK")
+    engine = torch.backends.quantized.engine
+    monkeypatch.setattr(processor, "X86", False)
+    assert int8_product.__wrapped__() is QnnpackInt8Product
+    assert torch.backends.quantized.engine == engine
 
 
 def test_detection_refuses_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,9 +105,6 @@ def test_what_it_cannot_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "_load", lambda path: library)
     assert reason() == "this processor has no AVX512-BF16"
     library = library._replace(attends=True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert "tiles" in reason()
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert reason() is None
     library = library._replace(refusal="the extension is not built")
     assert reason() == "the extension is not built"

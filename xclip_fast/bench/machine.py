@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import xclip_fast
+from xclip_fast import processor
 from xclip_fast.bench.timing import Reading, sampler
 
 LIBRARIES = ("triton", "transformers", "open_clip_torch", "numpy")
@@ -32,6 +33,7 @@ def facts(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "features": list(processor.features()),
         "system": platform.system(),
         "gpu": None,
     }

@@ -155,8 +155,8 @@ class WidenedProduct:
 class Int8Product:
     """oneDNN's product of bytes: a scale for each channel of the weight, one for all rows of a call.
 
-    The rows of a call are those of one video, so what is computed beside a video never changes it. Where bytes are added
-    in pairs of 16 bits, which saturate, rows have seven bits.
+    The rows of a call are those of one video, so what is computed beside a video never changes it. Where bytes are
+    added in pairs of 16 bits, which saturate, rows have seven bits.
 
     Args:
         weight: (N, K) on the CPU, in any precision.
