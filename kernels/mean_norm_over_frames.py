@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._launch import on_device_of
-from xclip_fast.kernels.layer_norm import BACKWARD_PROGRAMS, backward_block_shape, block_shape
+from xclip_fast.kernels.layer_norm import BACKWARD_PROGRAMS, backward_block_shape
 
 
 @triton.jit
@@ -141,8 +141,8 @@ def mean_norm_over_frames_fwd(
     tokens, added = _addressable(tokens, residual)
     batch, frames, patches, width = tokens.shape
     out = torch.empty(batch, patches, width, dtype=tokens.dtype, device=tokens.device)
-    # sums, tokens and residual of four rows would spill
-    block_rows, block_width = block_shape(width) if residual is None else backward_block_shape(width)
+    # the sums are held beside the rows, as in the backward pass: both of four rows would spill
+    block_rows, block_width = backward_block_shape(width)
     if out.numel():
         with on_device_of(tokens):
             _mean_norm_over_frames_fwd_kernel[(triton.cdiv(batch * patches, block_rows),)](

@@ -18,6 +18,7 @@ from dataclasses import astuple
 import numpy
 import pytest
 from golden import DATA, Golden, read_golden
+from interpreter_patches import language_patched_once
 from numerics import ROWS, ParityRow, parity_table
 
 from xclip_fast import _extension
@@ -35,6 +36,12 @@ def seeds() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_interpreter() -> Iterator[None]:
+    with language_patched_once():
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,21 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 kernel_dtypes = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def each_tile(values: Iterable[Any]) -> list[tuple[Any, torch.dtype]]:
+    """Values with dtypes: float32, and one of float16 and bfloat16 in turn.
+
+    Kernels are cut by the bytes of an element: the two halves see the same tiles, and neighbours take one each.
+    """
+    halves = torch.float16, torch.bfloat16
+    return [(value, dtype) for index, value in enumerate(values) for dtype in (torch.float32, halves[index % 2])]
+
+
+def covering(first: Sequence[Any], second: Sequence[Any], third: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    """Every pair of values of three axes that choose nothing together, in as many cases as the first two have."""
+    assert len(third) <= min(len(first), len(second)), "a longer axis comes first, else pairs are left out"
+    return [(a, b, third[(i + j) % len(third)]) for (i, a), (j, b) in product(enumerate(first), enumerate(second))]
 
 
 def random(*shape: int, dtype: torch.dtype, mean: float = 0.0, scale: float = 1.0) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import DEVICE, check_op, kernel_dtypes, layouts, random
+from harness import DEVICE, KERNEL_DTYPES, check_op, covering, each_tile, kernel_dtypes, layouts, random
 
 from xclip_fast.ops import clip_logits, explain
 
@@ -42,8 +42,7 @@ def arguments(shape: tuple[int, int, int], dtype: torch.dtype, *, mean: float = 
     }
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), each_tile(SHAPES), ids=str)
 def test_parity(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     # gradients orthogonal to a vector cancel where vectors have one or two numbers, or dots are near zero
     ceiling = 1.0 if shape[2] < 4 else 2e-2
@@ -71,18 +70,21 @@ def test_gradient_of_the_scale(shape: tuple[int, int, int], dtype: torch.dtype) 
     assert (found.double() - terms.sum()).abs() <= 4 * torch.finfo(dtype).eps * terms.abs().sum()
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("layout", ["offset", "padded", "strided", "transposed"])
-@pytest.mark.parametrize("name", ["video", "text", "prompts", "alpha"])
+@pytest.mark.parametrize(
+    ("layout", "name", "dtype"),
+    covering(["offset", "padded", "strided", "transposed"], ["video", "text", "prompts", "alpha"], KERNEL_DTYPES),
+    ids=str,
+)
 def test_layouts(name: str, layout: str, dtype: torch.dtype) -> None:
     inputs = arguments((3, 6, 40), dtype)
     inputs[name] = layouts(inputs[name])[layout]
     check_op(clip_logits, inputs, what="clip_logits layouts", fixed=SCALE, ceiling=2e-2)
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("shape", SHAPES[3::3], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "padded", "strided"])
+# the tile follows from the width alone; layouts and dtypes meet each shape, not all at once
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype"), covering(SHAPES[3::3], ["contiguous", "padded", "strided"], KERNEL_DTYPES), ids=str
+)
 def test_residual(layout: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     inputs = arguments(shape, dtype)
     residual = random(*inputs["prompts"].shape, dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import DEVICE, check_op, kernel_dtypes, layouts, random
+from harness import DEVICE, check_op, each_tile, kernel_dtypes, layouts, random
 from numerics import EXACT, assert_within, poisoned_memory
 from pointer_check import Launches
 from torch import Tensor
@@ -57,8 +57,7 @@ def run(inputs: dict[str, object], backend: str = "triton") -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.sum(), tensors)]
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), each_tile(SHAPES), ids=str)
 def test_parity(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     check_op(frame_attention, arguments(shape, dtype), what="frame_attention")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import DEVICE, check_op, kernel_dtypes, layouts, random
+from harness import DEVICE, KERNEL_DTYPES, check_op, covering, kernel_dtypes, layouts, random
 
 from xclip_fast.ops import explain, layer_norm
 
@@ -28,9 +28,8 @@ def arguments(
     return found
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("rows", ROWS)
+# the tile follows from the width alone; each width meets each number of rows and each dtype, not all at once
+@pytest.mark.parametrize(("rows", "width", "dtype"), covering(ROWS, WIDTHS, KERNEL_DTYPES), ids=str)
 def test_parity(rows: int, width: int, dtype: torch.dtype) -> None:
     # one or two numbers a row cancel to nothing but rounding
     ceiling = 1.0 if width < 4 else 4e-3 if dtype != torch.float32 else None
@@ -52,9 +51,11 @@ def test_mean_far_from_zero(mean: float, dtype: torch.dtype) -> None:
     check_op(layer_norm, arguments((4, 768), dtype, mean=mean), what="layer_norm far mean", ceiling=1.0)
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("layout", ["offset", "padded", "strided", "transposed"])
-@pytest.mark.parametrize("name", ["x", "residual", "weight"])
+@pytest.mark.parametrize(
+    ("layout", "name", "dtype"),
+    covering(["offset", "padded", "strided", "transposed"], ["x", "residual", "weight"], KERNEL_DTYPES),
+    ids=str,
+)
 def test_layouts(name: str, layout: str, dtype: torch.dtype) -> None:
     inputs = arguments((6, 5, 40), dtype, residual=True)
     inputs[name] = layouts(inputs[name])[layout]

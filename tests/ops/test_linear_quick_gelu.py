@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import check_op, kernel_dtypes, layouts, random
+from harness import KERNEL_DTYPES, check_op, covering, each_tile, kernel_dtypes, layouts, random
 
 from xclip_fast.ops import explain, feed_forward, linear_quick_gelu
 
@@ -47,14 +47,12 @@ def perceptron(rows: int, width: int, hidden: int, dtype: torch.dtype) -> dict[s
     }
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "dtype"), each_tile(SIZES), ids=str)
 def test_parity(size: tuple[int, int, int], dtype: torch.dtype) -> None:
     check_op(linear_quick_gelu, arguments(*size, dtype), what="linear_quick_gelu", ceiling=1e-2)
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("size", SIZES[1::2], ids=str)
+@pytest.mark.parametrize(("size", "dtype"), each_tile(SIZES[1::2]), ids=str)
 def test_perceptron_parity(size: tuple[int, int, int], dtype: torch.dtype) -> None:
     check_op(feed_forward, perceptron(*size, dtype), what="feed_forward", ceiling=1e-2)
 
@@ -65,9 +63,11 @@ def test_mean_far_from_zero(mean: float, dtype: torch.dtype) -> None:
     check_op(linear_quick_gelu, arguments(9, 64, 70, dtype, mean=mean), what="linear_quick_gelu far mean", ceiling=1e-2)
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("layout", ["offset", "padded", "strided", "transposed"])
-@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+@pytest.mark.parametrize(
+    ("layout", "name", "dtype"),
+    covering(["offset", "padded", "strided", "transposed"], ["x", "weight", "bias"], KERNEL_DTYPES),
+    ids=str,
+)
 def test_layouts(name: str, layout: str, dtype: torch.dtype) -> None:
     inputs = arguments(10, 24, 40, dtype)
     inputs["x"] = inputs["x"].view(5, 2, 24)

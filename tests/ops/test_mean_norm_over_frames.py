@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import DEVICE, check_op, kernel_dtypes, layouts, random
+from harness import DEVICE, KERNEL_DTYPES, check_op, covering, each_tile, kernel_dtypes, layouts, random
 
 from xclip_fast.ops import explain, layer_norm, mean_norm_over_frames
 
@@ -36,8 +36,7 @@ def arguments(shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0) -> 
     }
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), each_tile(SHAPES), ids=str)
 def test_parity(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_op(mean_norm_over_frames, arguments(shape, dtype), what="mean_norm_over_frames", ceiling=4e-3)
 
@@ -60,9 +59,12 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     check_op(mean_norm_over_frames, inputs, what="mean_norm_over_frames layouts", ceiling=4e-3)
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "without class token", "strided"])
+# the tile follows from the width alone; layouts and dtypes meet each shape, not all at once
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype"),
+    covering(SHAPES[::3], ["contiguous", "without class token", "strided"], KERNEL_DTYPES),
+    ids=str,
+)
 def test_residual(layout: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = arguments(shape, dtype)
     batch, frames, patches, width = shape

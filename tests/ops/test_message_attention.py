@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from harness import DEVICE, ON_GPU, check_op, kernel_dtypes, layouts, random
+from harness import DEVICE, ON_GPU, check_op, each_tile, kernel_dtypes, layouts, random
 from pointer_check import Launches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +19,21 @@ from xclip_fast.ops.message_attention import launches as expected_launches
 
 # the chain of five products and a norm errs more than one of them
 CEILING = 1e-2
+# clips, frames, heads, head dimension
+SIZES = [
+    (2, 5, 3, 64),
+    (1, 40, 1, 64),
+    (2, 70, 1, 64),
+    (2, 9, 1, 128),
+    (1, 20, 1, 128),
+    (1, 66, 1, 128),
+    (4, 1, 5, 32),
+    (3, 7, 2, 32),
+    (3, 33, 1, 32),
+    (17, 3, 1, 32),
+    (33, 4, 1, 32),
+    (2, 65, 1, 32),
+]
 RAGGED = {
     "one tile": [0, 3, 10, 11, 27],
     "one frame each": [0, 1, 2, 3],
@@ -66,32 +81,15 @@ def tensors_of(inputs: dict[str, object]) -> list[Tensor]:
     return [x.requires_grad_() for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("frames", [1, 2, 7, 8, 16, 31, 32, 33, 64, 65, 200])
+@pytest.mark.parametrize(("frames", "dtype"), each_tile([1, 2, 7, 8, 16, 31, 32, 33, 64, 65, 200]), ids=str)
 def test_parity(frames: int, dtype: torch.dtype) -> None:
     heads = 1 if frames > 64 else 2
     check_op(message_attention, arguments(1, frames, heads=heads, dtype=dtype), what="cfa", ceiling=CEILING)
 
 
-@kernel_dtypes
-@pytest.mark.parametrize(
-    ("clips", "frames", "heads", "head_dim"),
-    [
-        (2, 5, 3, 64),
-        (1, 40, 1, 64),
-        (2, 70, 1, 64),
-        (2, 9, 1, 128),
-        (1, 20, 1, 128),
-        (1, 66, 1, 128),
-        (4, 1, 5, 32),
-        (3, 7, 2, 32),
-        (3, 33, 1, 32),
-        (17, 3, 1, 32),
-        (33, 4, 1, 32),
-        (2, 65, 1, 32),
-    ],
-)
-def test_parity_of_sizes(clips: int, frames: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("size", "dtype"), each_tile(SIZES), ids=str)
+def test_parity_of_sizes(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    clips, frames, heads, head_dim = size
     inputs = arguments(clips, frames, heads=heads, head_dim=head_dim, dtype=dtype)
     check_op(message_attention, inputs, what="cfa sizes", ceiling=CEILING)
 
@@ -114,8 +112,7 @@ def test_mean_far_from_zero(mean: float, dtype: torch.dtype) -> None:
     check_op(message_key_value, key_value_arguments(6, 40, dtype=dtype, mean=mean), what="kv far mean", ceiling=1.0)
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("bounds", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize(("bounds", "dtype"), each_tile(RAGGED.values()), ids=str)
 def test_ragged_parity(bounds: list[int], dtype: torch.dtype) -> None:
     # an odd number of padding frames, or none
     inputs = arguments(bounds[-1] + bounds[-1] % 2 * 3, heads=2, dtype=dtype)
@@ -271,8 +268,11 @@ def test_torch_formulation(bounds: list[int] | None, dtype: torch.dtype) -> None
     check_op(message_attention, inputs, what="cfa torch", backend="torch", ceiling=CEILING)
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (16, 64), (2, 3, 48), (17, 129), (64, 40), (129, 24), (3, 300)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    each_tile([(1, 1), (5, 33), (16, 64), (2, 3, 48), (17, 129), (64, 40), (129, 24), (3, 300)]),
+    ids=str,
+)
 def test_key_value_parity(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     ceiling = 1.0 if shape[-1] < 4 else CEILING
     check_op(message_key_value, key_value_arguments(*shape, dtype=dtype), what="message kv", ceiling=ceiling)

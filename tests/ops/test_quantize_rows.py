@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DEVICE, ON_GPU, kernel_dtypes, layouts, random
+from harness import DEVICE, KERNEL_DTYPES, ON_GPU, covering, kernel_dtypes, layouts, random
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, silu
 
@@ -88,9 +88,8 @@ def step_of(quantized: Tensor) -> Tensor:
     return torch.where(bits < 128, bits, 128 - bits)
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("mode", MODES)
+# the tile follows from the width alone; each of its widths meets each mode and each dtype, not all at once
+@pytest.mark.parametrize(("mode", "width", "dtype"), covering(MODES, WIDTHS, KERNEL_DTYPES), ids=str)
 def test_within_half_a_step(mode: str, width: int, dtype: torch.dtype) -> None:
     for rows in (1, 2, 5):
         # norm and activation take so few numbers to nothing but rounding
@@ -98,9 +97,9 @@ def test_within_half_a_step(mode: str, width: int, dtype: torch.dtype) -> None:
             check(arguments((rows, width), dtype, mode))
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [(3, 5, 48), (2, 1, 1, 769), (70,), (33, 64)])
+@pytest.mark.parametrize(
+    ("mode", "shape", "dtype"), covering(MODES, [(3, 5, 48), (2, 1, 1, 769), (70,), (33, 64)], KERNEL_DTYPES), ids=str
+)
 def test_shapes(shape: tuple[int, ...], mode: str, dtype: torch.dtype) -> None:
     check(arguments(shape, dtype, mode))
 
@@ -135,9 +134,11 @@ def test_mean_far_from_zero(mean: float, dtype: torch.dtype) -> None:
     check(arguments((4, 768), dtype, "constant", mean=mean))
 
 
-@kernel_dtypes
-@pytest.mark.parametrize("layout", ["offset", "padded", "strided", "transposed"])
-@pytest.mark.parametrize("name", ["x", "weight", "constant"])
+@pytest.mark.parametrize(
+    ("layout", "name", "dtype"),
+    covering(["offset", "padded", "strided", "transposed"], ["x", "weight", "constant"], KERNEL_DTYPES),
+    ids=str,
+)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_layouts(name: str, layout: str, dtype: torch.dtype, backend: str) -> None:
     inputs = arguments((6, 5, 40), dtype, "constant")
@@ -150,18 +151,20 @@ def test_norm_in_float32_behind_half_precision() -> None:
     check(inputs | {name: inputs[name].float() for name in ("weight", "bias", "constant")})
 
 
-@pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16)])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(
+    ("mode", "backend", "shape"), covering(MODES, ["reference", "torch", "triton"], [(0, 16), (3, 0, 16)]), ids=str
+)
 def test_empty(shape: tuple[int, ...], mode: str, backend: str) -> None:
     quantized, scale = quantize_rows(**arguments(shape, torch.float32, mode), backend=backend)
     assert quantized.shape == shape
     assert scale.shape == (*shape[:-1], 1)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("mode", "bad", "backend"),
+    covering(MODES, [float("nan"), float("inf"), float("-inf")], ["torch", "triton"]),
+    ids=str,
+)
 def test_bad_numbers_stay_in_their_row(bad: float, mode: str, backend: str) -> None:
     inputs = arguments((9, 70), torch.float32, mode)
     clean = [x.clone() for x in quantize_rows(**inputs, backend=backend)]

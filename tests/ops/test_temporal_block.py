@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DEVICE, ON_GPU, check_op, kernel_dtypes, layouts, random
+from harness import DEVICE, ON_GPU, check_op, each_tile, kernel_dtypes, layouts, random
 from pointer_check import Launches
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +19,34 @@ from xclip_fast.reference.transformer import Block
 
 # the chain of seven products and two norms errs more than one of them
 CEILING = 1e-2
+# clips, frames, heads, head dimension, hidden width
+SIZES = [
+    (1, 1, 1, 32, 16),
+    (1, 8, 1, 64, 256),
+    (2, 3, 2, 32, 1),
+    (2, 8, 3, 32, 33),
+    (3, 7, 1, 32, 100),
+    (1, 16, 2, 64, 128),
+    (1, 17, 1, 128, 40),
+    (1, 33, 1, 32, 64),
+    (1, 65, 1, 32, 31),
+    (17, 2, 1, 32, 65),
+    (33, 4, 1, 32, 48),
+    (2, 66, 1, 64, 20),
+]
+# clips, frames, heads
+WHOLE = [
+    (1, 1, 1),
+    (1, 8, 2),
+    (2, 8, 1),
+    (5, 2, 1),
+    (3, 4, 1),
+    (1, 16, 1),
+    (2, 32, 1),
+    (2, 5, 2),
+    (17, 2, 1),
+    (2, 66, 1),
+]
 
 
 def arguments(
@@ -61,35 +89,16 @@ def tensors_of(inputs: dict[str, object]) -> list[Tensor]:
     return [x.requires_grad_() for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-@kernel_dtypes
-@pytest.mark.parametrize(
-    ("clips", "frames", "heads", "head_dim", "hidden"),
-    [
-        (1, 1, 1, 32, 16),
-        (1, 8, 1, 64, 256),
-        (2, 3, 2, 32, 1),
-        (2, 8, 3, 32, 33),
-        (3, 7, 1, 32, 100),
-        (1, 16, 2, 64, 128),
-        (1, 17, 1, 128, 40),
-        (1, 33, 1, 32, 64),
-        (1, 65, 1, 32, 31),
-        (17, 2, 1, 32, 65),
-        (33, 4, 1, 32, 48),
-        (2, 66, 1, 64, 20),
-    ],
-)
-def test_parity(clips: int, frames: int, heads: int, head_dim: int, hidden: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("size", "dtype"), each_tile(SIZES), ids=str)
+def test_parity(size: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    clips, frames, heads, head_dim, hidden = size
     inputs = arguments(clips, frames, heads=heads, head_dim=head_dim, hidden=hidden, dtype=dtype)
     check_op(temporal_block, inputs, what="temporal_block", ceiling=CEILING)
 
 
-@kernel_dtypes
-@pytest.mark.parametrize(
-    ("clips", "frames", "heads"),
-    [(1, 1, 1), (1, 8, 2), (2, 8, 1), (5, 2, 1), (3, 4, 1), (1, 16, 1), (2, 32, 1), (2, 5, 2), (17, 2, 1), (2, 66, 1)],
-)
-def test_all_of_mit(clips: int, frames: int, heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("size", "dtype"), each_tile(WHOLE), ids=str)
+def test_all_of_mit(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    clips, frames, heads = size
     inputs = whole(clips, frames, heads=heads, dtype=dtype)
     check_op(temporal_block, inputs, what="temporal_block whole", ceiling=CEILING)
     for name in ("positions", "pooled_with"):
