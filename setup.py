@@ -105,7 +105,10 @@ def extension_arguments() -> dict[str, object]:
     }
     native = Extension(
         "xclip_fast._native",
-        ["csrc/bindings.cpp", *(f"csrc/{part}_cpu.cpp" for part in ("frame_attention", "int8_rows", "patch_embed"))],
+        [
+            "csrc/bindings.cpp",
+            *(f"csrc/{part}_cpu.cpp" for part in ("frame_attention", "int8_rows", "linear", "patch_embed")),
+        ],
         include_dirs=include_paths(),
         library_dirs=library_paths(),
         libraries=["torch_cpu", "dl", "rt", "pthread"],

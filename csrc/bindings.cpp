@@ -13,6 +13,7 @@
 
 #include "frame_attention_cpu.h"
 #include "int8_rows_cpu.h"
+#include "linear_cpu.h"
 #include "patch_embed_cpu.h"
 
 #ifdef XCLIP_FAST_CUDA
@@ -124,8 +125,45 @@ std::tuple<Tensor, Tensor> frame_attention(const Tensor& tokens, const Tensor& m
   return {mixed, lse};
 }
 
+// Weights (columns, inner) in panels, in their own dtype: flat, the last panel filled up with zeros.
+Tensor pack_linear(const Tensor& weight) {
+  const int64_t columns = weight.size(0), inner = weight.size(1);
+  Tensor panels = torch::stable::new_empty(weight, {xclip_fast::packed_size(columns, inner)});
+  const void* source = weight.const_data_ptr();
+  void* packed = panels.mutable_data_ptr();
+  const auto type = element(weight.scalar_type());
+  const int64_t count = (columns + xclip_fast::kPanelColumns - 1) / xclip_fast::kPanelColumns;
+  torch::stable::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+    xclip_fast::pack_panels(source, type, columns, inner, packed, begin, end);
+  });
+  return panels;
+}
+
+// float32 rows (M, inner) times packed weights: added to the stream (M, columns), or a new tensor without one.
+Tensor linear(const Tensor& rows, const Tensor& panels, int64_t columns, const std::optional<Tensor>& bias,
+              std::optional<Tensor> stream, bool silu) {
+  Tensor result = stream ? *stream : torch::stable::new_empty(rows, {rows.size(0), columns});
+  const xclip_fast::Linear work{
+      .rows = static_cast<const float*>(rows.const_data_ptr()),
+      .row_count = rows.size(0),
+      .inner = rows.size(1),
+      .columns = columns,
+      .panels = panels.const_data_ptr(),
+      .type = element(panels.scalar_type()),
+      .bias = static_cast<const float*>(data(bias)),
+      .add = stream.has_value(),
+      .silu = silu,
+      .result = static_cast<float*>(result.mutable_data_ptr()),
+  };
+  torch::stable::parallel_for(0, xclip_fast::linear_units(work), 1, [&](int64_t begin, int64_t end) {
+    xclip_fast::linear(work, begin, end);
+  });
+  return result;
+}
+
 // Bytes with their scale and zero point: rows = scale * (bytes - zero). One number that is not finite spoils all of them.
-std::tuple<Tensor, double, int64_t> int8_rows(const Tensor& rows) {
+// `steps` lie between the smallest number and the largest: 253 for whole bytes, 125 for bytes of seven bits.
+std::tuple<Tensor, double, int64_t> int8_rows(const Tensor& rows, int64_t steps) {
   constexpr int64_t kBlock = 1 << 15;
   constexpr double kLeastRange = 1e-35;  // of numbers that are not taken for zeros: the inverse of their step is a float
   const int64_t count = rows.numel(), blocks = (count + kBlock - 1) / kBlock;
@@ -150,8 +188,7 @@ std::tuple<Tensor, double, int64_t> int8_rows(const Tensor& rows) {
   }
   Tensor bytes = torch::stable::new_empty(rows, {rows.size(0), rows.size(1)}, ScalarType::Byte);
   auto* out = static_cast<uint8_t*>(bytes.mutable_data_ptr());
-  // two of the 255 steps are room for rounding: a byte that wraps around would be the worst of errors
-  const double scale = high - low < kLeastRange ? 1.0 : (high - low) / 253.0;
+  const double scale = high - low < kLeastRange ? 1.0 : (high - low) / static_cast<double>(steps);
   if (!finite) {
     std::fill(out, out + count, uint8_t{0});
     return {bytes, std::nan(""), 0};
@@ -195,7 +232,7 @@ Tensor patch_embed_cuda(const Tensor& frames, const Tensor& weight, const Tensor
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 3; }
+extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 4; }
 
 extern "C" __attribute__((visibility("default"))) const char* xclip_fast_architectures() {
   return XCLIP_FAST_ARCHITECTURES;
@@ -204,6 +241,8 @@ extern "C" __attribute__((visibility("default"))) const char* xclip_fast_archite
 extern "C" __attribute__((visibility("default"))) bool xclip_fast_attends() {
   return xclip_fast::frame_attention_runs();
 }
+
+extern "C" __attribute__((visibility("default"))) bool xclip_fast_multiplies() { return xclip_fast::linear_runs(); }
 
 STABLE_TORCH_LIBRARY(xclip_fast_native, m) {
   m.def("patch_rows(Tensor frames, int patch, Tensor factors, ScalarType dtype) -> Tensor");
@@ -214,7 +253,10 @@ STABLE_TORCH_LIBRARY(xclip_fast_native, m) {
   m.def(
       "frame_attention(Tensor tokens, Tensor messages, int heads, int queries, float scale, bool with_lse) -> "
       "(Tensor, Tensor)");
-  m.def("int8_rows(Tensor rows) -> (Tensor, float, int)");
+  m.def("pack_linear(Tensor weight) -> Tensor");
+  m.def(
+      "linear(Tensor rows, Tensor panels, int columns, Tensor? bias, Tensor(a!)? stream, bool silu) -> Tensor");
+  m.def("int8_rows(Tensor rows, int steps) -> (Tensor, float, int)");
   m.def(
       "patch_embed_cuda(Tensor frames, Tensor weight, Tensor table, int patch, ScalarType dtype, int stream) -> Tensor");
 }
@@ -224,6 +266,8 @@ STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
   m.impl("patch_tokens", TORCH_BOX(&patch_tokens));
   m.impl("frame_attention", TORCH_BOX(&frame_attention));
+  m.impl("pack_linear", TORCH_BOX(&pack_linear));
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("int8_rows", TORCH_BOX(&int8_rows));
 }
 

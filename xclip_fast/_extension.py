@@ -14,7 +14,7 @@ import torch
 from xclip_fast.errors import one_line
 
 LIBRARY = Path(__file__).with_name("_native.so")
-INTERFACE = 3  # raised with every change of what the library's operators take, there and here
+INTERFACE = 4  # raised with every change of what the library's operators take, there and here
 REBUILD = "build it again with `make ext`"
 
 Question = Callable[[], "str | None"]
@@ -47,11 +47,16 @@ def architectures() -> list[str]:
 
 @_constant
 def attention_refusal() -> str | None:
-    """Why the attention of the extension cannot be used on this processor, or was never measured there, or nothing."""
+    """Why the attention of the extension cannot be used on this processor, or None."""
     library = _load(LIBRARY)
-    if library.refusal or not library.attends:
-        return library.refusal or "this processor has no AVX512-BF16"
-    return "on a processor with tiles (AMX) PyTorch's products use them" if torch.cpu._is_amx_tile_supported() else None
+    return library.refusal or (None if library.attends else "this processor has no AVX512-BF16")
+
+
+@_constant
+def linear_refusal() -> str | None:
+    """Why the product of the extension cannot be used on this processor, or None."""
+    library = _load(LIBRARY)
+    return library.refusal or (None if library.multiplies else "this processor has no AVX2 with FMA")
 
 
 class _Library(NamedTuple):
@@ -60,6 +65,7 @@ class _Library(NamedTuple):
     refusal: str | None = None
     architectures: tuple[str, ...] = ()
     attends: bool = False
+    multiplies: bool = False
 
 
 @cache
@@ -78,8 +84,10 @@ def _load(path: Path) -> _Library:
         return _Library(f"the extension does not load with torch {torch.__version__} ({one_line(error)}): {REBUILD}")
     if interface != INTERFACE:
         return _Library(f"the extension has interface {interface}, this xclip_fast needs {INTERFACE}: {REBUILD}")
-    library.xclip_fast_attends.restype = ctypes.c_bool
-    return _Library(None, tuple(built_for.split()), library.xclip_fast_attends())
+    for ability in (library.xclip_fast_attends, library.xclip_fast_multiplies):
+        ability.restype = ctypes.c_bool
+    abilities = library.xclip_fast_attends(), library.xclip_fast_multiplies()
+    return _Library(None, tuple(built_for.split()), *abilities)
 
 
 def _damage(path: Path) -> str | None:

@@ -8,19 +8,21 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from xclip_fast import processor
 from xclip_fast.engine.budget import ProductError, check_products
 from xclip_fast.engine.cpu import CpuTower
 from xclip_fast.engine.cuda import CudaTower
 from xclip_fast.engine.graphs import GraphCache
 from xclip_fast.engine.heads import Heads
 from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, Packing
-from xclip_fast.engine.products import onednn_int8
+from xclip_fast.engine.products import int8_product
 from xclip_fast.engine.texts import EncodedTexts, KeptTexts, TextTower, encoder_digest
 from xclip_fast.errors import InputError
 from xclip_fast.reference.model import XCLIP, VideoFeatures, check_tokens, check_video
@@ -41,6 +43,8 @@ class Report:
     """What an engine computes in, and how far that is from float32.
 
     dtype, device: of the engine.
+    processor: the features of the CPU, as ``processor.features`` has them; none for another device.
+    stored: what weights are kept in where the products are in float32 because the processor has no others, else None.
     rewrites: the exact rewrites in force.
     products: the error of each large product of the blocks; none for float32.
     video_error: relative error of the video features against the model in float32.
@@ -52,6 +56,8 @@ class Report:
 
     dtype: str
     device: str
+    processor: tuple[str, ...]
+    stored: str | None
     rewrites: tuple[str, ...]
     products: tuple[ProductError, ...]
     video_error: float | None
@@ -59,7 +65,10 @@ class Report:
     top1_agreement: float | None
 
     def __str__(self) -> str:
-        lines = [f"engine in {self.dtype} on {self.device}; exact rewrites: {', '.join(self.rewrites)}"]
+        place = f"{self.device} ({', '.join(self.processor)})" if self.processor else self.device
+        lines = [f"engine in {self.dtype} on {place}; exact rewrites: {', '.join(self.rewrites)}"]
+        if self.stored:
+            lines.append(f"weights in {self.stored}, products in float32: this processor multiplies no {self.stored}")
         if self.products:
             lines.append(f"{'product':24}{'precision':15}{'error':>10}{'budget':>10}")
             lines += map(str, self.products)
@@ -80,8 +89,9 @@ class Engine:
     Args:
         model: what ``create_model`` or ``load_model`` returns.
         dtype: torch.float32, bfloat16 or float16; int8 (on the CPU: the blocks' products in bytes, the rest in
-            bfloat16); float8_e4m3fn (on NVIDIA Hopper and newer: the same, but for the first and last block). By
-            default the model's.
+            bfloat16, or float32 where that is faster); float8_e4m3fn (on NVIDIA Hopper and newer: the same, but for the
+            first and last block). By default the model's. A CPU that multiplies no bfloat16 or float16 keeps the
+            weights in it and multiplies in float32.
         device: "cpu", "cuda" or one of several; by default the model's.
         clips: uint8 (B, T, H, W, 3) that show what the engine will see: products that err beyond their budget on
             them run in a higher precision, and say so in the log and in ``report``. By default a clip of noise.
@@ -109,13 +119,13 @@ class Engine:
         self.device = weight.device if device is None else _device(device)
         self.dtype = weight.dtype if dtype is None else dtype
         self.config = model.config
-        stream, narrow = _precision(self.dtype, self.device)
+        stream, narrow, stored = _precision(self.dtype, self.device)
         if self.device == torch.device("cuda"):
             self.device = torch.device("cuda", torch.cuda.current_device())
         if narrow == "float8_e4m3fn" and (self.config.vision_width % 16 or self.config.vision_mlp_width % 16):
             raise InputError("an engine in float8_e4m3fn was asked for: widths must be multiples of 16; use bfloat16")
         rewrites = CUDA_REWRITES if self.device.type == "cuda" else CPU_REWRITES
-        self._packing = Packing(self.device, stream, rewrites if _rewrites is None else _rewrites, narrow)
+        self._packing = Packing(self.device, stream, rewrites if _rewrites is None else _rewrites, narrow, stored)
         self._model = weakref.ref(model)
         folder = None if text_cache is None else TextFolder(text_cache)
         with torch.no_grad(), self._quiet():
@@ -246,6 +256,8 @@ class Engine:
         return Report(
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
+            processor=processor.features() if self.device.type == "cpu" else (),
+            stored=None if self._packing.stored is None else str(self._packing.stored).removeprefix("torch."),
             rewrites=tuple(sorted(self._packing.rewrites)),
             products=self._products,
             video_error=error,
@@ -273,11 +285,14 @@ class Engine:
         frame_features, tokens = self._tower(video, patches=True)
         frames = video.shape[1]
         integrated = self._heads.integrate(frame_features.view(-1, frames, frame_features.shape[1]))
-        return [integrated, self._heads.project_patches(tokens, frames)]
+        return [self._given(integrated), self._given(self._heads.project_patches(tokens, frames))]
 
     def _embedding(self, video: Tensor) -> Tensor:
         frame_features, _ = self._tower(video, patches=False)
-        return self._heads.integrate(frame_features.view(-1, video.shape[1], frame_features.shape[1]))
+        return self._given(self._heads.integrate(frame_features.view(-1, video.shape[1], frame_features.shape[1])))
+
+    def _given(self, features: Tensor) -> Tensor:
+        return features if self._packing.stored is None else features.to(self._packing.stored)
 
     def _checked(self, video: Tensor) -> Tensor:
         check_video(video)
@@ -317,8 +332,8 @@ def _device(device: str | torch.device) -> torch.device:
         raise InputError(f"an engine on {device!r} was asked for: it runs on cpu and cuda") from None
 
 
-def _precision(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, str | None]:
-    """The dtype of the stream, and the narrow one of the blocks' products, if any."""
+def _precision(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, str | None, torch.dtype | None]:
+    """The dtype of the stream, the narrow one of the blocks' products, and the one that weights are kept in, if any."""
     if dtype not in DTYPES and dtype is not torch.float64:
         raise InputError(f"an engine in {dtype!r} was asked for: choose one of {', '.join(map(str, DTYPES))}")
     if device.type not in ("cpu", "cuda"):
@@ -326,15 +341,29 @@ def _precision(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, s
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"an engine on {device} was asked for, and this machine has no usable CUDA GPU: use cpu")
     if dtype is torch.int8:
-        if device.type != "cpu" or not onednn_int8():
+        if device.type != "cpu" or int8_product() is None:
             raise InputError(
-                "an engine in int8 was asked for: it needs a CPU whose oneDNN multiplies bytes; use bfloat16"
+                f"an engine in int8 was asked for on {device}: it needs a CPU and a PyTorch that multiply bytes; "
+                "use bfloat16"
             )
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32, "int8"
+        return torch.bfloat16 if processor.multiplies(torch.bfloat16) else torch.float32, "int8", None
     if dtype is torch.float8_e4m3fn:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
             raise InputError(
                 f"an engine in float8_e4m3fn was asked for on {device}: it needs an NVIDIA Hopper GPU or newer"
             )
-        return torch.bfloat16, "float8_e4m3fn"
-    return dtype, None
+        return torch.bfloat16, "float8_e4m3fn", None
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not processor.multiplies(dtype):
+        _say_once(dtype)
+        return torch.float32, None, dtype
+    return dtype, None, None
+
+
+@cache
+def _say_once(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    _log.warning(
+        "this processor (%s) multiplies no %s: weights are kept in it and multiplied in float32",
+        processor.describe(),
+        name,
+    )

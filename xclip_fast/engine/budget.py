@@ -73,7 +73,7 @@ def check_products(model: Any, packing: Packing, clips: Tensor) -> tuple[list[Pr
     Products that break their budget, and for float8 those of the first and the last block, are entered in
     ``packing.kept``; for int8 ``packing.smoothing`` is filled.
     """
-    asked = packing.narrow or str(packing.dtype).removeprefix("torch.")
+    asked = packing.narrow or str(packing.stored or packing.dtype).removeprefix("torch.")
     if asked not in BUDGETS:
         return [], None
     errors, packed = [], []
@@ -115,7 +115,7 @@ def check_products(model: Any, packing: Packing, clips: Tensor) -> tuple[list[Pr
 
 def _recorded(model: Any, form: Packing, clips: Tensor) -> Iterator[tuple[int, Block]]:
     """Each block in float32, its products having seen the clips."""
-    exact = replace(form, dtype=torch.float32, narrow=None, kept={}, smoothing={})
+    exact = replace(form, dtype=torch.float32, narrow=None, stored=None, kept={}, smoothing={})
     chunks = CpuTower(model.visual, model.config, exact, blocks=[]).embed(clips)
     for index, resblock in enumerate(model.visual.transformer.resblocks):
         block = pack_block(resblock, index, model.config, exact)

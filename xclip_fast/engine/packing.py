@@ -12,11 +12,10 @@ from torch import Tensor
 
 from xclip_fast.engine.products import (
     Float8Product,
-    Int8Product,
-    OneDnnProduct,
     PlainProduct,
     Product,
-    onednn_packs,
+    cpu_product,
+    int8_product,
 )
 from xclip_fast.ops.linear_quick_gelu import SLOPE
 
@@ -53,6 +52,7 @@ class Packing:
         dtype: of the stream and of every product that is not narrow.
         rewrites: those in force; all but tests leave the device's own.
         narrow: "int8" or "float8_e4m3fn" for the large products of the blocks, or nothing.
+        stored: what weights are kept in where products of it are slower than in ``dtype``, which is then float32.
         kept: places (see ``product``) whose narrow product is not used, and the dtype used there instead.
         smoothing: for places behind a norm, powers of two (K,) in float64: the norm divides its channels by them and
             the weights are multiplied, which is exact and leaves no channel so large that the others lose their steps
@@ -63,6 +63,7 @@ class Packing:
     dtype: torch.dtype
     rewrites: frozenset[str]
     narrow: str | None = None
+    stored: torch.dtype | None = None
     kept: dict[str, torch.dtype] = field(default_factory=dict)
     smoothing: dict[str, Tensor] = field(default_factory=dict)
 
@@ -71,11 +72,13 @@ class Packing:
         dtype = self.kept.get(place, self.dtype)
         if self.narrow and place and place not in self.kept:
             moved = weight.to(self.device), None if bias is None else bias.to(self.device)
-            narrow = Int8Product if self.narrow == "int8" else Float8Product
-            return narrow(*moved, activation, self.dtype)
-        cast = self.tensor(weight, dtype), None if bias is None else self.tensor(bias, dtype)
-        packs = self.device.type == "cpu" and onednn_packs(dtype)
-        product: Product = OneDnnProduct(*cast, activation) if packs else PlainProduct(*cast, activation)
+            narrow: Any = int8_product() if self.narrow == "int8" else Float8Product
+            made: Product = narrow(*moved, activation, self.dtype)
+            return made
+        stored = dtype if self.stored is None or place in self.kept else self.stored
+        cast = self.tensor(weight, stored), None if bias is None else self.tensor(bias, dtype)
+        on_cpu = self.device.type == "cpu"
+        product = cpu_product(*cast, activation, dtype) if on_cpu else PlainProduct(*cast, activation)
         return product if dtype is self.dtype else CastProduct(product, dtype, self.dtype)
 
     def tensor(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from math import isfinite
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xclip_fast import _extension
+from xclip_fast import _extension, processor
 from xclip_fast.ops import linear_quick_gelu
 from xclip_fast.ops._quantize_rows import activate, quantize_rows
 
+# two of the 255 or 127 steps are room for rounding: a byte that wraps around would be the worst of errors
+EIGHT_BITS, SEVEN_BITS = 253, 125
+_QNNPACK = Lock()  # the engine that PyTorch packs for is one of the process
 _LEAST_RANGE = 1e-35  # of numbers that are not taken for zeros: the inverse of their step is a float32
 _BYTES_AT_ONCE = 200_000  # numbers turned into bytes together: in float32 they stay in the second cache
+_WIDENED_AT_ONCE = 100_000  # weights multiplied at a time in another precision than their own: they stay there too
 
 
 class Product(Protocol):
@@ -87,10 +91,72 @@ class OneDnnProduct:
         return torch.ops.mkldnn._linear_pointwise.binary(x, stream, self.weight, self.bias, "add")
 
 
+class PackedProduct:
+    """The extension's product in float32, of weights that stay in their dtype: bias, activation, residual in one pass.
+
+    Args:
+        weight: float32, bfloat16 or float16 (N, K) on the CPU.
+        bias: float32 (N,), or None.
+        activation: as in ``PlainProduct``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "silu") -> None:
+        self.name = str(weight.dtype).removeprefix("torch.")
+        self.weight, self.columns = torch.ops.xclip_fast_native.pack_linear(weight), len(weight)
+        self.bias, self.activation = bias, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+    def activated(self, x: Tensor) -> Tensor:
+        if self.activation == "silu":
+            return self._run(x, silu=True)
+        return activate(self(x), self.activation)
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        return self._run(x, stream.contiguous())
+
+    def _run(self, x: Tensor, stream: Tensor | None = None, *, silu: bool = False) -> Tensor:
+        result: Tensor = torch.ops.xclip_fast_native.linear(
+            x.contiguous(), self.weight, self.columns, self.bias, stream, silu
+        )
+        return result
+
+
+class WidenedProduct:
+    """PyTorch's product in float32 of weights that stay in half precision, some of them at a time.
+
+    Args:
+        weight: bfloat16 or float16 (N, K) on the CPU.
+        bias: float32 (N,), or None.
+        activation: as in ``PlainProduct``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "silu") -> None:
+        self.name = str(weight.dtype).removeprefix("torch.")
+        self.weight, self.bias, self.activation = weight, bias, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = x.new_empty(len(x), len(self.weight))
+        rows = max(1, _WIDENED_AT_ONCE // self.weight.shape[1])
+        for first in range(0, len(self.weight), rows):
+            some = slice(first, first + rows)
+            bias = None if self.bias is None else self.bias[some]
+            result[:, some] = functional.linear(x, self.weight[some].float(), bias)
+        return result
+
+    def activated(self, x: Tensor) -> Tensor:
+        return activate(self(x), self.activation)
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        return stream.add_(self(x))
+
+
 class Int8Product:
     """oneDNN's product of bytes: a scale for each channel of the weight, one for all rows of a call.
 
-    The rows of a call are those of one video, so what is computed beside a video never changes it.
+    The rows of a call are those of one video, so what is computed beside a video never changes it. Where bytes are added
+    in pairs of 16 bits, which saturate, rows have seven bits.
 
     Args:
         weight: (N, K) on the CPU, in any precision.
@@ -106,6 +172,7 @@ class Int8Product:
         self.zero = torch.zeros(len(weight), dtype=torch.int32)
         self.bias = None if bias is None else bias.float()
         self.activation, self.dtype = activation, dtype
+        self.steps = SEVEN_BITS if processor.sums_bytes_in_16_bits() else EIGHT_BITS
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._run(x, "none", "")
@@ -116,7 +183,7 @@ class Int8Product:
         return self._run(x, "swish", "") if self.activation == "silu" else self._run(x, "gelu", "none")
 
     def add(self, stream: Tensor, x: Tensor) -> Tensor:
-        rows, scale, zero = int8_rows(x)
+        rows, scale, zero = int8_rows(x, self.steps)
         weight = self.weight, self.scale, self.zero
         result = 1.0, 0, self.dtype, 1.0, 0
         return torch.ops.onednn.qlinear_pointwise.binary(
@@ -124,11 +191,49 @@ class Int8Product:
         )
 
     def _run(self, x: Tensor, post: str, algorithm: str) -> Tensor:
-        rows, scale, zero = int8_rows(x)
+        rows, scale, zero = int8_rows(x, self.steps)
         weight = self.weight, self.scale, self.zero
         return torch.ops.onednn.qlinear_pointwise(
             rows, scale, zero, *weight, self.bias, 1.0, 0, self.dtype, post, [], algorithm
         )
+
+
+class QnnpackInt8Product:
+    """QNNPACK's product of bytes, for ARM: as ``Int8Product``, but activation and residual are passes of their own.
+
+    Args:
+        weight: (N, K) on the CPU, in any precision.
+        bias, activation, dtype: as in ``Int8Product``.
+    """
+
+    name = "int8"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> None:
+        quantised, scale = int8_channels(weight)
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        channels = torch._make_per_channel_quantized_tensor(quantised, scale.double(), zeros, 0)
+        with _QNNPACK:
+            # packed for the engine of this moment, and run by it ever after
+            engine = torch.backends.quantized.engine
+            torch.backends.quantized.engine = "qnnpack"
+            try:
+                self.packed = torch.ops.quantized.linear_prepack(channels, None if bias is None else bias.float())
+            finally:
+                torch.backends.quantized.engine = engine
+        self.activation, self.dtype = activation, dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.float().contiguous()
+        # its bytes would hide what is not finite
+        spoilt = rows.new_full((), float("nan")) if not rows.isfinite().all() else None
+        result: Tensor = torch.ops.quantized.linear_dynamic(rows if spoilt is None else rows.nan_to_num(), self.packed)
+        return (result if spoilt is None else result.fill_(spoilt)).to(self.dtype)
+
+    def activated(self, x: Tensor) -> Tensor:
+        return activate(self(x), self.activation)
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        return stream.add_(self(x))
 
 
 class Float8Product:
@@ -173,17 +278,16 @@ def int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def int8_rows(x: Tensor) -> tuple[Tensor, float, int]:
+def int8_rows(x: Tensor, steps: int = EIGHT_BITS) -> tuple[Tensor, float, int]:
     """Float32 or bfloat16 rows on the CPU as bytes, scale and zero point: ``x = scale * (bytes - zero)``.
 
-    A NaN or an infinity spoils all of them.
+    ``steps`` lie between the smallest number and the largest. A NaN or an infinity spoils all of them.
     """
     if _extension.refusal() is None:
-        return torch.ops.xclip_fast_native.int8_rows(x.contiguous())
+        return torch.ops.xclip_fast_native.int8_rows(x.contiguous(), steps)
     low, high = (value.item() for value in x.aminmax())
     low, high = min(low, 0.0), max(high, 0.0)
-    # two of the 255 steps are room for rounding: a byte that wraps around would be the worst of errors
-    scale = 1.0 if high - low < _LEAST_RANGE else (high - low) / 253
+    scale = 1.0 if high - low < _LEAST_RANGE else (high - low) / steps
     zero = round(-low / scale) + 1 if isfinite(scale) else 0
     rows = torch.empty(x.shape, dtype=torch.int8)
     size = max(1, _BYTES_AT_ONCE // x.shape[1])
@@ -193,6 +297,24 @@ def int8_rows(x: Tensor) -> tuple[Tensor, float, int]:
         # by way of signed bytes: PyTorch's cast to unsigned ones is ten times slower
         result.copy_(exact.round_())
     return rows.view(torch.uint8).bitwise_xor_(128), scale, zero
+
+
+def cpu_product(weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Product:
+    """The fastest product on this processor of rows in float32 or, where it multiplies them natively, half precision.
+
+    Args:
+        weight: (N, K) on the CPU in the dtype that it is kept in.
+        bias: (N,) in the dtype of the rows, or None.
+        activation: as in ``PlainProduct``.
+        dtype: of rows and results: the weight's, or float32.
+    """
+    # oneDNN is ahead where it has AVX-512, and behind or equal where it has AVX2 alone
+    ahead = weight.dtype is not dtype or "avx512" not in processor.onednn_features()
+    if dtype is torch.float32 and ahead and _extension.linear_refusal() is None:
+        return PackedProduct(weight, bias, activation)
+    if weight.dtype is not dtype:
+        return WidenedProduct(weight, bias, activation)
+    return OneDnnProduct(weight, bias, activation) if onednn_packs(dtype) else PlainProduct(weight, bias, activation)
 
 
 @cache
@@ -208,22 +330,18 @@ def onednn_packs(dtype: torch.dtype) -> bool:
 
 
 @cache
-def onednn_int8() -> bool:
-    """Whether this processor and this PyTorch run ``Int8Product``, and rightly: older ones saturate."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        # elsewhere oneDNN is right, and a thousand times slower
-        return False
+def int8_product() -> type[Int8Product] | type[QnnpackInt8Product] | None:
+    """The product of bytes that this processor and this PyTorch run rightly; found out by running it on large sums."""
     # the largest sums there are, and some of no pattern
     x = torch.ones(64, 64) - torch.arange(64.0).remainder(7)[:, None] / 8
     weight = torch.ones(64, 64) - torch.eye(64).cumsum(0) / 2
-    return _agrees(_int8_in_float32, PlainProduct(weight, torch.ones(64)), x)
+    plain = PlainProduct(weight, torch.ones(64))
+    # on ARM oneDNN is right, and a thousand times slower
+    kinds: tuple[Any, ...] = (Int8Product,) if processor.X86 else (QnnpackInt8Product,)
+    return next((kind for kind in kinds if _agrees(partial(kind, dtype=torch.float32), plain, x)), None)
 
 
-def _int8_in_float32(weight: Tensor, bias: Tensor, activation: str) -> Product:
-    return Int8Product(weight, bias, activation, torch.float32)
-
-
-def _agrees(make: Callable[[Tensor, Any, str], Product], plain: PlainProduct, x: Tensor) -> bool:
+def _agrees(make: Callable[..., Product], plain: PlainProduct, x: Tensor) -> bool:
     """Whether another product does what the plain one does; not if it cannot run."""
     weight, bias = plain.weight, plain.bias
     stream = torch.ones_like(plain(x))
@@ -231,7 +349,7 @@ def _agrees(make: Callable[[Tensor, Any, str], Product], plain: PlainProduct, x:
         plain.activation = activation
         wanted = plain(x), plain.activated(x), plain.add(stream.clone(), x)
         try:
-            product = make(weight, bias, activation)
+            product = make(weight, bias, activation=activation)
             found = product(x), product.activated(x), product.add(stream.clone(), x)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
             return False

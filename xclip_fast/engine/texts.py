@@ -49,7 +49,7 @@ class TextTower:
 
     def __init__(self, model: Any, packing: Packing) -> None:
         self.rewrites = packing.rewrites
-        self.embedding = packing.tensor(model.token_embedding.weight)
+        self.embedding = packing.tensor(model.token_embedding.weight, packing.stored)
         self.positions = packing.tensor(model.positional_embedding)
         activation = model.config.activation
         self.blocks = [_TextBlock.pack(block, activation, packing) for block in model.transformer.resblocks]
@@ -61,7 +61,7 @@ class TextTower:
         """Features (K, E) of checked token ids (K, L) on the CPU."""
         device = self.embedding.device
         if len(tokens) == 0:
-            return self.projection(self.embedding[:0])
+            return self.projection(self.positions[:0])
         if "text_length" not in self.rewrites:
             return self.encode_text(tokens.to(device))
         return encode_in_chunks(self, tokens, tokens.argmax(dim=-1), device)
@@ -69,7 +69,7 @@ class TextTower:
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Features (K, E) of token ids (K, L) on the device."""
         length = tokens.shape[1]
-        rows = (embedding(tokens, self.embedding) + self.positions[:length]).flatten(0, 1)
+        rows = (embedding(tokens, self.embedding).to(self.positions.dtype) + self.positions[:length]).flatten(0, 1)
         for block in self.blocks:
             rows = block(rows, length)
         ends = tokens.argmax(dim=-1) + length * torch.arange(len(tokens), device=tokens.device)
@@ -119,5 +119,6 @@ class KeptTexts:
 def encoder_digest(model: Any, packing: Packing) -> bytes:
     """SHA-256 of all that the features of a packed text tower depend on but the tokens."""
     config = model.config
-    how = [config.text_heads, config.activation, packing.device.type, str(packing.dtype), sorted(packing.rewrites)]
+    dtypes = str(packing.dtype) if packing.stored is None else f"{packing.dtype} of {packing.stored}"
+    how = [config.text_heads, config.activation, packing.device.type, dtypes, sorted(packing.rewrites)]
     return digest(["engine text features 1", json.dumps(how), *text_weights(model)])

@@ -1,0 +1,169 @@
+// The product of linear_cpu.cpp for one set of instructions; it is included once for each, after `Vector`, `kLanes`,
+// `kRows` and the functions on vectors. All of it has internal linkage: two sets never share a function.
+
+constexpr int64_t kVectors = kPanelColumns / kLanes;  // of one panel
+constexpr int64_t kTile = 2;                          // vectors of a tile: two panels of one vector, or one of two
+
+// 2^x; a NaN stays one. The polynomial is off by less than a rounding.
+inline Vector power_of_two(Vector x) {
+  // the second operand is the result where either is a NaN
+  x = minimum(broadcast(128.0f), maximum(broadcast(-127.0f), x));
+  const Vector whole = nearest(x), rest = x - whole;
+  Vector y = broadcast(1.5252734e-5f);  // log(2)^7 / 7! and so on
+  y = fma(y, rest, broadcast(1.5403530e-4f));
+  y = fma(y, rest, broadcast(1.3333558e-3f));
+  y = fma(y, rest, broadcast(9.6181291e-3f));
+  y = fma(y, rest, broadcast(5.5504109e-2f));
+  y = fma(y, rest, broadcast(2.4022651e-1f));
+  y = fma(y, rest, broadcast(6.9314718e-1f));
+  y = fma(y, rest, broadcast(1.0f));
+  return scale(y, whole);
+}
+
+inline Vector silu(Vector x) {
+  return x / (broadcast(1.0f) + power_of_two(x * broadcast(-1.44269504f)));
+}
+
+// What a tile has beside its product.
+struct Finish {
+  bool first;         // of the sum over blocks of `inner`
+  bool add;           // start from the result
+  const float* bias;  // at the last one, or null
+  bool silu;          // at the last one
+};
+
+// result (rows, vectors * kLanes) += a (rows, inner) b (inner, vectors * kLanes); a lies (inner, rows).
+template <int rows, int vectors>
+void multiply(const float* a, const float* const* b, int64_t inner, const Finish& finish, float* const* results,
+              int64_t stride) {
+  Vector sums[rows][vectors];
+  for (int r = 0; r < rows; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      sums[r][v] = finish.first && !finish.add ? broadcast(0.0f) : load(results[v] + r * stride);
+    }
+  }
+  const float* column[vectors];
+  for (int v = 0; v < vectors; ++v) column[v] = b[v];
+  for (int64_t k = 0; k < inner; ++k, a += rows) {
+    Vector weights[vectors];
+    for (int v = 0; v < vectors; ++v) weights[v] = load(column[v] + k * kPanelColumns);
+    for (int r = 0; r < rows; ++r) {
+      const Vector number = broadcast(a[r]);
+      for (int v = 0; v < vectors; ++v) sums[r][v] = fma(number, weights[v], sums[r][v]);
+    }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    const Vector bias = finish.bias ? load(finish.bias + v * kLanes) : broadcast(0.0f);
+    for (int r = 0; r < rows; ++r) {
+      Vector sum = finish.bias ? sums[r][v] + bias : sums[r][v];
+      store(results[v] + r * stride, finish.silu ? silu(sum) : sum);
+    }
+  }
+}
+
+using Multiply = void (*)(const float*, const float* const*, int64_t, const Finish&, float* const*, int64_t);
+
+template <int vectors, int... rows>
+Multiply multiply_of(int64_t count, std::integer_sequence<int, rows...>) {
+  static constexpr Multiply kernels[] = {multiply<rows + 1, vectors>...};
+  return kernels[count - 1];
+}
+
+// Rows [first, first + count) and columns [from, from + inner) of the rows, in groups of kRows, each (inner, its rows).
+inline void pack_rows(const Linear& work, int64_t first, int64_t count, int64_t from, int64_t inner, float* packed) {
+  for (int64_t group = 0; group < count; group += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, count - group);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = work.rows + (first + group + r) * work.inner + from;
+      float* to = packed + group * inner + r;
+      for (int64_t k = 0; k < inner; ++k) to[k * rows] = row[k];
+    }
+  }
+}
+
+// One panel's part as float32: where it lies, or a copy.
+inline const float* widened(const Linear& work, int64_t panel, int64_t from, int64_t inner, float* copy) {
+  const int64_t start = (panel * work.inner + from) * kPanelColumns, count = inner * kPanelColumns;
+  if (work.type == Element::kFloat32) return static_cast<const float*>(work.panels) + start;
+  const uint16_t* halves = static_cast<const uint16_t*>(work.panels) + start;
+  if (work.type == Element::kBFloat16) {
+    for (int64_t i = 0; i < count; i += kLanes) store(copy + i, from_bfloat16(halves + i));
+  } else {
+    for (int64_t i = 0; i < count; i += kLanes) store(copy + i, from_float16(halves + i));
+  }
+  return copy;
+}
+
+// Asks for a share of the next panels' parts, so that they are on their way while these are multiplied.
+inline void prefetch(const char* from, int64_t bytes, int64_t share, int64_t shares) {
+  const int64_t lines = (bytes + 63) / 64;
+  for (int64_t line = lines * share / shares; line < lines * (share + 1) / shares; ++line) {
+    _mm_prefetch(from + 64 * line, _MM_HINT_T1);
+  }
+}
+
+void linear_part(const Linear& work, int64_t begin, int64_t end) {
+  const int64_t panels = (work.columns + kPanelColumns - 1) / kPanelColumns, pairs = (panels + 1) / 2;
+  std::vector<Line> row_lines(kBlockRows * kBlockInner / kLineNumbers), copies(2 * kBlockInner), edges;
+  const int64_t size = work.type == Element::kFloat32 ? 4 : 2;
+  float* const rows = row_lines.data()->numbers;
+  while (begin < end) {
+    const int64_t block = begin / pairs, stop = std::min(end, (block + 1) * pairs);
+    const int64_t first_row = block * kBlockRows, count = std::min(kBlockRows, work.row_count - first_row);
+    for (int64_t from = 0; from < work.inner; from += kBlockInner) {
+      const int64_t inner = std::min(kBlockInner, work.inner - from);
+      const bool last = from + inner == work.inner;
+      pack_rows(work, first_row, count, from, inner, rows);
+      for (int64_t pair = begin % pairs; pair < stop - block * pairs; ++pair) {
+        const int64_t first = 2 * pair, column = first * kPanelColumns;
+        const int64_t wide = std::min(2 * kPanelColumns, work.columns - column);
+        const bool whole = wide % kPanelColumns == 0;
+        const float* parts[2];
+        for (int64_t p = 0; p < 2 && first + p < panels; ++p) {
+          parts[p] = widened(work, first + p, from, inner, copies[p * kBlockInner].numbers);
+        }
+        float* result = work.result + first_row * work.columns + column;
+        int64_t stride = work.columns;
+        float bias[2 * kPanelColumns] = {};
+        const bool biased = last && work.bias;
+        if (biased) std::copy_n(work.bias + column, wide, bias);
+        if (!whole) {
+          // the columns that fill up the last panel are written beside the result
+          edges.resize(kBlockRows * 2);
+          for (int64_t r = 0; r < count; ++r) std::copy_n(result + r * stride, wide, edges[2 * r].numbers);
+          stride = 2 * kPanelColumns;
+        }
+        float* target = whole ? result : edges.data()->numbers;
+        const int64_t vectors = (wide + kPanelColumns - 1) / kPanelColumns * kVectors;
+        const int64_t bytes = inner * kPanelColumns * size, ahead = ((first + 2) * work.inner + from) * kPanelColumns * size;
+        const int64_t shares = (vectors + kTile - 1) / kTile * ((count + kRows - 1) / kRows);
+        int64_t share = 0;
+        for (int64_t v = 0; v < vectors; v += kTile) {
+          const int64_t some = std::min(kTile, vectors - v);
+          const float* b[kTile];
+          float* results[kTile];
+          for (int64_t i = 0; i < some; ++i) b[i] = parts[(v + i) / kVectors] + (v + i) % kVectors * kLanes;
+          for (int64_t row = 0; row < count; row += kRows) {
+            const int64_t height = std::min<int64_t>(kRows, count - row);
+            for (int64_t i = 0; i < some; ++i) results[i] = target + row * stride + (v + i) * kLanes;
+            const Finish finish{from == 0, work.add, biased ? bias + v * kLanes : nullptr, last && work.silu};
+            const auto heights = std::make_integer_sequence<int, kRows>();
+            const Multiply kernel = some == 1 ? multiply_of<1>(height, heights) : multiply_of<2>(height, heights);
+            if (first + 3 < panels) {
+              for (int64_t p = 0; p < 2; ++p) {
+                prefetch(static_cast<const char*>(work.panels) + ahead + p * work.inner * kPanelColumns * size, bytes,
+                         share, shares);
+              }
+              ++share;
+            }
+            kernel(rows + row * inner, b, inner, finish, results, stride);
+          }
+        }
+        if (!whole) {
+          for (int64_t r = 0; r < count; ++r) std::copy_n(edges[2 * r].numbers, wide, result + r * work.columns);
+        }
+      }
+    }
+    begin = stop;
+  }
+}
