@@ -24,6 +24,7 @@ from xclip_fast.bench.providers import (
     Setting,
     UnavailableError,
     check_names,
+    inputs_of,
     setting_of,
 )
 from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Case, Check, Roof, Row, Timing, finite
@@ -97,20 +98,6 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
         finally:
             del built
             _free(case)
-
-
-def inputs_of(setting: Setting) -> tuple[Tensor, Tensor]:
-    """Random frames, bytes or in the dtype of the case, and encoded class texts, on the device of the case."""
-    case, config = setting.case, setting.config
-    generator = torch.Generator().manual_seed(1)
-    size = config.image_size
-    if case.input == "uint8":
-        shape = case.batch, case.frames, size, size, 3
-        video = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    else:
-        video = torch.randn(case.batch, case.frames, 3, size, size, generator=generator).to(setting.dtype)
-    text = torch.randn(case.classes, config.embed_dim, generator=generator)
-    return video.to(case.device), text.to(case.device, setting.dtype)
 
 
 def step(classify: Classify, inputs: tuple[Tensor, Tensor], train: bool) -> Callable[[], Tensor]:

@@ -88,6 +88,20 @@ def forget() -> None:
     _state.cache_clear()
 
 
+def inputs_of(setting: Setting, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Random frames, bytes or in the dtype of the case, and encoded class texts, on the device of the case."""
+    case, config = setting.case, setting.config
+    generator = torch.Generator().manual_seed(seed)
+    size = config.image_size
+    if case.input == "uint8":
+        shape = case.batch, case.frames, size, size, 3
+        video = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    else:
+        video = torch.randn(case.batch, case.frames, 3, size, size, generator=generator).to(setting.dtype)
+    text = torch.randn(case.classes, config.embed_dim, generator=generator)
+    return video.to(case.device), text.to(case.device, setting.dtype)
+
+
 class _Ours(nn.Module):
     """A model of this library as a classifier."""
 
@@ -255,6 +269,35 @@ def _engine(dtype: str | None = None) -> Callable[[Setting], Classify]:
     return build
 
 
+def _rival(runtime: str, precision: str, dtype: str | None = None) -> Callable[[Setting], Classify]:
+    """Hugging Face's model in another runtime, which takes and gives float32; for cases of ``dtype`` where it is given."""
+
+    def build(setting: Setting) -> Classify:
+        if setting.case.direction == "train" or setting.case.device != "cpu":
+            raise UnavailableError("it is for inference on the CPU")
+        if dtype not in (None, setting.case.dtype):
+            raise UnavailableError(f"it computes in {dtype}")
+        from xclip_fast.bench import rivals
+
+        exact = replace(setting, case=replace(setting.case, dtype="float32"))
+        model: Any = _huggingface("sdpa")(exact)
+        frames = model.frames
+
+        def draw(seed: int) -> tuple[Tensor, Tensor]:
+            video, text = inputs_of(exact, seed)
+            return frames(video), text
+
+        try:
+            run = rivals.RUNTIMES[runtime](model, draw, precision)
+        except ModuleNotFoundError as error:
+            raise UnavailableError(f"{error.name} is not installed: pip install 'xclip-fast[rivals]'") from error
+        except NotImplementedError as error:
+            raise UnavailableError(str(error)) from error
+        return lambda video, text: run(frames(video).float(), text.float())
+
+    return build
+
+
 def _open_clip_frames(setting: Setting) -> Classify:
     """CLIP's image tower on every frame by itself: what a video model costs over an image model."""
     try:
@@ -304,6 +347,11 @@ PROVIDERS: dict[str, Provider] = {
     "hf-compile-max-cudnn": Provider(
         "the same with cuDNN's attention", _huggingface_compiled("max-autotune", "CUDNN_ATTENTION"), compiled=True
     ),
+    "onnxruntime": Provider("Hugging Face, exported to onnxruntime", _rival("onnxruntime", "float32", "float32")),
+    "onnxruntime-int8": Provider("the same, quantised dynamically", _rival("onnxruntime", "int8"), QUANTISED),
+    "openvino": Provider("Hugging Face, exported to OpenVINO", _rival("openvino", "float32", "float32")),
+    "openvino-bf16": Provider("the same in bfloat16", _rival("openvino", "bfloat16", "bfloat16")),
+    "openvino-int8": Provider("the same, quantised by NNCF", _rival("openvino", "int8"), QUANTISED),
     "layers-compile": Provider("the fused layers, torch.compile", _layers_compiled, compiled=True),
     "open_clip-frames": Provider("CLIP's image tower on single frames, a floor", _open_clip_frames, same=False),
 }
