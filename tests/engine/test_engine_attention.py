@@ -51,6 +51,7 @@ def test_parity(tokens: int, class_row: bool, dtype: torch.dtype) -> None:
         plain(packed, 3, 2, queries, None),
         plain(packed.double(), 3, 2, queries, None),
         what=f"engine frame_attention {tokens}",
+        terms=64 + tokens,
     )
 
 
@@ -61,7 +62,8 @@ def test_parity_of_other_heads_and_scales(heads: int, head_dim: int, scale: floa
     packed = rows(2, 21, heads, dtype, head_dim) / 3
     found = frame_attention(packed, 2, heads, 21, scale)
     truth = plain(packed.double(), 2, heads, 21, scale)
-    assert_parity(found, plain(packed, 2, heads, 21, scale), truth, what=f"engine frame_attention {heads}x{head_dim}")
+    what = f"engine frame_attention {heads}x{head_dim}"
+    assert_parity(found, plain(packed, 2, heads, 21, scale), truth, what=what, terms=head_dim + 22)
 
 
 @pytest.mark.usefixtures("by_extension")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import TOLERANCES, assert_parity, poisoned_memory
+from numerics import TOLERANCES, assert_parity, longest_sum, poisoned_memory
 from torch import Tensor
 
 from xclip_fast.bench.cases import OPS, Load, config_of, find_op
@@ -38,8 +38,9 @@ def check(op: str, inputs: Inputs, dtype: str, what: str, backend: str = "triton
     plain = run_op(function, inputs, wanted, "reference", True)
     with poisoned_memory():
         found = run_op(function, inputs, wanted, backend, True)
+    terms = longest_sum(inputs)
     for name, exact in truth.items():
-        assert_parity(found[name], plain[name], exact, what=f"{op} {what} {name}", ceiling=ceiling)
+        assert_parity(found[name], plain[name], exact, what=f"{op} {what} {name}", terms=terms, ceiling=ceiling)
 
 
 def forward_and_backward(op: str, inputs: Inputs, backend: str = "triton") -> Callable[[], list[Tensor]]:

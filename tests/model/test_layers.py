@@ -5,12 +5,20 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import statistics
 from functools import partial
 
 import pytest
 import torch
 from interpreted_bfloat16 import interpreted_bfloat16
-from numerics import TOLERANCES, assert_within, randomise_parameters, relative_error
+from numerics import (
+    TOLERANCES,
+    assert_gradients,
+    assert_within,
+    model_allowance,
+    randomise_parameters,
+    relative_error,
+)
 from torch import Tensor, nn
 
 import xclip_fast
@@ -83,16 +91,15 @@ def test_layer_parity(name: str, backend: str) -> None:
     arguments = tuple(x.requires_grad_() for x in arguments)
     expected = oracle(*arguments)
     upstream = torch.randn_like(expected)
-    truth = torch.autograd.grad(expected, [*arguments, *oracle.parameters()], upstream)
+    plain = torch.autograd.grad(expected, [*arguments, *oracle.parameters()], upstream)
+    exact, wide = copy.deepcopy(oracle).double(), [x.detach().double().requires_grad_() for x in arguments]
+    truth = torch.autograd.grad(exact(*wide), [*wide, *exact.parameters()], upstream.double())
     oracle, layer, arguments = oracle.to(DEVICE), layer.to(DEVICE), tuple(x.to(DEVICE) for x in arguments)
     with ops.backend(backend):
         found = layer(*arguments)
         grads = torch.autograd.grad(found, [*arguments, *layer.parameters()], upstream.to(DEVICE))
     assert_within(found, expected, LIMIT, what=f"layer {name} {backend}")
-    size = torch.stack([x.norm() for x in truth]).max()
-    for grad, exact in zip(grads, truth, strict=True):
-        # some gradients vanish: the key bias of an attention has none
-        assert (grad.cpu() - exact).norm() <= LIMIT * max(exact.norm(), 1e-2 * size)
+    assert_gradients(grads, plain, truth)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,7 +108,9 @@ def test_model_parity(backend: str) -> None:
     video, tokens = inputs()
     expected = oracle(video, tokens)
     upstream = torch.randn_like(expected)
-    truth = torch.autograd.grad(expected, list(oracle.parameters()), upstream)
+    plain = torch.autograd.grad(expected, list(oracle.parameters()), upstream)
+    exact = copy.deepcopy(oracle).double()
+    truth = torch.autograd.grad(exact(video.double(), tokens), list(exact.parameters()), upstream.double())
     with ops.backend(backend):
         found = model(video, tokens)
         grads = torch.autograd.grad(found, list(model.parameters()), upstream)
@@ -111,9 +120,7 @@ def test_model_parity(backend: str) -> None:
     assert_within(features.video, oracle.encode_video(video).video, LIMIT, what=f"model video {backend}")
     assert_within(features.patches, oracle.encode_video(video).patches, LIMIT, what=f"model patches {backend}")
     assert_within(text, oracle.encode_text(tokens), LIMIT, what=f"model text {backend}")
-    size = torch.stack([x.norm() for x in truth]).max()
-    for (name, _), grad, exact in zip(model.named_parameters(), grads, truth, strict=True):
-        assert (grad - exact).norm() <= 4 * LIMIT * max(exact.norm(), 1e-3 * size), name
+    assert_gradients(grads, plain, truth)
 
 
 def test_other_clip_lengths_and_sizes() -> None:
@@ -186,7 +193,8 @@ def test_autocast_as_the_reference() -> None:
         found = [*model.encode_video(video), model.encode_text(tokens), model(video, tokens)]
     for ours, theirs, right in zip(found, plain, truth, strict=True):
         assert ours.dtype == theirs.dtype
-        assert (ours - right).norm() <= 2 * (theirs - right).norm()
+        allowed = model_allowance(relative_error(theirs, right.double()), torch.bfloat16)
+        assert relative_error(ours, right.double()) <= allowed
     found[-1].sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -201,17 +209,20 @@ def test_half_precision_models(dtype: torch.dtype, backend: str) -> None:
     with interpreted_bfloat16(), ops.backend(backend):
         found = model.to(dtype)(video, tokens)
         found.backward(upstream := torch.randn(found.shape, device=DEVICE).to(dtype))
-    limit = TOLERANCES[dtype].model
     assert found.dtype == dtype
-    assert relative_error(found, truth) <= 2 * relative_error(plain, truth) + TOLERANCES[dtype].rounding
+    assert relative_error(found, truth) <= model_allowance(relative_error(plain, truth), dtype)
     truth.backward(upstream.double())
     plain.backward(upstream)
     errors = {
         name: (relative_error(model.get_parameter(name).grad, right.grad), relative_error(other.grad, right.grad))
         for (name, right), other in zip(exact.named_parameters(), oracle.parameters(), strict=True)
     }
+    # one gradient is a draw that depends on the processor; what the most of them err is no luck
+    limit = TOLERANCES[dtype].gradients
     wrong = {name: (ours, other) for name, (ours, other) in errors.items() if not ours <= 2 * other + limit}
     assert wrong == {}
+    ours, other = (statistics.median(both) for both in zip(*errors.values(), strict=True))
+    assert ours <= 1.5 * other
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -77,23 +77,23 @@ def test_parity_allows_twice_the_error_of_torch() -> None:
     torch_result = (truth + 1e-3).half()
     torch_error = relative_error(torch_result, truth)
     limit = 2 * torch_error + TOLERANCES[torch.float16].rounding
-    assert_parity((truth + 0.9 * limit).half(), torch_result, truth, what="x", ceiling=INF)
+    assert_parity((truth + 0.9 * limit).half(), torch_result, truth, what="x", terms=1, ceiling=INF)
     with pytest.raises(AssertionError, match=r"x \(float16\): error"):
-        assert_parity((truth + 2 * limit).half(), torch_result, truth, what="x", ceiling=INF)
+        assert_parity((truth + 2 * limit).half(), torch_result, truth, what="x", terms=1, ceiling=INF)
 
 
 def test_parity_has_a_ceiling_where_torch_is_bad_too() -> None:
     truth = torch.ones(8, dtype=torch.float64)
     bad = (truth + 0.1).float()
-    assert_parity(bad, bad, truth, what="x", ceiling=1.0)
+    assert_parity(bad, bad, truth, what="x", terms=1, ceiling=1.0)
     with pytest.raises(AssertionError, match=r"error 1\.00e-01, allowed 1\.00e-06"):
-        assert_parity(bad, bad, truth, what="x")
+        assert_parity(bad, bad, truth, what="x", terms=1)
 
 
 def test_parity_never_passes_on_nan() -> None:
     truth = torch.ones(8, dtype=torch.float64)
     with pytest.raises(AssertionError):
-        assert_parity(torch.full((8,), NAN), torch.full((8,), NAN), truth, what="x")
+        assert_parity(torch.full((8,), NAN), torch.full((8,), NAN), truth, what="x", terms=1)
     with pytest.raises(AssertionError):
         assert_within(torch.full((8,), NAN), truth, 1.0, what="x")
 
@@ -101,9 +101,9 @@ def test_parity_never_passes_on_nan() -> None:
 def test_parity_wants_one_dtype_and_a_float64_truth() -> None:
     x = torch.ones(2)
     with pytest.raises(AssertionError, match="dtype"):
-        assert_parity(x.half(), x, x.double(), what="x")
+        assert_parity(x.half(), x, x.double(), what="x", terms=1)
     with pytest.raises(AssertionError, match="float64"):
-        assert_parity(x, x, x, what="x")
+        assert_parity(x, x, x, what="x", terms=1)
 
 
 def test_table_keeps_the_worst_case_of_each_comparison() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_parity, poisoned_memory
+from numerics import assert_parity, longest_sum, poisoned_memory
 from torch import Tensor
 
 from xclip_fast.bench.parity import Op, doubled, floating, run_op
@@ -66,10 +66,11 @@ def check_op(
     with poisoned_memory():
         found = run_op(op, inputs, wanted, backend, gradients)
     assert found.keys() == truth.keys()
+    terms = longest_sum(inputs)
     for name in truth:
         assert found[name].dtype == plain[name].dtype, f"{name}: {found[name].dtype}, expected {plain[name].dtype}"
         limit = 8 * ceiling if ceiling and plain[name].dtype == torch.bfloat16 else ceiling
-        assert_parity(found[name], plain[name], truth[name], what=f"{what} {name}", ceiling=limit)
+        assert_parity(found[name], plain[name], truth[name], what=f"{what} {name}", terms=terms, ceiling=limit)
 
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Case, Che
 from xclip_fast.bench.timing import BLOCK, Sample, alternate, noise_of, sampler, timing_of, wall
 from xclip_fast.errors import InputError
 from xclip_fast.flops import count
-from xclip_fast.numerics import TOLERANCES, poisoned_memory, relative_error
+from xclip_fast.numerics import model_allowance, poisoned_memory, relative_error
 
 _log = logging.getLogger("xclip_fast")
 
@@ -186,11 +186,8 @@ def _check(
     torch_error: float,
 ) -> Check:
     found = PROVIDERS[provider]
-    tolerance = TOLERANCES[setting.dtype]
-    # gradients have passed twice as many roundings
-    model = tolerance.model * (4 if setting.case.direction == "train" else 1)
-    allowed = found.limit or min(2 * torch_error + tolerance.rounding, max(model, torch_error))
     train = setting.case.direction == "train"
+    allowed = found.limit or model_allowance(torch_error, setting.dtype, gradients=train)
     repeats = same_bits(*(_answers(built, inputs, train) for _ in range(2)))
     if not found.same:
         return Check("none: it computes something else", None, torch_error, allowed, True, repeats)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xclip_fast.numerics import allowance, poisoned_memory, relative_error
+from xclip_fast.numerics import allowance, longest_sum, poisoned_memory, relative_error
 
 Op = Callable[..., object]
 
@@ -47,7 +47,7 @@ def compare(
         found = run_op(op, inputs, wanted, backend, gradients)
     for name, exact in truth.items():
         torch_error = relative_error(plain[name], exact)
-        allowed = allowance(torch_error, plain[name].dtype, ceiling)
+        allowed = allowance(torch_error, plain[name].dtype, longest_sum(inputs), ceiling)
         # a result of another dtype is a fault whatever its numbers
         error = relative_error(found[name], exact) if found[name].dtype == plain[name].dtype else float("nan")
         yield Comparison(name, error, torch_error, allowed)

@@ -21,7 +21,7 @@ LONGEST_SIDE = 32768
 MAX_INTEGER_ROW = 2**31 // (128 * 128) - 1
 # with fewer patches than this, splitting the weights into bytes costs more than the product of floats
 MIN_INTEGER_ROWS = 128
-INTEGER_ROWS = 1024  # multiplied at a time by one or two threads
+ROWS = 1024  # multiplied at a time by one or two threads
 
 
 def refusal(frames: Tensor, weight: Tensor) -> str | None:
@@ -84,16 +84,18 @@ def _on_cpu(call: Call) -> tuple[Tensor, Tensor]:
     tokens = weight.new_empty(shape, dtype=call.dtype)
     wide = torch.promote_types(weight.dtype, call.dtype)
     embedded = weight.new_empty(shape if call.save_embedded else 0, dtype=wide)
+    # the sums of some frames at a time: of all at once they would take up to three times the memory of the tokens
+    some = max(1, ROWS * max(1, torch.get_num_threads() // 2) // patches)
     if count * patches >= MIN_INTEGER_ROWS and _multiplies_bytes(frames, weight):
         # pixels are bytes already: a product of bytes is exact and several times as fast as one of floats
         pieces = 3 if weight.dtype == torch.float32 else 2
         matrix, unit, bias = native.pack_weights(weight.contiguous(), _table(factors), pieces)
         dtype, multiply = torch.int8, torch._int_mm
-        # the sums of some frames at a time: of all at once they would take three times the memory of the tokens
-        some = max(1, INTEGER_ROWS * max(1, torch.get_num_threads() // 2) // patches)
     else:
-        matrix, unit, bias = weight.flatten(1), None, None
-        dtype, multiply, some = weight.dtype, torch.mm, max(1, count)
+        # PyTorch rounds a product to the dtype of its factors, before positions and norm are added
+        dtype = weight.dtype if _multiplies_halves(frames, weight) else exact
+        matrix, unit, bias = weight.flatten(1).to(dtype), None, None
+        multiply, some = torch.mm, max(1, count) if dtype == weight.dtype else some
     sums = weight.new_empty(min(some, count) * patches, len(matrix), dtype=torch.int32 if unit is not None else dtype)
     for first in range(0, count, some):
         part = slice(first, first + some)
@@ -151,6 +153,11 @@ def _multiplies_bytes(frames: Tensor, weight: Tensor) -> bool:
         and weight[0].numel() <= MAX_INTEGER_ROW
         and torch.cpu._is_vnni_supported()
     )
+
+
+def _multiplies_halves(frames: Tensor, weight: Tensor) -> bool:
+    """Whether to multiply in half precision: given frames that are rounded already, where it is native."""
+    return frames.dtype == weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
 def _table(factors: list[list[float]]) -> Tensor:
