@@ -270,7 +270,7 @@ def _engine(dtype: str | None = None) -> Callable[[Setting], Classify]:
 
 
 def _rival(runtime: str, precision: str, dtype: str | None = None) -> Callable[[Setting], Classify]:
-    """Hugging Face's model in another runtime, which takes and gives float32; for cases of ``dtype`` where it is given."""
+    """Hugging Face's model in another runtime, which takes and gives float32; for cases of ``dtype`` alone if given."""
 
     def build(setting: Setting) -> Classify:
         if setting.case.direction == "train" or setting.case.device != "cpu":

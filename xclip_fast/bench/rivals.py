@@ -1,4 +1,4 @@
-"""Rivals on the CPU: a PyTorch model exported to ONNX, and run by onnxruntime or OpenVINO as their users run it fastest.
+"""Rivals on the CPU: a PyTorch model exported to ONNX, and run by onnxruntime or OpenVINO as their users run it best.
 
 Both compute with as many threads as torch, and copy no frames. A package that is missing is a ``ModuleNotFoundError``.
 What they write on the way is gone when they are built, and neither prints, logs or sends anything.
@@ -133,9 +133,7 @@ def _calibrated(nncf: Any, graph: Any, draw: Draw) -> Any:
     samples = max(1, CLIPS // len(draw(0)[0]))
     # seeds that no input has that is measured
     clips = ({name: x.numpy() for name, x in zip(INPUTS, draw(seed), strict=True)} for seed in range(2, 2 + samples))
-    return nncf.quantize(
-        graph, nncf.Dataset(list(clips)), model_type=nncf.ModelType.TRANSFORMER, subset_size=samples
-    )
+    return nncf.quantize(graph, nncf.Dataset(list(clips)), model_type=nncf.ModelType.TRANSFORMER, subset_size=samples)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xclip_fast import _extension
+from xclip_fast import _extension, processor
 from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.ops._patch_contract import channels_last
 from xclip_fast.ops.layer_norm import layer_norm
@@ -152,6 +152,7 @@ def _multiplies_bytes(frames: Tensor, weight: Tensor) -> bool:
         and weight.dtype != torch.float64
         and weight[0].numel() <= MAX_INTEGER_ROW
         and torch.cpu._is_vnni_supported()
+        and not processor.sums_bytes_in_16_bits()
     )
 
 
