@@ -40,10 +40,11 @@ def test_error_is_relative_to_the_truth() -> None:
 
 
 def test_error_sees_one_wrong_element_in_a_million() -> None:
-    truth = torch.ones(1000, 1000)
-    actual = truth.clone()
-    actual[3, 7] = 1.5
-    assert relative_error(actual, truth) == pytest.approx(0.5)
+    for dtype, share in ((torch.float16, 1.0), (torch.bfloat16, 1.0), (torch.float32, 0.5), (torch.float64, 0.5)):
+        truth = torch.ones(1000, 1000, dtype=dtype)
+        actual = truth.clone()
+        actual[3, 7] = 1.5
+        assert relative_error(actual, truth) == pytest.approx(0.5 * share)
 
 
 def test_error_of_a_zero_truth_is_absolute() -> None:
