@@ -27,16 +27,17 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="measure a suite, or one case at the shape that a model gives it")
     what = run.add_mutually_exclusive_group(required=True)
-    what.add_argument("--suite", help="cpu, ops or tiny")
+    what.add_argument("--suite", help="cpu, ops, rivals or tiny")
     what.add_argument("--case", help="model, or an op")
-    run.add_argument("--variant", default="B/32")
-    run.add_argument("--batch", type=int, default=1)
-    run.add_argument("--dtype", default="float32")
+    run.add_argument("--variant", help="of the case, B/32 without; of a suite these alone")
+    run.add_argument("--batch", type=int, help="the same, 1 without")
+    run.add_argument("--dtype", help="the same, float32 without")
     run.add_argument("--input", help="of the models: normalised, or uint8; training takes normalised frames")
     run.add_argument("--cache", default="warm", help="warm, or cold: caches are overwritten before each call")
     run.add_argument("--device", default="cpu")
     run.add_argument("--full", action="store_true", help="long blocks and peak memory, or three short blocks")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the results there, after each row")
+    run.add_argument("--add", action="store_true", help="to the rows that FILE has, of the same machine and versions")
     run.set_defaults(run=_run)
 
     launches = commands.add_parser("launches", help="kernel launches of one forward pass, counted on meta tensors")
@@ -67,21 +68,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from benchmarks.gpu.e2e import describe
-    from benchmarks.suites import OP_BACKENDS, jobs
+    from benchmarks.suites import OP_BACKENDS, effort, jobs
     from xclip_fast.bench.providers import QUICK
-    from xclip_fast.bench.run import MODEL, Job, effort_of, make_case, run
+    from xclip_fast.bench.record import Run
+    from xclip_fast.bench.run import MODEL, Job, make_case, run
 
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise InputError(f"there is no folder {str(options.json.absolute().parent)!r} to write to")
-    effort = effort_of(options.full, options.cache)
+    if options.add and options.json is None:
+        raise InputError("rows can be added to a file: name it with --json")
+    given = {name: getattr(options, name) for name in ("variant", "batch", "dtype")}
+    given = {name: value for name, value in given.items() if value is not None}
     if options.suite is None:
-        named = {name: getattr(options, name) for name in ("batch", "dtype", "device", "input")}
-        wanted = [
-            Job(make_case(options.case, options.variant, **named), QUICK if options.case == MODEL else OP_BACKENDS)
-        ]
+        case = make_case(options.case, **{"variant": "B/32", "device": options.device, "input": options.input} | given)
+        wanted = [Job(case, QUICK if options.case == MODEL else OP_BACKENDS)]
     else:
         wanted = jobs(options.suite, options.input)
-    found = run(wanted, effort, lambda row: print(describe(row), flush=True), options.json)
+        wanted = [job for job in wanted if all(getattr(job.case, name) == value for name, value in given.items())]
+        if not wanted:
+            raise InputError(f"the suite {options.suite!r} has no such case")
+    before = Run.load(options.json) if options.add and options.json.exists() else None
+    found = run(
+        wanted,
+        effort(options.suite, options.full, options.cache),
+        lambda row: print(describe(row), flush=True),
+        options.json,
+        before,
+    )
     minutes, seconds = divmod(round(found.facts["seconds"]), 60)
     print(f"{len(found.rows)} rows in {minutes} min {seconds} s")
     return 0 if found.sound else 1

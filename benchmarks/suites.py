@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from xclip_fast.bench.cases import OPS
+from xclip_fast.bench.models import Effort
 from xclip_fast.bench.operators import BACKENDS
-from xclip_fast.bench.run import MODEL, Job, make_case
+from xclip_fast.bench.run import MODEL, Job, effort_of, make_case
 from xclip_fast.errors import InputError
 
-SUITES = ("cpu", "ops", "tiny")
+SUITES = ("cpu", "ops", "rivals", "tiny")
 OP_BACKENDS = tuple(name for name in BACKENDS if name != "compile")
 
 _FLOAT32 = ("hf-sdpa", "layers", "engine")
 _BFLOAT16 = (*_FLOAT32, "engine-int8")
 _ALL = ("hf-sdpa", "reference", "layers", "optimized", "engine")  # of one case, the smallest
 _TRAINED = ("hf-sdpa", "layers")
+_RIVALS = {
+    "float32": ("hf-sdpa", "layers", "optimized", "engine", "onnxruntime", "openvino", "torch-compile-max"),
+    "bfloat16": ("hf-sdpa", "layers", "engine", "engine-int8", "openvino-bf16", "openvino-int8", "onnxruntime-int8"),
+}
 
 
 def jobs(suite: str, input: str | None = None) -> list[Job]:
-    """The cases of a suite; on two idle cores "cpu" takes half an hour with ``--full``.
+    """The cases of a suite; on two idle cores "cpu" and "rivals" take half an hour each with ``--full``.
 
     Args:
         suite: of ``SUITES``.
@@ -34,15 +41,32 @@ def jobs(suite: str, input: str | None = None) -> list[Job]:
     if suite == "tiny":
         forward = [_model("tiny", 2, "float32", _ALL, input), _model("tiny", 2, "bfloat16", _BFLOAT16, input)]
         return [*forward, _training("tiny", 2), *_ops("tiny", 2)]
+    shapes = [(variant, batch) for variant in ("B/32", "B/16") for batch in (1, 4)]
+    if suite == "rivals":
+        forward = [
+            _model(variant, batch, dtype, providers, input)
+            for variant, batch in shapes
+            for dtype, providers in _RIVALS.items()
+        ]
+        return [*forward, _training("B/32", 1)]
     forward = []
-    for variant in ("B/32", "B/16"):
-        for batch in (1, 4):
-            wide = _ALL if (variant, batch) == ("B/32", 1) else _FLOAT32
-            forward += [
-                _model(variant, batch, "float32", wide, input),
-                _model(variant, batch, "bfloat16", _BFLOAT16, input),
-            ]
+    for variant, batch in shapes:
+        wide = _ALL if (variant, batch) == ("B/32", 1) else _FLOAT32
+        forward += [
+            _model(variant, batch, "float32", wide, input),
+            _model(variant, batch, "bfloat16", _BFLOAT16, input),
+        ]
     return [*forward, _training("B/32", 1)]
+
+
+def effort(suite: str | None, full: bool, cache: str) -> Effort:
+    """How long to measure a suite, or one case: many rivals have fewer blocks each, two of them where calls are long.
+
+    Raises:
+        InputError: there is no such cache.
+    """
+    found = effort_of(full, cache)
+    return replace(found, spent=8.0, least=2) if suite == "rivals" else found
 
 
 def _model(variant: str, batch: int, dtype: str, providers: tuple[str, ...], input: str | None = None) -> Job:

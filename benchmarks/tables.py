@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from xclip_fast.bench.figures import milliseconds
-from xclip_fast.bench.record import Row, Run
+from xclip_fast.bench.machine import RIVALS
+from xclip_fast.bench.record import UNAVAILABLE, Row, Run
 from xclip_fast.flops import headline
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +35,11 @@ def filled(text: str) -> str:
 
 
 def table(name: str) -> str:
-    """One table by the name in its marker: "headline", or the name of a file of results and what to show of it."""
+    """One table by the name in its marker: "headline", "rivals", or a file of results and what to show of it."""
     if name == "headline":
         return _headline()
+    if name == "rivals":
+        return _rivals({path.stem.partition("-")[2]: Run.load(path) for path in sorted(RESULTS.glob("rivals-*.json"))})
     file, _, part = name.partition("/")
     run = Run.load(RESULTS / f"{file}.json")
     return {"models": _models, "ops": _ops}[part](run)
@@ -56,14 +59,44 @@ def _models(run: Run) -> str:
     ]
     for row in run.rows:
         if row.case.name == "model" and row.timing is not None and row.check is not None:
-            case = row.case
-            what = f"{case.variant}, {case.frames} frames, batch {case.batch}"
-            what += ", training step" if case.direction == "train" else ""
-            what += ", from bytes" if case.input == "uint8" else ""
-            memory = "" if row.memory_mb is None else f"{row.memory_mb:.0f}"
-            cells = what, case.dtype, row.provider, _error(row), _times(row), _floor(row), memory
+            cells = _model(row), row.case.dtype, row.provider, _error(row), _times(row), _floor(row), _memory(row)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _origin(run)])
+
+
+def _rivals(runs: dict[str, Run]) -> str:
+    """The runs of several processors by their names, and under the table what each of them is."""
+    lines = [
+        "| processor | model | dtype | by | error | ms (p10 to p90) | times as fast as Hugging Face | MB |",
+        "|---|---|---|---|---:|---:|---:|---:|",
+    ]
+    for name, run in runs.items():
+        for row in run.rows:
+            if row.timing is not None:
+                what = name, _model(row), row.case.dtype, row.provider
+                cells = *what, _error(row), milliseconds(row.timing), _ratio(row), _memory(row)
+                lines.append(f"| {' | '.join(cells)} |")
+            elif row.status != UNAVAILABLE:
+                cells = name, _model(row), row.case.dtype, row.provider, _error(row), row.status, "", ""
+                lines.append(f"| {' | '.join(cells)} |")
+    origins = [f"{name}: {_features(run)}. {_origin(run)}" for name, run in runs.items()]
+    return "\n".join([*lines, *(line for origin in origins for line in ("", origin))])
+
+
+def _model(row: Row) -> str:
+    case = row.case
+    what = f"{case.variant}, {case.frames} frames, batch {case.batch}"
+    what += ", training step" if case.direction == "train" else ""
+    return what + (", from bytes" if case.input == "uint8" else "")
+
+
+def _memory(row: Row) -> str:
+    return "" if row.memory_mb is None else f"{row.memory_mb:.0f}"
+
+
+def _features(run: Run) -> str:
+    libraries = [f"{name} {run.facts[name]}" for name in RIVALS if run.facts.get(name)]
+    return ", ".join([*(run.facts.get("features") or [run.facts["capability"]]), *libraries])
 
 
 def _ops(run: Run) -> str:
@@ -91,13 +124,17 @@ def _floor(row: Row) -> str:
 def _times(row: Row) -> str:
     found = row.timing
     assert found is not None
-    times = milliseconds(found)
+    return f"{milliseconds(found)} | {_ratio(row)} | {found.noise:.3f}"
+
+
+def _ratio(row: Row) -> str:
+    found = row.timing
+    assert found is not None
     if row.provider == found.baseline:
-        return f"{times} | baseline | {found.noise:.3f}"
+        return "baseline"
     ratio = f"{found.ratio:.2f} ({found.ratio_p10:.2f} to {found.ratio_p90:.2f})"
     # what does not leave the noise is no gain and no loss
-    ratio = f"**{ratio}**" if found.verdict == "faster" else ratio
-    return f"{times} | {ratio} | {found.noise:.3f}"
+    return f"**{ratio}**" if found.verdict == "faster" else ratio
 
 
 def _origin(run: Run) -> str:

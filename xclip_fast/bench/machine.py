@@ -18,7 +18,8 @@ import xclip_fast
 from xclip_fast import processor
 from xclip_fast.bench.timing import Reading, sampler
 
-LIBRARIES = ("triton", "transformers", "open_clip_torch", "numpy")
+RIVALS = ("onnxruntime", "openvino", "nncf")
+LIBRARIES = ("triton", "transformers", "open_clip_torch", "numpy", *RIVALS)
 
 
 def facts(device: str) -> dict[str, Any]:

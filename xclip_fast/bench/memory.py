@@ -49,17 +49,21 @@ def lacking_memory(case: Case) -> str | None:
     )
 
 
-def peak_memory(case: Case, provider: str) -> float | None:
+def peak_memory(case: Case, provider: str, folder: Path) -> float | None:
     """What a provider takes at its peak to compute a case, in MB: its weights, and all that a step makes.
 
     In a process of its own. On a GPU it is what torch has allocated. On a CPU it is the memory of the process above
     what it was once the same provider had computed the tiny model: neither imported libraries count, nor the threads
     and kernels that a first call makes. What building takes before the first step does not count either.
 
+    Args:
+        case, provider: what is computed by whom.
+        folder: of the case's ``Setting``, with files that the provider has made already.
+
     Returns:
         None where it failed, and on a CPU without Linux.
     """
-    spec = json.dumps({"case": asdict(case), "provider": provider})
+    spec = json.dumps({"case": asdict(case), "provider": provider, "folder": str(folder)})
     command = [sys.executable, "-m", "xclip_fast.bench.memory", spec]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
@@ -97,12 +101,12 @@ class _Process:
 def answer(spec: str) -> None:
     """Be the child."""
     asked = json.loads(spec)
-    case = Case(**asked["case"])
+    case, provider, folder = Case(**asked["case"]), asked["provider"], Path(asked["folder"])
     if case.device == "cpu":
         process = _Process()
-        _warm_up(case, asked["provider"])
+        _warm_up(case, provider, folder)
         before = process.settle()
-        run = _ready(case, asked["provider"])
+        run = _ready(case, provider, folder)
         process.settle()
         run()
         run()
@@ -110,7 +114,7 @@ def answer(spec: str) -> None:
     else:
         import torch
 
-        run = _ready(case, asked["provider"])
+        run = _ready(case, provider, folder)
         run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -120,23 +124,25 @@ def answer(spec: str) -> None:
     print(json.dumps({"peak_mb": round(peak / 1e6, 1)}))
 
 
-def _warm_up(case: Case, provider: str) -> None:
+def _warm_up(case: Case, provider: str, folder: Path) -> None:
     """Everything that a provider does once in a process, with a model that leaves nothing."""
     from xclip_fast.bench.providers import UnavailableError
 
+    small = folder / "tiny"
+    small.mkdir(exist_ok=True)
     try:
-        _ready(replace(case, variant="tiny", frames=config_of("tiny").frames), provider)()
+        _ready(replace(case, variant="tiny", frames=config_of("tiny").frames), provider, small)()
     except UnavailableError:
         # it has no model of that size, but imports its libraries to build one that it has
-        _ready(case, provider)
+        _ready(case, provider, folder)
 
 
-def _ready(case: Case, provider: str) -> Callable[[], object]:
+def _ready(case: Case, provider: str, folder: Path) -> Callable[[], object]:
     """One step of a provider; the weights it was made of are gone where it has its own."""
-    from xclip_fast.bench.models import inputs_of, prepared, step
-    from xclip_fast.bench.providers import PROVIDERS, forget, setting_of
+    from xclip_fast.bench.models import prepared, step
+    from xclip_fast.bench.providers import PROVIDERS, forget, inputs_of, setting_of
 
-    setting = setting_of(case)
+    setting = setting_of(case, folder)
     classify = prepared(PROVIDERS[provider].build(setting), case)
     inputs = inputs_of(setting)
     del setting

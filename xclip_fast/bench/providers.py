@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,11 +35,20 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a provider is built for: the case, the sizes, and the weights in float32 on the CPU."""
+    """What a provider is built for.
+
+    Attributes:
+        case: what it computes.
+        config: the sizes.
+        state: the weights in float32 on the CPU.
+        folder: where a provider keeps the files it makes of the weights, for the next one who builds it; without, they
+            are gone when it is built.
+    """
 
     case: Case
     config: XCLIPConfig
     state: State
+    folder: Path | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,9 +79,9 @@ class Provider:
     compiled: bool = False
 
 
-def setting_of(case: Case) -> Setting:
+def setting_of(case: Case, folder: Path | None = None) -> Setting:
     """Sizes and weights of a case: random, with outlier channels in the residual stream as trained models have them."""
-    return Setting(case, config_of(case.variant, case.frames), _state(case.variant, case.frames))
+    return Setting(case, config_of(case.variant, case.frames), _state(case.variant, case.frames), folder)
 
 
 @lru_cache(maxsize=4)
@@ -176,7 +187,7 @@ def _layers(setting: Setting) -> Classify:
 
 
 def _layers_compiled(setting: Setting) -> Classify:
-    return _compiled(_layers(setting), "default")
+    return _compiled(_layers(setting))
 
 
 def _huggingface(attention: str) -> Callable[[Setting], Classify]:
@@ -212,34 +223,41 @@ def _optimized(setting: Setting) -> Classify:
 
 
 class _Compiled(nn.Module):
-    """A compiled module that runs with one backend of PyTorch's attention."""
+    """A compiled module, with settings of the compiler, that runs with one backend of PyTorch's attention."""
 
-    def __init__(self, inner: nn.Module, mode: str, attention: str | None) -> None:
+    def __init__(self, inner: nn.Module, settings: dict[str, Any], attention: str | None) -> None:
         super().__init__()
-        # a graph of its own is captured around it, so the compiler makes none
-        mode = "max-autotune-no-cudagraphs" if mode == "max-autotune" else mode
-        self.inner = torch.compile(inner, mode=mode)
-        self.attention = attention
+        self.inner = torch.compile(inner)
+        self.settings, self.attention = settings, attention
 
     def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        from torch._inductor import config
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         chosen = getattr(SDPBackend, self.attention) if self.attention else None
-        with sdpa_kernel(chosen) if chosen is not None else nullcontext():
+        with sdpa_kernel(chosen) if chosen is not None else nullcontext(), config.patch(self.settings):
             found: Tensor = self.inner(video, text)
         return found
 
 
-def _compiled(inner: Any, mode: str, attention: str | None = None) -> Classify:
+def _compiled(inner: Any, settings: dict[str, Any] | None = None, attention: str | None = None) -> Classify:
     torch.compiler.reset()
-    return _Compiled(inner, mode, attention)
+    return _Compiled(inner, settings or {}, attention)
 
 
-def _huggingface_compiled(mode: str, attention: str | None = None) -> Callable[[Setting], Classify]:
+def _huggingface_compiled(tuned: bool = False, attention: str | None = None) -> Callable[[Setting], Classify]:
     def build(setting: Setting) -> Classify:
-        if attention and not setting.case.device.startswith("cuda"):
+        on_gpu = setting.case.device.startswith("cuda")
+        if attention and not on_gpu:
             raise UnavailableError("this attention backend needs a GPU")
-        return _compiled(_huggingface("sdpa")(setting), mode, attention)
+        settings: dict[str, Any] = {}
+        if tuned:
+            # a graph of its own is captured around it, so the compiler makes none
+            settings |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+            settings |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+            # on a CPU it tunes products with constants alone
+            settings["freezing"] = not on_gpu and setting.case.direction == "forward"
+        return _compiled(_huggingface("sdpa")(setting), settings, attention)
 
     return build
 
@@ -270,7 +288,11 @@ def _engine(dtype: str | None = None) -> Callable[[Setting], Classify]:
 
 
 def _rival(runtime: str, precision: str, dtype: str | None = None) -> Callable[[Setting], Classify]:
+<<<<<<< HEAD
     """Hugging Face's model in another runtime, which takes and gives float32; for cases of ``dtype`` alone if given."""
+=======
+    """Hugging Face's model in another runtime, which takes and gives float32; with ``dtype``, for its cases alone."""
+>>>>>>> rivals13
 
     def build(setting: Setting) -> Classify:
         if setting.case.direction == "train" or setting.case.device != "cpu":
@@ -280,19 +302,23 @@ def _rival(runtime: str, precision: str, dtype: str | None = None) -> Callable[[
         from xclip_fast.bench import rivals
 
         exact = replace(setting, case=replace(setting.case, dtype="float32"))
-        model: Any = _huggingface("sdpa")(exact)
-        frames = model.frames
+        frames = _Frames(exact)
 
         def draw(seed: int) -> tuple[Tensor, Tensor]:
             video, text = inputs_of(exact, seed)
             return frames(video), text
 
-        try:
-            run = rivals.RUNTIMES[runtime](model, draw, precision)
-        except ModuleNotFoundError as error:
-            raise UnavailableError(f"{error.name} is not installed: pip install 'xclip-fast[rivals]'") from error
-        except NotImplementedError as error:
-            raise UnavailableError(str(error)) from error
+        def model() -> nn.Module:
+            found: Any = _huggingface("sdpa")(exact)
+            return found.requires_grad_(False)  # type: ignore[no-any-return]
+
+        with nullcontext(setting.folder) if setting.folder else TemporaryDirectory() as folder:
+            try:
+                run = rivals.RUNTIMES[runtime](rivals.Source(model, draw, Path(folder)), precision)
+            except ModuleNotFoundError as error:
+                raise UnavailableError(f"{error.name} is not installed: pip install 'xclip-fast[rivals]'") from error
+            except NotImplementedError as error:
+                raise UnavailableError(str(error)) from error
         return lambda video, text: run(frames(video).float(), text.float())
 
     return build
@@ -337,15 +363,17 @@ PROVIDERS: dict[str, Provider] = {
     "engine": Provider("xclip_fast.Engine in the case's dtype", _engine(), own_graph=True),
     "engine-int8": Provider("xclip_fast.Engine, int8", _engine("int8"), QUANTISED, own_graph=True),
     "engine-float8": Provider("xclip_fast.Engine, float8_e4m3fn", _engine("float8_e4m3fn"), QUANTISED, own_graph=True),
-    "hf-compile": Provider("Hugging Face, torch.compile", _huggingface_compiled("default"), compiled=True),
-    "hf-compile-max": Provider(
-        "Hugging Face, torch.compile max-autotune", _huggingface_compiled("max-autotune"), compiled=True
+    "hf-compile": Provider("Hugging Face, torch.compile", _huggingface_compiled(), compiled=True),
+    "torch-compile-max": Provider(
+        "Hugging Face, torch.compile max-autotune, on a CPU with constant weights",
+        _huggingface_compiled(tuned=True),
+        compiled=True,
     ),
     "hf-compile-max-flash": Provider(
-        "the same with flash attention", _huggingface_compiled("max-autotune", "FLASH_ATTENTION"), compiled=True
+        "max-autotune with flash attention", _huggingface_compiled(True, "FLASH_ATTENTION"), compiled=True
     ),
     "hf-compile-max-cudnn": Provider(
-        "the same with cuDNN's attention", _huggingface_compiled("max-autotune", "CUDNN_ATTENTION"), compiled=True
+        "max-autotune with cuDNN's attention", _huggingface_compiled(True, "CUDNN_ATTENTION"), compiled=True
     ),
     "onnxruntime": Provider("Hugging Face, exported to onnxruntime", _rival("onnxruntime", "float32", "float32")),
     "onnxruntime-int8": Provider("the same, quantised dynamically", _rival("onnxruntime", "int8"), QUANTISED),

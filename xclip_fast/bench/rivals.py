@@ -1,18 +1,17 @@
-"""Rivals on the CPU: a PyTorch model exported to ONNX, and run by onnxruntime or OpenVINO as their users run it best.
+"""Rivals on the CPU: a PyTorch model exported to ONNX, and run by onnxruntime or OpenVINO as users run it fastest.
 
 Both compute with as many threads as torch, and copy no frames. A package that is missing is a ``ModuleNotFoundError``.
-What they write on the way is gone when they are built, and neither prints, logs or sends anything.
+Neither prints, logs or sends anything.
 """
 
 from __future__ import annotations
 
 import logging
-import platform
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -21,37 +20,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Draw = Callable[[int], tuple[Tensor, Tensor]]
+from xclip_fast import processor
+
 Run = Callable[[Tensor, Tensor], Tensor]
 
 CLIPS = 8  # to calibrate with
 INPUTS = ("video", "text")
 
 
-def onnxruntime(model: nn.Module, draw: Draw, precision: str) -> Run:
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    Attributes:
+        build: a model that takes frames (B, T, 3, H, W) and texts (K, E) to logits (B, K), all in float32.
+        draw: frames and texts of the sizes to run with, random by a seed.
+        folder: where files of the model are made, and found again.
+    """
+
+    build: Callable[[], nn.Module]
+    draw: Callable[[int], tuple[Tensor, Tensor]]
+    folder: Path
+
+    def onnx(self) -> Path:
+        """The model in float32."""
+        for name in ("onnx", "onnxscript"):
+            import_module(name)
+        path = self.folder / "float32.onnx"
+        if not path.exists():
+            with torch.no_grad():
+                program = torch.onnx.export(
+                    self.build(), self.draw(0), dynamo=True, input_names=INPUTS, optimize=True, verbose=False
+                )
+            assert program is not None
+            program.save(path, external_data=True)
+        return path
+
+
+def onnxruntime(source: Source, precision: str) -> Run:
     """The model under onnxruntime.
 
     Args:
-        model: takes frames (B, T, 3, H, W) and texts (K, E) to logits (B, K), all in float32.
-        draw: frames and texts of the sizes to run with, random by a seed.
-        precision: "float32", or "int8": weights by channel, activations by tensor in each call.
+        source: the model.
+        precision: "float32", or "int8": a scale for each channel of the weights, and for the activations of each call.
 
     Raises:
         ModuleNotFoundError: onnxruntime, onnx or onnxscript is not installed.
-        ValueError: another precision.
     """
-    if precision not in ("float32", "int8"):
-        raise ValueError(f"precision is float32 or int8, found {precision!r}")
+    make = {"float32": Source.onnx, "int8": _quantised_weights}[precision]
     runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    # its threads would go on spinning while the next contender computes
+    # its threads would spin on while the next contender computes
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    with _exported(model, draw) as path:
-        path = _quantised(path) if precision == "int8" else path
-        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    with _quiet():
+        session = runtime.InferenceSession(make(source), options, providers=["CPUExecutionProvider"])
 
     def run(video: Tensor, text: Tensor) -> Tensor:
         (logits,) = session.run(None, dict(zip(INPUTS, (video.numpy(), text.numpy()), strict=True)))
@@ -60,29 +85,27 @@ def onnxruntime(model: nn.Module, draw: Draw, precision: str) -> Run:
     return run
 
 
-def openvino(model: nn.Module, draw: Draw, precision: str) -> Run:
+def openvino(source: Source, precision: str) -> Run:
     """The model under OpenVINO.
 
     Args:
-        model, draw: as for ``onnxruntime``.
-        precision: "float32", "bfloat16", or "int8": quantised by NNCF for transformers, with SmoothQuant, calibrated on
-            ``CLIPS`` clips; what stays is in the precision that OpenVINO chooses on this processor.
+        source: the model.
+        precision: "float32", "bfloat16", or "int8": quantised by NNCF as a transformer, with SmoothQuant, calibrated on
+            ``CLIPS`` clips; what stays is computed in the precision that OpenVINO prefers on this processor.
 
     Raises:
         ModuleNotFoundError: openvino, nncf, onnx or onnxscript is not installed.
-        NotImplementedError: this processor has no bfloat16.
+        NotImplementedError: OpenVINO has no bfloat16 on this processor.
     """
     hint = {"float32": "f32", "bfloat16": "bf16", "int8": None}[precision]
-    with _untold():
+    with _without_telemetry():
         runtime = import_module("openvino")
-        quantiser = import_module("nncf") if precision == "int8" else None
-    core = runtime.Core()
+        nncf = import_module("nncf") if precision == "int8" else None
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     options |= {"INFERENCE_PRECISION_HINT": hint} if hint else {}
-    with _exported(model, draw) as path:
-        graph = core.read_model(path)
-        graph = _calibrated(quantiser, graph, draw) if quantiser else graph
-        compiled = core.compile_model(graph, "CPU", options)
+    with _quiet():
+        path = _calibrated(source, runtime, nncf) if nncf else source.onnx()
+        compiled = runtime.Core().compile_model(path, "CPU", options)
     if hint == "bf16" and compiled.get_property("INFERENCE_PRECISION_HINT") != runtime.Type.bf16:
         raise NotImplementedError("OpenVINO has no bfloat16 on this processor")
     request = compiled.create_infer_request()
@@ -98,47 +121,39 @@ def openvino(model: nn.Module, draw: Draw, precision: str) -> Run:
 RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
 
 
-@contextmanager
-def _exported(model: nn.Module, draw: Draw) -> Iterator[Path]:
-    """The model as a file of ONNX, in a folder that is gone afterwards."""
-    for name in ("onnx", "onnxscript"):
-        import_module(name)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        path = Path(folder) / "model.onnx"
-        with torch.no_grad():
-            program = torch.onnx.export(model, draw(0), dynamo=True, input_names=INPUTS, verbose=False)
-        assert program is not None
-        program.save(path, external_data=True)
-        del program
-        yield path
+def _quantised_weights(source: Source) -> Path:
+    path = source.folder / "onnxruntime-int8.onnx"
+    if not path.exists():
+        quantisation = import_module("onnxruntime.quantization")
+        quantisation.quantize_dynamic(
+            source.onnx(),
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            # seven bits of a weight where sums of products saturate
+            reduce_range=processor.sums_bytes_in_16_bits(),
+            weight_type=quantisation.QuantType.QInt8,
+            use_external_data_format=True,
+        )
+    return path
 
 
-def _quantised(path: Path) -> Path:
-    quantisation = import_module("onnxruntime.quantization")
-    out = path.with_name("int8.onnx")
-    quantisation.quantize_dynamic(
-        path,
-        out,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        # without VNNI sums of two products of eight bits saturate
-        reduce_range=platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported(),
-        weight_type=quantisation.QuantType.QInt8,
-        use_external_data_format=True,
-    )
-    return out
-
-
-def _calibrated(nncf: Any, graph: Any, draw: Draw) -> Any:
-    samples = max(1, CLIPS // len(draw(0)[0]))
-    # seeds that no input has that is measured
-    clips = ({name: x.numpy() for name, x in zip(INPUTS, draw(seed), strict=True)} for seed in range(2, 2 + samples))
-    return nncf.quantize(graph, nncf.Dataset(list(clips)), model_type=nncf.ModelType.TRANSFORMER, subset_size=samples)
+def _calibrated(source: Source, runtime: Any, nncf: Any) -> Path:
+    path = source.folder / "openvino-int8.xml"
+    if not path.exists():
+        samples = max(1, CLIPS // len(source.draw(0)[0]))
+        # seeds of no input that is measured
+        drawn = (zip(INPUTS, source.draw(seed), strict=True) for seed in range(2, 2 + samples))
+        clips = nncf.Dataset([{name: x.numpy() for name, x in inputs} for inputs in drawn])
+        graph = runtime.Core().read_model(source.onnx())
+        graph = nncf.quantize(graph, clips, model_type=nncf.ModelType.TRANSFORMER, subset_size=samples)
+        runtime.save_model(graph, path, compress_to_fp16=False)
+    return path
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings, log or progress bars of others."""
+    """No warnings, logs or progress bars of others."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -150,13 +165,14 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _untold() -> Iterator[None]:
-    """Imports find no telemetry, and use their stubs of it."""
+def _without_telemetry() -> Iterator[None]:
+    """OpenVINO and NNCF, imported here, find no telemetry, and send nothing."""
     name = "openvino_telemetry"
-    present = name in sys.modules
-    sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    modules: dict[str, Any] = sys.modules
+    known = name in modules
+    modules.setdefault(name, None)
     try:
         yield
     finally:
-        if not present:
-            del sys.modules[name]
+        if not known:
+            del modules[name]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,7 +99,13 @@ def check_device(device: str) -> str:
     return device
 
 
-def run(jobs: Sequence[Job], effort: Effort, show: Callable[[Row], None], path: Path | None = None) -> Run:
+def run(
+    jobs: Sequence[Job],
+    effort: Effort,
+    show: Callable[[Row], None],
+    path: Path | None = None,
+    before: Run | None = None,
+) -> Run:
     """Measure all jobs on their one device.
 
     A job that cannot run at all, for want of memory say, is a row with the reason, and the next one follows. The fact
@@ -109,9 +116,11 @@ def run(jobs: Sequence[Job], effort: Effort, show: Callable[[Row], None], path: 
         effort: how long.
         show: is given each row as soon as it is known.
         path: the results so far are written there after each row, so that a run that is cut off leaves them.
+        before: an earlier part of the same run; its rows come first, but for those that are measured again.
 
     Raises:
-        InputError: a provider or backend is unknown, or no job fits into the memory; nothing is measured then.
+        InputError: a provider or backend is unknown, no job fits into the memory, or the earlier part is of another
+            machine or version; nothing is measured then.
     """
     for job in jobs:
         _check_providers(job)
@@ -120,9 +129,17 @@ def run(jobs: Sequence[Job], effort: Effort, show: Callable[[Row], None], path: 
         raise InputError(lacking[0])
     device = jobs[0].case.device
     dtypes = tuple(dict.fromkeys(job.case.dtype for job in jobs))
+    origin = facts(device)
     start = time.monotonic()
+    if before is not None:
+        _check_part(before.facts, origin)
+        start -= before.facts["seconds"]
     rates = ceilings(device, dtypes, seconds=min(0.5, 3 * effort.block))
-    found = Run(facts(device), rates)
+    found = Run(origin, rates)
+    if before is not None:
+        again = {(job.case, name) for job in jobs for name in job.providers}
+        found = Run(origin, before.ceilings | rates)
+        found.rows += [row for row in before.rows if (row.case, row.provider) not in again]
     whole: dict[Case, float] = {}
     for job in jobs:
         for row in _measured(job, effort, rates, whole):
@@ -132,6 +149,13 @@ def run(jobs: Sequence[Job], effort: Effort, show: Callable[[Row], None], path: 
                 found.save(path)
             show(row)
     return found
+
+
+def _check_part(before: dict[str, Any], now: dict[str, Any]) -> None:
+    named = (before.keys() | now.keys()) - {"utc", "seconds"}
+    for name in sorted(named):
+        if before.get(name) != now.get(name):
+            raise InputError(f"these are no parts of one run: {name} was {before.get(name)}, and is {now.get(name)}")
 
 
 def _measured(job: Job, effort: Effort, rates: dict[str, float], whole: dict[Case, float]) -> Iterator[Row]:

@@ -163,21 +163,28 @@ class Blocks:
         return (min(found), max(found)) if found else None
 
 
-def blocks_of(most: int, seconds: float) -> int:
-    """How many blocks to measure: at most ``most``, what fits into ``SPENT``, but ``LEAST`` of them anyway.
+def blocks_of(most: int, seconds: float, spent: float = SPENT, least: int = LEAST) -> int:
+    """How many blocks to measure: at most ``most``, what fits into ``spent`` seconds, but ``least`` of them anyway.
 
     Args:
         most: where calls are short.
         seconds: of one block.
     """
-    return max(min(most, LEAST), min(most, int(SPENT / max(seconds, 1e-9))))
+    return max(min(most, least), min(most, int(spent / max(seconds, 1e-9))))
 
 
-def alternate(first: Sample, second: Sample, blocks: int, sensors: Callable[[], Reading]) -> Blocks:
+def alternate(
+    first: Sample,
+    second: Sample,
+    blocks: int,
+    sensors: Callable[[], Reading],
+    spent: float = SPENT,
+    least: int = LEAST,
+) -> Blocks:
     """Take turns: first, second, second, first, so that a drift of the machine falls on both.
 
     Args:
-        blocks: at most; ``blocks_of`` the time of the first one are measured.
+        blocks: at most; ``blocks_of`` the time of the first one are measured, with ``spent`` and ``least``.
         sensors: asked before and after each block.
     """
     found = Blocks()
@@ -189,7 +196,7 @@ def alternate(first: Sample, second: Sample, blocks: int, sensors: Callable[[], 
         found.second += [one, two]
         found.ratios.append((before + after) / (one + two))
         if len(found.ratios) == 1:
-            blocks = blocks_of(blocks, time.perf_counter() - start)
+            blocks = blocks_of(blocks, time.perf_counter() - start, spent, least)
     return found
 
 
