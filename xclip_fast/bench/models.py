@@ -72,11 +72,14 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
     if reason := lacking_memory(case):
         raise InputError(reason)
     with TemporaryDirectory() as folder:
-        yield from _measured(setting_of(case, Path(folder)), providers, effort, ceilings)
+        yield from _measured(case, Path(folder), providers, effort, ceilings)
 
 
-def _measured(setting: Setting, providers: Sequence[str], effort: Effort, ceilings: dict[str, float]) -> Iterator[Row]:
-    case, inputs = setting.case, inputs_of(setting)
+def _measured(
+    case: Case, folder: Path, providers: Sequence[str], effort: Effort, ceilings: dict[str, float]
+) -> Iterator[Row]:
+    setting = setting_of(case, folder)
+    inputs = inputs_of(setting)
     truth = _truth(setting, inputs)
     name, baseline, torch_error = _baseline(setting, inputs, truth)
     methods = ("graph", "wall") if case.device != "cpu" and case.direction == "forward" else ("wall",)
@@ -91,7 +94,7 @@ def _measured(setting: Setting, providers: Sequence[str], effort: Effort, ceilin
             if not check.passed:
                 yield Row(case, provider, WRONG, beyond(check), check)
                 continue
-            memory = peak_memory(case, provider, setting.folder) if effort.memory else None
+            memory = peak_memory(case, provider, folder) if effort.memory else None
             for method in methods:
                 timing = bases[method].against(
                     None if provider == name else _sample(provider, built, inputs, case, method, effort)
@@ -196,13 +199,9 @@ def _check(
 ) -> Check:
     found = PROVIDERS[provider]
     train = setting.case.direction == "train"
-<<<<<<< HEAD
     allowed = found.limit or model_allowance(torch_error, setting.dtype, gradients=train)
-    repeats = same_bits(*(_answers(built, inputs, train) for _ in range(2)))
-=======
     first = (_answers if found.compiled else _poisoned)(built, inputs, train)
     repeats = same_bits(first, _answers(built, inputs, train))
->>>>>>> rivals13
     if not found.same:
         return Check("none: it computes something else", None, torch_error, allowed, True, repeats)
     error = _error(first, truth)

@@ -288,11 +288,7 @@ def _engine(dtype: str | None = None) -> Callable[[Setting], Classify]:
 
 
 def _rival(runtime: str, precision: str, dtype: str | None = None) -> Callable[[Setting], Classify]:
-<<<<<<< HEAD
-    """Hugging Face's model in another runtime, which takes and gives float32; for cases of ``dtype`` alone if given."""
-=======
     """Hugging Face's model in another runtime, which takes and gives float32; with ``dtype``, for its cases alone."""
->>>>>>> rivals13
 
     def build(setting: Setting) -> Classify:
         if setting.case.direction == "train" or setting.case.device != "cpu":
@@ -310,7 +306,7 @@ def _rival(runtime: str, precision: str, dtype: str | None = None) -> Callable[[
 
         def model() -> nn.Module:
             found: Any = _huggingface("sdpa")(exact)
-            return found.requires_grad_(False)  # type: ignore[no-any-return]
+            return found.requires_grad_(False)
 
         with nullcontext(setting.folder) if setting.folder else TemporaryDirectory() as folder:
             try:
