@@ -45,7 +45,14 @@ def assert_within(actual: Tensor, truth: Tensor, limit: float, *, what: str) -> 
 
 
 def assert_parity(
-    actual: Tensor, same_dtype_torch: Tensor, truth64: Tensor, *, what: str, terms: int, ceiling: float | None = None
+    actual: Tensor,
+    same_dtype_torch: Tensor,
+    truth64: Tensor,
+    *,
+    what: str,
+    terms: int,
+    ceiling: float | None = None,
+    distance: float = 1.0,
 ) -> None:
     """Fail when ``actual`` is worse than ``xclip_fast.numerics.allowance``.
 
@@ -56,11 +63,12 @@ def assert_parity(
         what: name of the row in the parity table.
         terms: of the longest sum on the way to it.
         ceiling: replaces the dtype's ceiling where the input is ill-conditioned on purpose, and torch bad with it.
+        distance: see ``allowance``.
     """
     assert actual.dtype == same_dtype_torch.dtype, f"dtype {actual.dtype}, expected {same_dtype_torch.dtype}"
     assert truth64.dtype == torch.float64, f"the truth is float64, found {truth64.dtype}"
     torch_error = relative_error(same_dtype_torch, truth64)
-    allowed = allowance(torch_error, actual.dtype, terms, ceiling)
+    allowed = allowance(torch_error, actual.dtype, terms, ceiling, distance)
     _judge(actual, relative_error(actual, truth64), torch_error, allowed, what)
 
 

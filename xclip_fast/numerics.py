@@ -44,7 +44,7 @@ TOLERANCES = {
 }
 
 
-def sum_error(dtype: torch.dtype, terms: int) -> float:
+def sum_error(dtype: torch.dtype, terms: int, distance: float = 1.0) -> float:
     """What an op with sums of this many terms errs in whatever order, relative to its largest results.
 
     A rounding is uniform within half a step, and a number anywhere between two powers of two: its root mean square is
@@ -52,9 +52,12 @@ def sum_error(dtype: torch.dtype, terms: int) -> float:
     as sqrt(k), so their roundings add up to 0.41 sqrt(n / 2) = 0.29 sqrt(n) units of the result. An op and its gradient
     chain four such sums or fewer (scores, weighted values, both backwards), independent ones: twice as much. Longer
     sums than 64 terms run in lanes and blocks, and torch's error, an average over them, is no luck.
+
+    A norm of numbers ``distance`` deviations from zero subtracts their mean, which is a rounded number itself: half a
+    step of it, 0.29 units as a root mean square, shifts them all.
     """
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
-    return 0.6 * math.sqrt(min(terms, 64)) * unit
+    return max(0.6 * math.sqrt(min(terms, 64)), 0.29 * distance) * unit
 
 
 def longest_sum(arguments: Mapping[str, object]) -> int:
@@ -63,7 +66,9 @@ def longest_sum(arguments: Mapping[str, object]) -> int:
     return max((max(x.shape[-1], x.numel() // x.shape[-1]) for x in tensors if x.ndim), default=1)
 
 
-def allowance(torch_error: float, dtype: torch.dtype, terms: int, ceiling: float | None = None) -> float:
+def allowance(
+    torch_error: float, dtype: torch.dtype, terms: int, ceiling: float | None = None, distance: float = 1.0
+) -> float:
     """The error a result of this dtype may have where plain torch has ``torch_error``.
 
     In float32 that is at most 8.1e-7 where torch errs no more than such sums do: an error of four roundings shows, of
@@ -74,9 +79,10 @@ def allowance(torch_error: float, dtype: torch.dtype, terms: int, ceiling: float
         dtype: of the result.
         terms: of the longest sum on the way to it.
         ceiling: replaces the dtype's ceiling where the input is ill-conditioned on purpose, and torch bad with it.
+        distance: of the mean of what is normed from zero, in deviations.
     """
     tolerance = TOLERANCES[dtype]
-    usual = max(torch_error, sum_error(dtype, terms))
+    usual = max(torch_error, sum_error(dtype, terms, distance))
     return min(2 * usual + tolerance.rounding, tolerance.ceiling if ceiling is None else ceiling)
 
 

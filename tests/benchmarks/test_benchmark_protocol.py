@@ -31,7 +31,9 @@ from xclip_fast.flops import parameters
 EFFORT = Effort(blocks=1, block=0.001, memory=False)
 CEILINGS = {"float32_tflops": 0.1, "copy_gbs": 10.0}
 CASE = make_case("model", "tiny", batch=2)
-RUNNING = [name for name in PROVIDERS if "compile" not in name and name != "open_clip-frames"]
+# rivals have their own tests
+APART = ("compile", "onnxruntime", "openvino", "open_clip")
+RUNNING = [name for name in PROVIDERS if not any(word in name for word in APART)]
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +131,7 @@ def test_the_first_block_tells_how_many_follow(monkeypatch: pytest.MonkeyPatch) 
     now = itertools.count(0.0, 6.0)
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     assert len(alternate(lambda: 2.0, lambda: 2.0, 10, Reading).ratios) == 4
+    assert len(alternate(lambda: 2.0, lambda: 2.0, 10, Reading, spent=1.0, least=2).ratios) == 2
 
 
 @pytest.mark.parametrize("cold", [False, True])
@@ -355,8 +358,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is counted as
 
 
 @linux
-def test_peak_memory_is_what_the_model_takes_and_no_library() -> None:
-    found = memory.peak_memory(CASE, "hf-sdpa")
+def test_peak_memory_is_what_the_model_takes_and_no_library(tmp_path: Path) -> None:
+    found = memory.peak_memory(CASE, "hf-sdpa", tmp_path)
     assert found is not None
     weights = parameters(config_of("tiny")) * 4 / 1e6
     # torch alone would be hundreds
@@ -375,23 +378,25 @@ def test_the_peak_of_a_process_is_that_since_it_settled() -> None:
     assert 90 << 20 < process.peak() - before < 150 << 20
 
 
-def test_a_provider_without_a_tiny_model_imports_its_libraries_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_without_a_tiny_model_imports_its_libraries_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     built = []
 
-    def ready(case: Case, provider: str) -> Callable[[], object]:
+    def ready(case: Case, provider: str, folder: Path) -> Callable[[], object]:
         built.append(case.variant)
         if case.variant == "tiny":
             raise UnavailableError("no model of these sizes")
         return lambda: pytest.fail("it computed")
 
     monkeypatch.setattr(memory, "_ready", ready)
-    memory._warm_up(replace(CASE, variant="B/32"), "open_clip-frames")
+    memory._warm_up(replace(CASE, variant="B/32"), "open_clip-frames", tmp_path)
     assert built == ["tiny", "B/32"]
 
 
-def test_a_process_that_cannot_measure_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_measure_is_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sys.executable", "false")
-    assert memory.peak_memory(CASE, "layers") is None
+    assert memory.peak_memory(CASE, "layers", tmp_path) is None
 
 
 @pytest.mark.parametrize("op", OPS)

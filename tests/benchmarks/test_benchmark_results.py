@@ -240,7 +240,7 @@ def test_every_suite_names_cases_and_providers_that_exist(suite: str) -> None:
     found = suites.jobs(suite)
     names = {job.case.name for job in found}
     assert "model" in names
-    assert suite == "cpu" or OPS.keys() <= names
+    assert suite in ("cpu", "rivals") or OPS.keys() <= names
     assert all(name in (PROVIDERS if job.case.name == "model" else BACKENDS) for job in found for name in job.providers)
     assert all(job.providers for job in found)
     # nothing is measured twice
@@ -267,7 +267,7 @@ def test_a_suite_from_bytes_trains_on_numbers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--suite", "gpu"], "unknown suite 'gpu': choose one of cpu, ops, tiny"),
+        (["--suite", "gpu"], "unknown suite 'gpu': choose one of cpu, ops, rivals, tiny"),
         (["--suite", "tiny", "--cache", "hot"], "unknown cache 'hot': choose one of warm, cold"),
         (["--suite", "tiny", "--input", "mp4"], "unknown input 'mp4': choose one of normalised, uint8"),
         (["--case", "layer_norm", "--input", "uint8"], "layer_norm has its own"),

@@ -29,7 +29,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     """Tensors of this mode have a device and no numbers, and operators refuse to mix two devices."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(api, "_precision", lambda dtype, device: PRECISIONS[dtype])
+    monkeypatch.setattr(api, "_precision", lambda dtype, device: (*PRECISIONS[dtype], None))
     one_stream = cuda.Side(CPU)
     monkeypatch.setattr(cuda, "Side", lambda device: one_stream)
     # graphs need the device, and errors of products need numbers

@@ -48,6 +48,7 @@ def check_op(
     gradients: bool = True,
     fixed: tuple[str, ...] = (),
     ceiling: float | None = None,
+    distance: float = 1.0,
 ) -> None:
     """Compare an op on a backend with its reference: outputs, and gradients of every floating point tensor.
 
@@ -59,6 +60,7 @@ def check_op(
         gradients: compare the gradients too.
         fixed: floating point inputs whose gradient a test of its own looks at.
         ceiling: see ``numerics.assert_parity``; eight times as much in bfloat16, whose steps are that much larger.
+        distance: see ``xclip_fast.numerics.allowance``.
     """
     wanted = [name for name in floating(inputs) if name not in fixed]
     truth = run_op(op, doubled(inputs), wanted, "reference", gradients)
@@ -70,7 +72,9 @@ def check_op(
     for name in truth:
         assert found[name].dtype == plain[name].dtype, f"{name}: {found[name].dtype}, expected {plain[name].dtype}"
         limit = 8 * ceiling if ceiling and plain[name].dtype == torch.bfloat16 else ceiling
-        assert_parity(found[name], plain[name], truth[name], what=f"{what} {name}", terms=terms, ceiling=limit)
+        assert_parity(
+            found[name], plain[name], truth[name], what=f"{what} {name}", terms=terms, ceiling=limit, distance=distance
+        )
 
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:

@@ -109,7 +109,13 @@ def test_clip_of_1024_frames() -> None:
 def test_mean_far_from_zero(mean: float, dtype: torch.dtype) -> None:
     inputs = arguments(2, 5, heads=2, dtype=dtype, mean=mean)
     check_op(message_attention, inputs, what="cfa far mean", ceiling=1.0)
-    check_op(message_key_value, key_value_arguments(6, 40, dtype=dtype, mean=mean), what="kv far mean", ceiling=1.0)
+    check_op(
+        message_key_value,
+        key_value_arguments(6, 40, dtype=dtype, mean=mean),
+        what="kv far mean",
+        ceiling=1.0,
+        distance=mean,
+    )
 
 
 @pytest.mark.parametrize(("bounds", "dtype"), each_tile(RAGGED.values()), ids=str)
