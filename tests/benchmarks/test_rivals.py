@@ -314,7 +314,7 @@ def test_the_table_sets_processors_under_each_other(tmp_path: Path, monkeypatch:
     facts |= {"gpu": None, "capability": "AVX2", "onnxruntime": "1.32", "openvino": None}
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     Run(facts, CEILINGS, rows).save(tmp_path / "rivals-zen3.json")
-    Run(facts | {"features": "avx2, avx512"}, CEILINGS, rows[:1]).save(tmp_path / "rivals-sapphire.json")
+    Run(facts | {"features": ["avx2", "avx512"]}, CEILINGS, rows[:1]).save(tmp_path / "rivals-sapphire.json")
     table = tables.table("rivals").splitlines()
     what = "B/16, 8 frames, batch 4 | bfloat16"
     times = "500.0 (490.0 to 512.0)"
