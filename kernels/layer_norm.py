@@ -221,5 +221,8 @@ def layer_norm_bwd(
                 HAS_GRAD_STREAM=grad_added is not None,
                 HAS_CONSTANT=constant is not None,
                 num_warps=4,
+                # left to choose, the assembler spills for one more program on a multiprocessor; 128 registers fit four,
+                # all that BACKWARD_PROGRAMS gives to 128 multiprocessors. wide rows take what there is
+                maxnreg=128 if block_rows * block_width <= 2048 else None,
             )
     return grad_x, partial.sum(0)
