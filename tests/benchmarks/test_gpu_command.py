@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import e2e, goals, journal, launches, parity, sanitize, sweep, tune
 from benchmarks.gpu.candidates import CHOICES, MOST
 from benchmarks.gpu.journal import Journal
@@ -29,35 +30,47 @@ FACTS = {"commit": "abc"}
 
 
 def gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    program = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
-def test_a_dry_run_of_every_part(tmp_path: Path) -> None:
-    done = gpu("--dry-run", "--out", str(tmp_path))
+# a part a test: all of them in one command take minutes on a busy machine
+@pytest.mark.parametrize("part", command.PARTS)
+def test_a_dry_run_of_a_part(part: str, tmp_path: Path) -> None:
+    done = gpu("--dry-run", "--out", str(tmp_path), part)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all parts are complete" in done.stdout
-    for part in ("parity", "sanitize", "questions", "sweep", "e2e", "train"):
-        found = json.loads((tmp_path / f"{part}.json").read_text())
-        assert found["complete"] is True
-        assert found["cases"]
-    rows = Run.load(tmp_path / "results.json").rows
-    assert {row.case.direction for row in rows} == {"forward", "train"}
-    assert {row.status for row in rows} == {"timed"}
-    found = json.loads((tmp_path / "sweep.json").read_text())["cases"]
-    assert all(case["rows"] and case["rows"][0]["status"] == "right" for case in found.values())
-    table = tune.table_of({"facts": {}, "cases": found})
-    assert table["tiles"].keys() <= {choice.tunable.name for choice in CHOICES}
-    asked = json.loads((tmp_path / "questions.json").read_text())["cases"]
-    assert {row["status"] for case in asked.values() for row in case.get("rows", [])} == {"timed"}
-    # what comes back from a borrowed machine is eight files at most
-    assert len(list(tmp_path.iterdir())) <= 8
+    found = json.loads((tmp_path / f"{part}.json").read_text())
+    assert found["complete"] is True
+    cases = found["cases"]
+    assert cases
+    # what comes back from a borrowed machine is eight files at most: these two, and one a part
+    assert {path.name for path in tmp_path.iterdir()} <= {"prepare.json", "results.json", f"{part}.json"}
+    if part in ("e2e", "train"):
+        rows = Run.load(tmp_path / "results.json").rows
+        assert {(row.case.direction, row.status) for row in rows} == {
+            ("train" if part == "train" else "forward", "timed")
+        }
+    elif part == "sweep":
+        assert all(case["rows"] and case["rows"][0]["status"] == "right" for case in cases.values())
+        table = tune.table_of({"facts": {}, "cases": cases})
+        assert table["tiles"].keys() <= {choice.tunable.name for choice in CHOICES}
+    elif part == "questions":
+        assert {row["status"] for case in cases.values() for row in case.get("rows", [])} == {"timed"}
+    elif part == "sanitize":
+        before = (tmp_path / "sanitize.json").read_text()
+        again = gpu("--dry-run", "--out", str(tmp_path), part)
+        assert again.returncode == 0
+        assert "memcheck" not in again.stdout, "what was done is done again"
+        assert (tmp_path / "sanitize.json").read_text() == before
 
-    before = (tmp_path / "sanitize.json").read_text()
-    again = gpu("--dry-run", "--out", str(tmp_path), "sanitize")
-    assert again.returncode == 0
-    assert "memcheck" not in again.stdout, "what was done is done again"
-    assert (tmp_path / "sanitize.json").read_text() == before
+
+def test_without_a_name_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
+    monkeypatch.setattr(command, "_run", lambda part, options: ran.append(part) or part != "sweep")
+    assert command.main(["--dry-run", "--out", str(tmp_path)]) == 1
+    assert ran == list(command.PARTS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
