@@ -17,9 +17,17 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor, nn
 
-from xclip_fast.numerics import TOLERANCES, allowance, longest_sum, model_allowance, poisoned_memory, relative_error
+from xclip_fast.numerics import (
+    TOLERANCES,
+    allowance,
+    longest_sum,
+    model_allowance,
+    parity_error,
+    poisoned_memory,
+    relative_error,
+)
 
-__all__ = ["TOLERANCES", "longest_sum", "model_allowance", "poisoned_memory", "relative_error"]
+__all__ = ["TOLERANCES", "longest_sum", "model_allowance", "parity_error", "poisoned_memory", "relative_error"]
 
 EXACT = 1e-12  # an algebraic rewrite, in float64
 PUBLISHED = 1e-5  # another implementation of X-CLIP, in float32
@@ -67,9 +75,9 @@ def assert_parity(
     """
     assert actual.dtype == same_dtype_torch.dtype, f"dtype {actual.dtype}, expected {same_dtype_torch.dtype}"
     assert truth64.dtype == torch.float64, f"the truth is float64, found {truth64.dtype}"
-    torch_error = relative_error(same_dtype_torch, truth64)
+    torch_error = parity_error(same_dtype_torch, truth64)
     allowed = allowance(torch_error, actual.dtype, terms, ceiling, distance)
-    _judge(actual, relative_error(actual, truth64), torch_error, allowed, what)
+    _judge(actual, parity_error(actual, truth64), torch_error, allowed, what)
 
 
 def assert_gradients(

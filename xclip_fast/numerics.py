@@ -54,7 +54,7 @@ def sum_error(dtype: torch.dtype, terms: int, distance: float = 1.0) -> float:
     sums than 64 terms run in lanes and blocks, and torch's error, an average over them, is no luck.
 
     A norm of numbers ``distance`` deviations from zero subtracts their mean, which is a rounded number itself: half a
-    step of it, 0.29 units as a root mean square, shifts them all.
+    step of it, 0.29 units as a root mean square, shifts them all. So does a softmax of scores as far from zero.
     """
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     return max(0.6 * math.sqrt(min(terms, 64)), 0.29 * distance) * unit
@@ -75,11 +75,11 @@ def allowance(
     eight where it is in one element.
 
     Args:
-        torch_error: relative error of the same computation by plain torch in the same dtype.
+        torch_error: ``parity_error`` of the same computation by plain torch in the same dtype.
         dtype: of the result.
         terms: of the longest sum on the way to it.
         ceiling: replaces the dtype's ceiling where the input is ill-conditioned on purpose, and torch bad with it.
-        distance: of the mean of what is normed from zero, in deviations.
+        distance: from zero, of the mean of what is normed in its deviations, or of the scores of a softmax.
     """
     tolerance = TOLERANCES[dtype]
     usual = max(torch_error, sum_error(dtype, terms, distance))
@@ -100,29 +100,40 @@ def model_allowance(torch_error: float, dtype: torch.dtype, *, gradients: bool =
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """The larger of the relative errors in the Euclidean and the maximum norm, computed in float64.
 
-    The Euclidean norm sees a small error everywhere, the maximum norm one wrong element in a million. The latter counts
-    by half in float32 and float64, where results carry the roundings of all their sums: those of an attention, or of
-    its gradients, are large in the rows of large scores, and the largest is twice the usual one. Half precision rounds
-    the result alone, each element alike. Infinite where the non-finite elements of the two differ in place or kind, and
-    absolute where the truth is zero.
+    The Euclidean norm sees a small error everywhere, the maximum norm one wrong element in a million. Infinite where
+    the non-finite elements of the two differ in place or kind, and absolute where the truth is zero.
 
     Raises:
         ValueError: the shapes differ.
     """
+    return max(_errors(actual, truth))
+
+
+def parity_error(actual: Tensor, truth: Tensor) -> float:
+    """``relative_error`` as ``allowance`` judges it: in float32 and float64 the maximum norm counts by half.
+
+    Results carry the roundings of all their sums there: those of an attention, or of its gradients, are large in the
+    rows of large scores, and the largest is twice the usual one. Half precision rounds the result alone, each element
+    alike. Whoever holds a result to a limit of its own takes ``relative_error``.
+    """
+    euclidean, largest = _errors(actual, truth)
+    return max(euclidean, 0.5 * largest if actual.dtype in (torch.float32, torch.float64) else largest)
+
+
+def _errors(actual: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The relative errors in the Euclidean and the maximum norm."""
     if actual.shape != truth.shape:
         raise ValueError(f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
-    share = 0.5 if actual.dtype in (torch.float32, torch.float64) else 1.0
     actual, truth = (x.detach().to("cpu", torch.float64) for x in (actual, truth))
     finite = truth.isfinite()
     if not torch.equal(finite, actual.isfinite()):
-        return math.inf
+        return math.inf, math.inf
     if not torch.allclose(actual[~finite], truth[~finite], equal_nan=True):
-        return math.inf
+        return math.inf, math.inf
     difference, truth = actual[finite] - truth[finite], truth[finite]
     if not truth.any():
-        return difference.norm().item()
-    largest = difference.abs().max() / truth.abs().max()
-    return max((difference.norm() / truth.norm()).item(), share * largest.item())
+        return difference.norm().item(), 0.0
+    return (difference.norm() / truth.norm()).item(), (difference.abs().max() / truth.abs().max()).item()
 
 
 @contextmanager

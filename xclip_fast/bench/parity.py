@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xclip_fast.numerics import allowance, longest_sum, poisoned_memory, relative_error
+from xclip_fast.numerics import allowance, longest_sum, parity_error, poisoned_memory
 
 Op = Callable[..., object]
 
@@ -46,10 +46,10 @@ def compare(
     with poisoned_memory():
         found = run_op(op, inputs, wanted, backend, gradients)
     for name, exact in truth.items():
-        torch_error = relative_error(plain[name], exact)
+        torch_error = parity_error(plain[name], exact)
         allowed = allowance(torch_error, plain[name].dtype, longest_sum(inputs), ceiling)
         # a result of another dtype is a fault whatever its numbers
-        error = relative_error(found[name], exact) if found[name].dtype == plain[name].dtype else float("nan")
+        error = parity_error(found[name], exact) if found[name].dtype == plain[name].dtype else float("nan")
         yield Comparison(name, error, torch_error, allowed)
 
 
