@@ -24,6 +24,8 @@ from xclip_fast.ops import (
     message_key_value,
     prompt_attention,
 )
+from xclip_fast.ops._backends import choose
+from xclip_fast.ops._frames import attention_refusal
 
 _ORIGINAL = "_xclip_fast_original"
 
@@ -94,25 +96,107 @@ def _kind(module: nn.Module) -> str | None:
     return kind
 
 
-def _packed(attention: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the three projections as one; a copy of 3 D x D numbers a call, so that training sees them."""
-    parts = attention.q_proj, attention.k_proj, attention.v_proj
-    return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-
-
 def _norm(x: Tensor, norm: nn.LayerNorm, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     x = x if residual is None else x.to(residual.dtype)
     return layer_norm(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
 
 
+@dataclass(frozen=True)
+class _Projections:
+    """What a block multiplies with before it attends, however its weights are kept.
+
+    Attributes:
+        messages: class tokens (B, T, D) to messages of that shape.
+        rows: normed tokens (F, S, D) and messages (F, D) to what ``frame_attention`` takes: queries, keys and values
+            side by side (F, S, 3 D), and keys and values (F, 2 D) of the messages.
+    """
+
+    messages: Callable[[Tensor], Tensor]
+    rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _packed(
+    block: Any, norm: nn.LayerNorm, message_weights: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor]
+) -> _Projections:
+    """By weights (3 D, D) and biases of queries, keys and values together, as the kernels read them."""
+    weight, bias = weights
+    width = weight.shape[1]
+
+    def messages(class_tokens: Tensor) -> Tensor:
+        return message_attention(
+            class_tokens,
+            block.message_fc.weight,
+            block.message_fc.bias,
+            block.message_ln.weight,
+            block.message_ln.bias,
+            *message_weights,
+            block.message_attn.out_proj.weight,
+            block.message_attn.out_proj.bias,
+            block.message_attn.num_heads,
+            eps=block.message_ln.eps,
+        )
+
+    def rows(normed: Tensor, messages: Tensor) -> tuple[Tensor, Tensor]:
+        message_kv = message_key_value(messages, norm.weight, norm.bias, weight[width:], bias[width:], eps=norm.eps)
+        return linear(normed, weight, bias), message_kv
+
+    return _Projections(messages, rows)
+
+
+def _joined(layers: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of linear layers as one; a copy of all their numbers a call, so that training sees them."""
+    return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+
+
+def _projections(attention: Any) -> tuple[nn.Linear, ...]:
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+def _separate(block: Any, norm: nn.LayerNorm, message_attn: Any, attn: Any) -> _Projections:
+    """By a module for each of queries, keys and values: without a kernel, a copy of the weights would cost the most."""
+
+    def messages(class_tokens: Tensor) -> Tensor:
+        # in rows: of a view with more dimensions PyTorch makes a slower product
+        message: Tensor = block.message_fc(class_tokens.flatten(0, -2)).view(class_tokens.shape)
+        return message + message_attn(block.message_ln(message))[0]
+
+    def rows(normed: Tensor, messages: Tensor) -> tuple[Tensor, Tensor]:
+        # one product for both: with a message a frame, one of its own takes almost as long
+        both = torch.cat([normed.flatten(0, 1), _norm(messages, norm)[0]])
+        found = _side_by_side(both, _projections(attn))
+        tokens, last = found.tensor_split([len(both) - len(messages)])
+        return tokens.view(*normed.shape[:-1], -1), last[:, normed.shape[-1] :]
+
+    return _Projections(messages, rows)
+
+
+def _side_by_side(rows: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
+    """What linear layers make of rows (R, D), in the columns of one tensor."""
+    plain = all(_is_plain(layer) for layer in layers)
+    if plain and rows.dtype in (torch.bfloat16, torch.float16):
+        # one wide product is faster by more than the copy costs
+        return linear(rows, *_joined(layers))
+    recorded = torch.is_grad_enabled() or torch.is_autocast_enabled(rows.device.type) or torch.compiler.is_compiling()
+    if not plain or recorded:
+        return torch.cat([layer(rows) for layer in layers], dim=-1)
+    widths = [layer.out_features for layer in layers]
+    out = rows.new_empty(len(rows), sum(widths))
+    for layer, columns in zip(layers, out.split(widths, dim=-1), strict=True):
+        torch.addmm(layer.bias, rows, layer.weight.t(), out=columns)
+    return out
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does no more than multiply with its own weight and add its bias."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) is nn.Linear and type(layer.weight) is type(layer.bias) is nn.Parameter and not hooks
+
+
 def _cross_frame_block(
     tokens: Tensor,
     frames: int,
-    block: Any,
     norms: tuple[nn.LayerNorm, nn.LayerNorm],
-    message_weights: tuple[Tensor, Tensor],
-    weights: tuple[Tensor, Tensor],
-    message_attn: Any,
+    project: _Projections,
     attn: Any,
     mlp: Callable[[Tensor], Tensor],
 ) -> Tensor:
@@ -122,25 +206,9 @@ def _cross_frame_block(
             f"the model was built for clips of {frames} frames, found {tokens.shape[0]} frames in the batch: "
             "give whole clips of that length, or build the model for another"
         )
-    width, heads = tokens.shape[-1], attn.num_heads
-    weight, bias = weights
     normed, stream = _norm(tokens, norms[0])
-    message = message_attention(
-        tokens[:, 0].unflatten(0, (-1, frames)),
-        block.message_fc.weight,
-        block.message_fc.bias,
-        block.message_ln.weight,
-        block.message_ln.bias,
-        *message_weights,
-        message_attn.out_proj.weight,
-        message_attn.out_proj.bias,
-        message_attn.num_heads,
-        eps=block.message_ln.eps,
-    )
-    message_kv = message_key_value(
-        message.flatten(0, 1), norms[0].weight, norms[0].bias, weight[width:], bias[width:], eps=norms[0].eps
-    )
-    mixed = frame_attention(linear(normed, weight, bias), message_kv, heads)
+    messages = project.messages(tokens[:, 0].unflatten(0, (-1, frames))).flatten(0, 1)
+    mixed = frame_attention(*project.rows(normed, messages), attn.num_heads)
     normed, stream = _norm(attn.out_proj(mixed), norms[1], stream)
     return stream + mlp(normed)
 
@@ -149,17 +217,13 @@ def _huggingface_block(self: Any, hidden_states: Tensor, attention_mask: Tensor 
     dropping = self.training and (self.self_attn.dropout or getattr(self.drop_path, "drop_prob", 0.0))
     if attention_mask is not None or kwargs.get("output_attentions") or dropping:
         return type(self).forward(self, hidden_states, attention_mask, **kwargs)
-    return _cross_frame_block(
-        hidden_states,
-        self.num_frames,
-        self,
-        (self.layer_norm1, self.layer_norm2),
-        _packed(self.message_attn),
-        _packed(self.self_attn),
-        self.message_attn,
-        self.self_attn,
-        self.mlp,
-    )
+    norm, attn, message_attn = self.layer_norm1, self.self_attn, self.message_attn
+    refusal = attention_refusal(hidden_states.shape[-1], message_attn.num_heads)
+    if choose("message_attention", None, hidden_states, refusal=refusal) == "triton":
+        project = _packed(self, norm, _joined(_projections(message_attn)), _joined(_projections(attn)))
+    else:
+        project = _separate(self, norm, message_attn, attn)
+    return _cross_frame_block(hidden_states, self.num_frames, (norm, self.layer_norm2), project, attn, self.mlp)
 
 
 def _huggingface_mlp(self: Any, hidden_states: Tensor) -> Tensor:
@@ -175,14 +239,13 @@ def _huggingface_cross_attention(self: Any, queries: Tensor, keys: Tensor, value
 def _official_block(self: Any, x: Tensor) -> Tensor:
     if self.training and getattr(self.drop_path, "drop_prob", 0.0):
         return type(self).forward(self, x)
+    weights = self.attn.in_proj_weight, self.attn.in_proj_bias
+    message_weights = self.message_attn.in_proj_weight, self.message_attn.in_proj_bias
     tokens = _cross_frame_block(
         x.transpose(0, 1),
         self.T,
-        self,
         (self.ln_1, self.ln_2),
-        (self.message_attn.in_proj_weight, self.message_attn.in_proj_bias),
-        (self.attn.in_proj_weight, self.attn.in_proj_bias),
-        self.message_attn,
+        _packed(self, self.ln_1, message_weights, weights),
         self.attn,
         lambda normed: feed_forward(
             normed, self.mlp.c_fc.weight, self.mlp.c_fc.bias, self.mlp.c_proj.weight, self.mlp.c_proj.bias

@@ -7,7 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from numerics import PUBLISHED, assert_gradients, assert_within, randomise_parameters, relative_error
+from numerics import (
+    PUBLISHED,
+    assert_gradients,
+    assert_within,
+    model_allowance,
+    randomise_parameters,
+    relative_error,
+)
 from torch import Tensor, nn
 
 import xclip_fast
@@ -78,6 +85,50 @@ def test_parity_of_a_hugging_face_model(shape: tuple[int, int, int], backend: st
         found, grads = run(model, inputs)
     assert_within(found, expected, PUBLISHED, what=f"optimized Hugging Face {backend}")
     assert_gradients(grads, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parity_without_gradients(dtype: torch.dtype) -> None:
+    model, inputs = huggingface().to(dtype), arguments()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad(), ops.backend("torch"):
+        truth = exact(**inputs | {"pixel_values": inputs["pixel_values"].double()}).logits_per_video
+        plain = relative_error(model(**inputs).logits_per_video, truth)
+        xclip_fast.optimize(model)
+        found = model(**inputs).logits_per_video
+    assert relative_error(found, truth) <= model_allowance(plain, dtype)
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["no_grad", "grad"])
+def test_what_a_projection_was_given_beside_its_weight_counts(recorded: bool) -> None:
+    model, inputs = huggingface(), arguments()
+    layers = model.vision_model.encoder.layers
+
+    class Adapted(nn.Module):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.inner, self.added = inner, nn.Linear(inner.in_features, inner.out_features).to(DEVICE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + self.added(x)
+
+    layers[0].self_attn.q_proj = Adapted(layers[0].self_attn.q_proj)
+    layers[1].message_attn.v_proj = Adapted(layers[1].message_attn.v_proj)
+    layers[1].self_attn.k_proj.register_forward_hook(lambda module, given, result: 2 * result)
+    with torch.set_grad_enabled(recorded), ops.backend("torch"):
+        expected = model(**inputs).logits_per_video
+        xclip_fast.optimize(model)
+        assert relative_error(model(**inputs).logits_per_video, expected) <= PUBLISHED
+
+
+def test_autocast_gives_what_it_gives_without() -> None:
+    model, inputs = huggingface(), arguments()
+    truth = model(**inputs).logits_per_video
+    with torch.no_grad(), ops.backend("torch"), torch.autocast(DEVICE, torch.bfloat16):
+        plain = relative_error(model(**inputs).logits_per_video, truth)
+        xclip_fast.optimize(model)
+        assert relative_error(model(**inputs).logits_per_video, truth) <= model_allowance(plain, torch.bfloat16)
 
 
 def test_restore_leaves_no_trace() -> None:
