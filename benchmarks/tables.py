@@ -140,6 +140,8 @@ def _ratio(row: Row) -> str:
 def _origin(run: Run) -> str:
     facts = run.facts
     where = facts["gpu"] or f"{facts['processor']}, {facts['threads']} threads"
+    if facts.get("hidden"):
+        where += f" (a mask hid {facts['hidden'].replace(',', ', ')} from the programs)"
     rates = ", ".join(
         f"{name.replace('_tflops', '')} {rate:.2f} TFLOP/s" for name, rate in run.ceilings.items() if "tflops" in name
     )

@@ -63,6 +63,8 @@ def run(mask: str, command: list[str]) -> int:
         masked = {
             "LD_PRELOAD": f"{library}:{preloaded}" if preloaded else str(library),
             "HIDDEN_CPU_FEATURES": MASKS[mask],
+            # the address sanitizer would insist on being loaded first
+            "ASAN_OPTIONS": f"{os.environ.get('ASAN_OPTIONS', '')}:verify_asan_link_order=0",
         }
         code = subprocess.run(command, env=os.environ | masked, check=False).returncode
     # as a shell tells a signal
