@@ -27,7 +27,7 @@ inline Vector silu(Vector x) {
 // What a tile has beside its product.
 struct Finish {
   bool first;         // of the sum over blocks of `inner`
-  bool add;           // start from the result
+  bool add;           // the result is a term of the sum
   const float* bias;  // at the last one, or null
   bool silu;          // at the last one
 };
@@ -39,7 +39,7 @@ void multiply(const float* a, const float* const* b, int64_t inner, const Finish
   Vector sums[rows][vectors];
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < vectors; ++v) {
-      sums[r][v] = finish.first && !finish.add ? broadcast(0.0f) : load(results[v] + r * stride);
+      sums[r][v] = broadcast(0.0f);
     }
   }
   const float* column[vectors];
@@ -55,7 +55,10 @@ void multiply(const float* a, const float* const* b, int64_t inner, const Finish
   for (int v = 0; v < vectors; ++v) {
     const Vector bias = finish.bias ? load(finish.bias + v * kLanes) : broadcast(0.0f);
     for (int r = 0; r < rows; ++r) {
-      Vector sum = finish.bias ? sums[r][v] + bias : sums[r][v];
+      Vector sum = sums[r][v];
+      // once for all of `inner`: what is large there rounds no single addition
+      if (!finish.first || finish.add) sum = sum + load(results[v] + r * stride);
+      if (finish.bias) sum = sum + bias;
       store(results[v] + r * stride, finish.silu ? silu(sum) : sum);
     }
   }

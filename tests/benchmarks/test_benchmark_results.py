@@ -16,6 +16,7 @@ import pytest
 from benchmarks import compare, history, suites, tables
 from benchmarks.__main__ import main as command
 from xclip_fast.bench.cases import OPS
+from xclip_fast.bench.machine import RIVALS
 from xclip_fast.bench.models import Effort
 from xclip_fast.bench.operators import BACKENDS
 from xclip_fast.bench.providers import PROVIDERS
@@ -68,7 +69,8 @@ def test_every_result_has_the_schema(path: Path) -> None:
     VALIDATOR.validate(content)
     found = Run.load(path)
     assert found.to_dict() == content
-    assert found.sound
+    # what a rival gets wrong on some processor is a finding, and has no time
+    assert Run(found.facts, found.ceilings, [row for row in found.rows if not row.provider.startswith(RIVALS)]).sound
     # a figure without a gate and its origin is none
     assert all(row.check is not None and row.check.passed for row in found.rows if row.timing is not None)
     assert "/" not in found.facts["commit"]

@@ -69,6 +69,23 @@ def test_products_agree(size: tuple[int, int, int], activation: str, dtype: torc
         compare(kept(*operand[1:3], activation), operand, activation, 1e-6)
 
 
+@pytest.mark.skipif(_extension.linear_refusal() is not None, reason="the extension has no products here")
+@pytest.mark.parametrize("inner", [768, 3072])
+def test_long_sums_beside_large_terms_round_seldom(inner: int) -> None:
+    weight = (torch.randn(96, inner) / inner**0.5).bfloat16()
+    x = torch.randn(50, inner)
+    x[:, [3, 77, 400]] *= 60
+    exact = x.double() @ weight.double().T
+    product = PackedProduct(weight, None)
+    # sums of a few hundred terms each, added up
+    assert (product(x) - exact).norm() <= 8 * 2**-24 * exact.norm()
+    stream = 1000 * torch.randn(50, 96)
+    truth = stream.double() + exact
+    found = product.add(stream.clone(), x)
+    # it is rounded at the size of the stream for each of these sums, not for each term
+    assert (found - truth).norm() <= 3 * 2**-24 * truth.norm()
+
+
 @pytest.mark.parametrize("size", [*SIZES, (205, 300, 33), (5, 257, 1), (0, 16, 16)], ids=str)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [PackedProduct, WidenedProduct], ids=lambda kind: kind.__name__)
