@@ -8,7 +8,7 @@
 namespace xclip_fast {
 namespace {
 
-// a block of rows stays in the second cache, two panels' parts in the first
+// kBlockInner columns of a block of rows stay in the second cache, two panels' parts in the first
 constexpr int64_t kBlockRows = 204;
 constexpr int64_t kBlockInner = 256;
 constexpr int64_t kLineNumbers = 16;

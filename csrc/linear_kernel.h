@@ -107,39 +107,44 @@ inline void prefetch(const char* from, int64_t bytes, int64_t share, int64_t sha
 
 void linear_part(const Linear& work, int64_t begin, int64_t end) {
   const int64_t panels = (work.columns + kPanelColumns - 1) / kPanelColumns, pairs = (panels + 1) / 2;
-  std::vector<Line> row_lines(kBlockRows * kBlockInner / kLineNumbers), copies(2 * kBlockInner), edges;
+  std::vector<Line> row_lines(kBlockRows * ((work.inner + kLineNumbers - 1) / kLineNumbers)), copies(2 * kBlockInner);
+  std::vector<Line> edges;
   const int64_t size = work.type == Element::kFloat32 ? 4 : 2;
   float* const rows = row_lines.data()->numbers;
   while (begin < end) {
     const int64_t block = begin / pairs, stop = std::min(end, (block + 1) * pairs);
     const int64_t first_row = block * kBlockRows, count = std::min(kBlockRows, work.row_count - first_row);
     for (int64_t from = 0; from < work.inner; from += kBlockInner) {
-      const int64_t inner = std::min(kBlockInner, work.inner - from);
-      const bool last = from + inner == work.inner;
-      pack_rows(work, first_row, count, from, inner, rows);
-      for (int64_t pair = begin % pairs; pair < stop - block * pairs; ++pair) {
-        const int64_t first = 2 * pair, column = first * kPanelColumns;
-        const int64_t wide = std::min(2 * kPanelColumns, work.columns - column);
-        const bool whole = wide % kPanelColumns == 0;
+      pack_rows(work, first_row, count, from, std::min(kBlockInner, work.inner - from), rows + count * from);
+    }
+    for (int64_t pair = begin % pairs; pair < stop - block * pairs; ++pair) {
+      const int64_t first = 2 * pair, column = first * kPanelColumns;
+      const int64_t wide = std::min(2 * kPanelColumns, work.columns - column);
+      const bool whole = wide % kPanelColumns == 0;
+      float* result = work.result + first_row * work.columns + column;
+      int64_t stride = work.columns;
+      float bias[2 * kPanelColumns] = {};
+      if (work.bias) std::copy_n(work.bias + column, wide, bias);
+      if (!whole) {
+        // the columns that fill up the last panel are written beside the result
+        edges.resize(kBlockRows * 2);
+        for (int64_t r = 0; r < count; ++r) std::copy_n(result + r * stride, wide, edges[2 * r].numbers);
+        stride = 2 * kPanelColumns;
+      }
+      float* target = whole ? result : edges.data()->numbers;
+      const int64_t vectors = (wide + kPanelColumns - 1) / kPanelColumns * kVectors;
+      const int64_t shares = (vectors + kTile - 1) / kTile * ((count + kRows - 1) / kRows);
+      // all blocks of a pair, one after the other: its results stay in the cache
+      for (int64_t from = 0; from < work.inner; from += kBlockInner) {
+        const int64_t inner = std::min(kBlockInner, work.inner - from), next = from + inner;
+        const bool last = next == work.inner;
         const float* parts[2];
         for (int64_t p = 0; p < 2 && first + p < panels; ++p) {
           parts[p] = widened(work, first + p, from, inner, copies[p * kBlockInner].numbers);
         }
-        float* result = work.result + first_row * work.columns + column;
-        int64_t stride = work.columns;
-        float bias[2 * kPanelColumns] = {};
-        const bool biased = last && work.bias;
-        if (biased) std::copy_n(work.bias + column, wide, bias);
-        if (!whole) {
-          // the columns that fill up the last panel are written beside the result
-          edges.resize(kBlockRows * 2);
-          for (int64_t r = 0; r < count; ++r) std::copy_n(result + r * stride, wide, edges[2 * r].numbers);
-          stride = 2 * kPanelColumns;
-        }
-        float* target = whole ? result : edges.data()->numbers;
-        const int64_t vectors = (wide + kPanelColumns - 1) / kPanelColumns * kVectors;
-        const int64_t bytes = inner * kPanelColumns * size, ahead = ((first + 2) * work.inner + from) * kPanelColumns * size;
-        const int64_t shares = (vectors + kTile - 1) / kTile * ((count + kRows - 1) / kRows);
+        // the pair's next parts, or the next pair's first ones
+        const int64_t ahead = last ? first + 2 : first, ahead_from = last ? 0 : next;
+        const int64_t bytes = std::min(kBlockInner, work.inner - ahead_from) * kPanelColumns * size;
         int64_t share = 0;
         for (int64_t v = 0; v < vectors; v += kTile) {
           const int64_t some = std::min(kTile, vectors - v);
@@ -149,22 +154,21 @@ void linear_part(const Linear& work, int64_t begin, int64_t end) {
           for (int64_t row = 0; row < count; row += kRows) {
             const int64_t height = std::min<int64_t>(kRows, count - row);
             for (int64_t i = 0; i < some; ++i) results[i] = target + row * stride + (v + i) * kLanes;
-            const Finish finish{from == 0, work.add, biased ? bias + v * kLanes : nullptr, last && work.silu};
+            const Finish finish{from == 0, work.add, last && work.bias ? bias + v * kLanes : nullptr, last && work.silu};
             const auto heights = std::make_integer_sequence<int, kRows>();
             const Multiply kernel = some == 1 ? multiply_of<1>(height, heights) : multiply_of<2>(height, heights);
-            if (first + 3 < panels) {
-              for (int64_t p = 0; p < 2; ++p) {
-                prefetch(static_cast<const char*>(work.panels) + ahead + p * work.inner * kPanelColumns * size, bytes,
-                         share, shares);
-              }
-              ++share;
+            for (int64_t p = 0; p < 2 && ahead + p < panels; ++p) {
+              prefetch(static_cast<const char*>(work.panels) +
+                           ((ahead + p) * work.inner + ahead_from) * kPanelColumns * size,
+                       bytes, share, shares);
             }
-            kernel(rows + row * inner, b, inner, finish, results, stride);
+            ++share;
+            kernel(rows + count * from + row * inner, b, inner, finish, results, stride);
           }
         }
-        if (!whole) {
-          for (int64_t r = 0; r < count; ++r) std::copy_n(edges[2 * r].numbers, wide, result + r * work.columns);
-        }
+      }
+      if (!whole) {
+        for (int64_t r = 0; r < count; ++r) std::copy_n(edges[2 * r].numbers, wide, result + r * work.columns);
       }
     }
     begin = stop;
