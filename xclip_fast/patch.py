@@ -188,8 +188,11 @@ def _side_by_side(rows: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer does no more than multiply with its own weight and add its bias."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return type(layer) is nn.Linear and type(layer.weight) is type(layer.bias) is nn.Parameter and not hooks
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    replaced = "forward" in vars(layer)
+    return (
+        type(layer) is nn.Linear and type(layer.weight) is type(layer.bias) is nn.Parameter and not (hooked or replaced)
+    )
 
 
 def _cross_frame_block(
@@ -219,7 +222,9 @@ def _huggingface_block(self: Any, hidden_states: Tensor, attention_mask: Tensor 
         return type(self).forward(self, hidden_states, attention_mask, **kwargs)
     norm, attn, message_attn = self.layer_norm1, self.self_attn, self.message_attn
     refusal = attention_refusal(hidden_states.shape[-1], message_attn.num_heads)
-    if choose("message_attention", None, hidden_states, refusal=refusal) == "triton":
+    read = *_projections(message_attn), *_projections(attn), self.message_fc, message_attn.out_proj
+    plain = all(_is_plain(layer) for layer in read)
+    if plain and choose("message_attention", None, hidden_states, refusal=refusal) == "triton":
         project = _packed(self, norm, _joined(_projections(message_attn)), _joined(_projections(attn)))
     else:
         project = _separate(self, norm, message_attn, attn)

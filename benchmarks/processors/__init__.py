@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import platform
 import subprocess
@@ -32,10 +30,8 @@ def can_mask() -> bool:
     """Whether the processor and the kernel let CPUID fault."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
-    set_cpuid, arch_prctl = 0x1012, 158
-    return (
-        ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, set_cpuid, 1) == 0 or ctypes.get_errno() != errno.ENODEV
-    )
+    # the system call that would tell also takes a mask away from this process
+    return "cpuid_fault" in Path("/proc/cpuinfo").read_text().split()
 
 
 def run(mask: str, command: list[str]) -> int:

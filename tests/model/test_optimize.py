@@ -100,8 +100,9 @@ def test_parity_without_gradients(dtype: torch.dtype) -> None:
     assert relative_error(found, truth) <= model_allowance(plain, dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("recorded", [False, True], ids=["no_grad", "grad"])
-def test_what_a_projection_was_given_beside_its_weight_counts(recorded: bool) -> None:
+def test_what_a_projection_was_given_beside_its_weight_counts(recorded: bool, backend: str) -> None:
     model, inputs = huggingface(), arguments()
     layers = model.vision_model.encoder.layers
 
@@ -116,7 +117,7 @@ def test_what_a_projection_was_given_beside_its_weight_counts(recorded: bool) ->
     layers[0].self_attn.q_proj = Adapted(layers[0].self_attn.q_proj)
     layers[1].message_attn.v_proj = Adapted(layers[1].message_attn.v_proj)
     layers[1].self_attn.k_proj.register_forward_hook(lambda module, given, result: 2 * result)
-    with torch.set_grad_enabled(recorded), ops.backend("torch"):
+    with torch.set_grad_enabled(recorded), ops.backend(backend):
         expected = model(**inputs).logits_per_video
         xclip_fast.optimize(model)
         assert relative_error(model(**inputs).logits_per_video, expected) <= PUBLISHED
