@@ -73,13 +73,24 @@ Multiply multiply_of(int64_t count, std::integer_sequence<int, rows...>) {
 }
 
 // Rows [first, first + count) and columns [from, from + inner) of the rows, in groups of kRows, each (inner, its rows).
+// Up to three numbers behind the last ones are written.
 inline void pack_rows(const Linear& work, int64_t first, int64_t count, int64_t from, int64_t inner, float* packed) {
   for (int64_t group = 0; group < count; group += kRows) {
     const int64_t rows = std::min<int64_t>(kRows, count - group);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* row = work.rows + (first + group + r) * work.inner + from;
-      float* to = packed + group * inner + r;
-      for (int64_t k = 0; k < inner; ++k) to[k * rows] = row[k];
+    const float* row = work.rows + (first + group) * work.inner + from;
+    float* to = packed + group * inner;
+    int64_t k = 0;
+    for (; rows == kRows && k + 4 <= inner; k += 4) {
+      // four by four, the last rows first: what these write too far is written again
+      for (int r = (kRows - 1) / 4 * 4; r >= 0; r -= 4) {
+        __m128 square[4];
+        for (int i = 0; i < 4; ++i) square[i] = _mm_loadu_ps(row + std::min(r + i, kRows - 1) * work.inner + k);
+        _MM_TRANSPOSE4_PS(square[0], square[1], square[2], square[3]);
+        for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (k + i) * kRows + r, square[i]);
+      }
+    }
+    for (; k < inner; ++k) {
+      for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = row[r * work.inner + k];
     }
   }
 }
@@ -97,18 +108,17 @@ inline const float* widened(const Linear& work, int64_t panel, int64_t from, int
   return copy;
 }
 
-// Asks for a share of the next panels' parts, so that they are on their way while these are multiplied.
-inline void prefetch(const char* from, int64_t bytes, int64_t share, int64_t shares) {
-  const int64_t lines = (bytes + 63) / 64;
-  for (int64_t line = lines * share / shares; line < lines * (share + 1) / shares; ++line) {
-    _mm_prefetch(from + 64 * line, _MM_HINT_T1);
-  }
+// Asks for the lines of [from, to), so that they are on their way while others are multiplied.
+inline void prefetch(const char* from, const char* to) {
+  for (; from < to; from += 64) _mm_prefetch(from, _MM_HINT_T1);
 }
 
 void linear_part(const Linear& work, int64_t begin, int64_t end) {
   const int64_t panels = (work.columns + kPanelColumns - 1) / kPanelColumns, pairs = (panels + 1) / 2;
-  std::vector<Line> row_lines(kBlockRows * ((work.inner + kLineNumbers - 1) / kLineNumbers)), copies(2 * kBlockInner);
-  std::vector<Line> edges;
+  // kept by the thread: fresh memory comes from the system a page at a time
+  static thread_local std::vector<Line> row_lines, copies(2 * kBlockInner), edges(2 * kBlockRows);
+  const size_t lines = kBlockRows * ((work.inner + kLineNumbers - 1) / kLineNumbers) + 1;
+  if (row_lines.size() < lines) row_lines = std::vector<Line>(lines);
   const int64_t size = work.type == Element::kFloat32 ? 4 : 2;
   float* const rows = row_lines.data()->numbers;
   while (begin < end) {
@@ -127,7 +137,6 @@ void linear_part(const Linear& work, int64_t begin, int64_t end) {
       if (work.bias) std::copy_n(work.bias + column, wide, bias);
       if (!whole) {
         // the columns that fill up the last panel are written beside the result
-        edges.resize(kBlockRows * 2);
         for (int64_t r = 0; r < count; ++r) std::copy_n(result + r * stride, wide, edges[2 * r].numbers);
         stride = 2 * kPanelColumns;
       }
@@ -145,7 +154,8 @@ void linear_part(const Linear& work, int64_t begin, int64_t end) {
         // the pair's next parts, or the next pair's first ones
         const int64_t ahead = last ? first + 2 : first, ahead_from = last ? 0 : next;
         const int64_t bytes = std::min(kBlockInner, work.inner - ahead_from) * kPanelColumns * size;
-        int64_t share = 0;
+        const int64_t share = (bytes + 64 * shares - 1) / (64 * shares) * 64;
+        int64_t asked = 0;
         for (int64_t v = 0; v < vectors; v += kTile) {
           const int64_t some = std::min(kTile, vectors - v);
           const float* b[kTile];
@@ -158,11 +168,11 @@ void linear_part(const Linear& work, int64_t begin, int64_t end) {
             const auto heights = std::make_integer_sequence<int, kRows>();
             const Multiply kernel = some == 1 ? multiply_of<1>(height, heights) : multiply_of<2>(height, heights);
             for (int64_t p = 0; p < 2 && ahead + p < panels; ++p) {
-              prefetch(static_cast<const char*>(work.panels) +
-                           ((ahead + p) * work.inner + ahead_from) * kPanelColumns * size,
-                       bytes, share, shares);
+              const char* part = static_cast<const char*>(work.panels) +
+                                 ((ahead + p) * work.inner + ahead_from) * kPanelColumns * size;
+              prefetch(part + asked, part + std::min(bytes, asked + share));
             }
-            ++share;
+            asked += share;
             kernel(rows + count * from + row * inner, b, inner, finish, results, stride);
           }
         }
