@@ -139,6 +139,16 @@ def test_registered_ops_without_kernels_have_exact_gradients(monkeypatch: pytest
     )
 
 
+def test_on_plain_torch_it_has_second_and_forward_derivatives():
+    inputs = tuple(x.requires_grad_() for x in perceptron(2, 3, 4, torch.float64).values())
+
+    def plain(*tensors):
+        return feed_forward(*tensors, backend="torch")
+
+    assert torch.autograd.gradcheck(plain, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(plain, inputs)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_compiles_whole(backend: str) -> None:
     compiled = torch.compile(lambda *args: feed_forward(*args, backend=backend), fullgraph=True, backend="aot_eager")
