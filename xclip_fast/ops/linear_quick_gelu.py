@@ -104,9 +104,10 @@ def _feed_forward_with_gradient(
     if x.dtype not in (torch.float32, torch.float64):
         # the slope would cost a rounding more
         return linear(_linear_quick_gelu_torch(x, fc_weight, fc_bias), proj_weight, proj_bias)
-    # QuickGELU is silu(SLOPE * x) / SLOPE: the slope on the narrow rows leaves one pass over the hidden ones, and one back
+    # QuickGELU is silu(SLOPE * x) / SLOPE: with the slope on the narrow rows one pass over the hidden ones is left, and
+    # one back
     hidden = silu(linear(x * SLOPE, fc_weight, fc_bias * SLOPE))
-    return torch.add(proj_bias, linear(hidden, proj_weight), alpha=1 / SLOPE)
+    return linear(hidden, proj_weight, proj_bias * SLOPE) / SLOPE
 
 
 @custom_op("xclip_fast::linear_quick_gelu", mutates_args=())
