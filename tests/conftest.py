@@ -22,12 +22,18 @@ from interpreter_patches import language_patched_once
 from numerics import ROWS, ParityRow, parity_table
 
 from xclip_fast import _extension
+from xclip_fast.ops._backends import interpreter_refusal, interpreting
 
 PARITY = "parity"
 
 # float32 means float32 on a GPU too
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_sessionstart() -> None:
+    if interpreting() and (reason := interpreter_refusal()):
+        pytest.exit(f"the kernels cannot be tested: {reason}", returncode=4)
 
 
 @pytest.fixture(autouse=True)

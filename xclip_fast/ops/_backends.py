@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -100,6 +101,8 @@ def kernel_refusal(*tensors: Tensor | None) -> str | None:
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if kind == "cpu" and interpreting():
+        if reason := interpreter_refusal():
+            return reason
         if any(tensor.is_floating_point() and tensor.dtype not in INTERPRETED_DTYPES for tensor in present):
             return "Triton's interpreter computes bfloat16 wrongly"
         return None
@@ -115,6 +118,28 @@ def kernel_refusal(*tensors: Tensor | None) -> str | None:
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def interpreter_refusal() -> str | None:
+    """Why the interpreter of the Triton that is installed fails with the NumPy that is, or nothing.
+
+    Triton 3.6 takes an array of one number for a number, which NumPy 2.4 refuses.
+    """
+    if not _TRITON_INSTALLED:
+        return None
+    import numpy
+    import triton
+
+    if _minor(triton.__version__) >= (3, 7) or _minor(numpy.__version__) < (2, 4):
+        return None
+    found = f"triton {triton.__version__} fails with numpy {numpy.__version__}"
+    return f"the interpreter of {found}: pip install 'numpy<2.4', or a newer triton"
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def runs_kernels(tensor: Tensor) -> bool:
