@@ -109,7 +109,8 @@ def test_machine_code_has_what_makes_it_fast(built: Built) -> None:
     instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
     checked = Counter[str]()
     for part in re.split(r"^\s*code for sm_", cuobjdump(built.library, "-sass"), flags=re.MULTILINE)[1:]:
-        architecture = part.split("\n", 1)[0].strip()
+        # older tools leave out the letter of 90a
+        architecture = part.split("\n", 1)[0].strip().rstrip("a")
         for function in part.split("Function : ")[1:]:
             counts = Counter(instruction.findall(function))
             names = Counter(name.split(".")[0] for name in counts.elements())
@@ -121,7 +122,7 @@ def test_machine_code_has_what_makes_it_fast(built: Built) -> None:
             # two bytes become float16 with one instruction that places and one that centres them
             assert min(names["PRMT"], names["HADD2"]) >= 24, architecture
             checked[architecture] += 1
-    assert checked == dict.fromkeys(ARCHITECTURES, KERNELS)
+    assert checked == {name.rstrip("a"): KERNELS for name in ARCHITECTURES}
 
 
 def test_newer_gpus_find_intermediate_code(built: Built) -> None:
