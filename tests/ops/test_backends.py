@@ -7,20 +7,9 @@ import pytest
 import torch
 
 from xclip_fast.ops import layer_norm
-from xclip_fast.ops._backends import interpreter_refusal, kernel_refusal
+from xclip_fast.ops._backends import kernel_refusal
 
 triton = pytest.importorskip("triton", reason="triton has wheels for Linux alone")
-
-
-@pytest.fixture
-def versions(monkeypatch: pytest.MonkeyPatch):
-    def pretend(of_triton: str, of_numpy: str) -> None:
-        monkeypatch.setattr(triton, "__version__", of_triton)
-        monkeypatch.setattr(numpy, "__version__", of_numpy)
-        interpreter_refusal.cache_clear()
-
-    yield pretend
-    interpreter_refusal.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -36,10 +25,11 @@ def versions(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_an_interpreter_that_fails_with_this_numpy_is_not_taken(
-    versions, monkeypatch: pytest.MonkeyPatch, of_triton: str, of_numpy: str, fails: bool
+    monkeypatch: pytest.MonkeyPatch, of_triton: str, of_numpy: str, fails: bool
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    versions(of_triton, of_numpy)
+    monkeypatch.setattr(triton, "__version__", of_triton)
+    monkeypatch.setattr(numpy, "__version__", of_numpy)
     assert (kernel_refusal(torch.ones(2)) is not None) is fails
     if fails:
         x, ones = torch.ones(2, 8), torch.ones(8)

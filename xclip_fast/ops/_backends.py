@@ -6,7 +6,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -120,7 +119,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@cache
 def interpreter_refusal() -> str | None:
     """Why the interpreter of the Triton that is installed fails with the NumPy that is, or nothing.
 
