@@ -24,7 +24,7 @@ _RIVALS = {
 
 
 def jobs(suite: str, input: str | None = None) -> list[Job]:
-    """The cases of a suite; on two idle cores "cpu" and "rivals" take half an hour each with ``--full``.
+    """The cases of a suite; on two idle cores "cpu" takes half an hour with ``--full``, "rivals" longer.
 
     Args:
         suite: of ``SUITES``.
