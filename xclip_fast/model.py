@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from xclip_fast import layers, reference
 from xclip_fast.config import XCLIPConfig, resolve_config
 from xclip_fast.ops import clip_logits, mean_norm_over_frames
+from xclip_fast.plain import NORM, Plain, is_plain
 from xclip_fast.reference import VideoFeatures
 from xclip_fast.reference.model import check_video
 
@@ -19,6 +22,7 @@ class XCLIP(reference.XCLIP):
     text_transformer = layers.TextTransformer
     integration = layers.MultiframeIntegration
     prompts = layers.VideoPrompts
+    visual: layers.VisionTower
     prompts_generator: layers.VideoPrompts
 
     def encode_video(self, video: Tensor) -> VideoFeatures:
@@ -28,16 +32,51 @@ class XCLIP(reference.XCLIP):
         statistics = (
             {"mean": self.config.pixel_mean, "std": self.config.pixel_std} if video.dtype == torch.uint8 else {}
         )
-        frame_features, patches, branch = self.visual(video, **statistics, closed=False)
+        if is_plain(self, visual=_VISION_TOWER):
+            frame_features, patches, pending = self.visual.advance(video, **statistics)
+        else:
+            (frame_features, patches), pending = self.visual(video, **statistics), None
         norm = self.prompts_visual_ln
-        patches = mean_norm_over_frames(patches, norm.weight, norm.bias, residual=branch, eps=norm.eps)
+        if is_plain(self, prompts_visual_ln=NORM):
+            patches = mean_norm_over_frames(patches, norm.weight, norm.bias, residual=pending, eps=norm.eps)
+        else:
+            patches = norm(patches if pending is None else patches + pending).mean(dim=1)
         return VideoFeatures(self.mit(frame_features), patches @ self.prompts_visual_proj)
 
     def logits(self, features: VideoFeatures, text: Tensor) -> Tensor:
         """Scaled cosine similarities (B, K) of encoded videos and encoded texts (K, E)."""
         generator = self.prompts_generator
-        prompts, branch = generator.prompt(text, features.patches)
-        return clip_logits(features.video, text, prompts, generator.alpha, self.logit_scale, residual=branch)
+        if not is_plain(self, prompts_generator=_PROMPTS):
+            return super().logits(features, text)
+        prompts, pending = generator.advance(text, features.patches)
+        return clip_logits(features.video, text, prompts, generator.alpha, self.logit_scale, residual=pending)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Keep no more than the input of each block of both towers for the backward pass, and compute it again there.
+
+        Args:
+            gradient_checkpointing_kwargs: options of ``torch.utils.checkpoint.checkpoint``; by default
+                ``{"use_reentrant": False}``.
+        """
+        self._checkpoint({"use_reentrant": False} | (gradient_checkpointing_kwargs or {}))
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo ``gradient_checkpointing_enable``."""
+        self._checkpoint(None)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether ``gradient_checkpointing_enable`` is in force."""
+        return any(getattr(module, "checkpointing", None) is not None for module in self.modules())
+
+    def _checkpoint(self, options: dict[str, Any] | None) -> None:
+        for module in self.modules():
+            if isinstance(module, layers.CrossFrameTransformer | layers.TextTransformer):
+                module.checkpointing = options
+
+
+_VISION_TOWER = Plain(layers.VisionTower)
+_PROMPTS = Plain(layers.VideoPrompts)
 
 
 def create_model(variant_or_config: str | XCLIPConfig, *, frames: int | None = None, seed: int | None = None) -> XCLIP:

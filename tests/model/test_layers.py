@@ -137,8 +137,8 @@ def test_the_block_can_leave_its_last_addition_to_the_next() -> None:
     block = randomise_parameters(layers.CrossFrameBlock(64, 1))
     tokens = torch.randn(2, 3, 5, 64)
     whole = block(block(tokens))
-    stream, branch = block(*block(tokens, closed=False), closed=False)
-    assert torch.allclose(stream + branch, whole, atol=1e-5)
+    stream, pending = block.advance(*block.advance(tokens, None))
+    assert torch.allclose(stream + pending, whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("unit", layers.DROP_PATH_UNITS)
@@ -168,13 +168,7 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool) -> N
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for block in model.visual.transformer.resblocks:
-        forward = block.forward
-
-        def checkpointed(stream, branch=None, *, forward=forward, closed=True):
-            run = partial(forward, closed=closed)
-            return torch.utils.checkpoint.checkpoint(run, stream, branch, use_reentrant=reentrant)
-
-        block.forward = checkpointed
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=reentrant)
     model(video, tokens).sum().backward()
     # the reentrant kind runs its forward pass without gradients, where the perceptron takes a shorter way
     tolerance = 1e-4 if reentrant else 0.0

@@ -19,10 +19,12 @@ class MultiframeIntegration(nn.Module):
         frames: length of the temporal position table.
     """
 
+    block: type[Block] = Block
+
     def __init__(self, width: int, heads: int, layers: int = 1, frames: int = 8) -> None:
         super().__init__()
         self.positional_embedding = nn.Parameter(torch.empty(1, frames, width))
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(self.block(width, heads) for _ in range(layers))
         nn.init.trunc_normal_(self.positional_embedding, std=0.02)
         initialise_linears(self)
 

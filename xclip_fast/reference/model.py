@@ -13,7 +13,7 @@ from xclip_fast.config import XCLIPConfig
 from xclip_fast.reference.mit import MultiframeIntegration
 from xclip_fast.reference.prompts import VideoPrompts
 from xclip_fast.reference.transformer import TextTransformer
-from xclip_fast.reference.vision import VisionTower
+from xclip_fast.reference.vision import VisionTower, normalise_pixels
 
 
 class VideoFeatures(NamedTuple):
@@ -116,13 +116,10 @@ class XCLIP(nn.Module):
             ValueError: the video has another shape or dtype.
         """
         check_video(video)
-        dtype = self.visual.conv1.weight.dtype
+        dtype = self.visual.class_embedding.dtype
         if video.is_floating_point():
             return video.to(dtype)
-        exact = torch.promote_types(dtype, torch.float32)
-        mean = torch.tensor(self.config.pixel_mean, dtype=exact, device=video.device)
-        std = torch.tensor(self.config.pixel_std, dtype=exact, device=video.device)
-        return ((video.to(exact) / 255 - mean) / std).movedim(-1, 2).to(dtype)
+        return normalise_pixels(video, self.config.pixel_mean, self.config.pixel_std, dtype)
 
 
 def check_video(video: Tensor) -> None:

@@ -51,10 +51,12 @@ class VideoPrompts(nn.Module):
         alpha: initial scale of the prompts.
     """
 
+    layer: type[PromptLayer] = PromptLayer
+
     def __init__(self, width: int, heads: int, layers: int = 2, alpha: float = 0.1) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.decoder = nn.ModuleList(PromptLayer(width, heads) for _ in range(layers))
+        self.decoder = nn.ModuleList(self.layer(width, heads) for _ in range(layers))
         self.alpha = nn.Parameter(torch.full((width,), alpha))
         initialise_linears(self)
 

@@ -41,6 +41,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     return rearrange(scores.softmax(dim=-1) @ value, "... h l d -> ... l (h d)")
 
 
+def causal_mask(x: Tensor) -> Tensor:
+    """The mask (L, L) that lets each token of x (..., L, D) attend to itself and those before it."""
+    length = x.shape[-2]
+    return torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with the parameter names of ``nn.MultiheadAttention``; tokens are (..., L, width)."""
 
@@ -73,9 +79,11 @@ def mlp(width: int, hidden: int, activation: str) -> nn.Sequential:
 class Block(nn.Module):
     """One pre-norm transformer block; tokens are (..., L, width)."""
 
+    attention: type[SelfAttention] = SelfAttention
+
     def __init__(self, width: int, heads: int, activation: str = "quick_gelu") -> None:
         super().__init__()
-        self.attn = SelfAttention(width, heads)
+        self.attn = self.attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = mlp(width, 4 * width, activation)
         self.ln_2 = nn.LayerNorm(width)
@@ -88,9 +96,11 @@ class Block(nn.Module):
 class TextTransformer(nn.Module):
     """CLIP's causal text transformer; tokens are (K, L, width)."""
 
+    block: type[Block] = Block
+
     def __init__(self, width: int, layers: int, heads: int, activation: str) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(self.block(width, heads, activation) for _ in range(layers))
         self._initialise(width, layers)
 
     def _initialise(self, width: int, layers: int) -> None:
@@ -108,8 +118,7 @@ class TextTransformer(nn.Module):
                     nn.init.normal_(parameter, std=deviation)
 
     def forward(self, x: Tensor) -> Tensor:
-        length = x.shape[-2]
-        causal = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
+        causal = causal_mask(x)
         for block in self.resblocks:
             x = block(x, causal)
         return x

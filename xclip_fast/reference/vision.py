@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,18 +11,23 @@ from xclip_fast.reference.positions import spatial_positions
 from xclip_fast.reference.transformer import SelfAttention, mlp
 
 
+def normalise_pixels(frames: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Bytes (..., H, W, 3) as normalised (..., 3, H, W), rounded to a dtype at the end."""
+    exact = torch.promote_types(dtype, torch.float32)
+    shift, scale = (torch.tensor(values, dtype=exact, device=frames.device) for values in (mean, std))
+    return ((frames.to(exact) / 255 - shift) / scale).movedim(-1, -3).to(dtype)
+
+
 def embed_patches(
-    frames: Tensor, conv: nn.Conv2d, class_embedding: Tensor, positions: Tensor, norm: nn.LayerNorm
+    frames: Tensor, conv: nn.Module, class_embedding: Tensor, positions: Tensor, norm: nn.Module
 ) -> Tensor:
     """Normalised frames (F, 3, H, W) to tokens (F, 1 + N, D): patches, class token, positions, norm."""
-    patch = conv.kernel_size[0]
-    height, width = frames.shape[-2:]
-    if height % patch or width % patch or not height or not width:
-        raise ValueError(f"height and width of the frames must be multiples of {patch}, found {height}x{width}")
-    patches = conv(frames).flatten(2).transpose(1, 2)
+    patches = conv(frames)
+    grid = patches.shape[-2:]
+    patches = patches.flatten(2).transpose(1, 2)
     classes = class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
     tokens = torch.cat([classes, patches], dim=1)
-    return norm(tokens + spatial_positions(positions, (height // patch, width // patch)).to(tokens.dtype))
+    return norm(tokens + spatial_positions(positions, tuple(grid)).to(tokens.dtype))
 
 
 def communicate(class_tokens: Tensor, fc: nn.Linear, norm: nn.LayerNorm, attention: nn.Module) -> Tensor:
@@ -47,6 +54,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, width: int, patch_size: int, image_size: int) -> None:
         super().__init__()
+        self.patch_size = patch_size
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
         tokens = (image_size // patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
@@ -55,17 +63,24 @@ class PatchEmbed(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Normalised frames (F, 3, H, W) to tokens (F, 1 + N, D)."""
+        height, width = frames.shape[-2:]
+        if height % self.patch_size or width % self.patch_size or not height or not width:
+            raise ValueError(
+                f"height and width of the frames must be multiples of {self.patch_size}, found {height}x{width}"
+            )
         return embed_patches(frames, self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre)
 
 
 class MessageAttention(nn.Module):
     """Cross-frame attention over one message token per frame."""
 
+    attention: type[SelfAttention] = SelfAttention
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.message_fc = nn.Linear(width, width)
         self.message_ln = nn.LayerNorm(width)
-        self.message_attn = SelfAttention(width, heads)
+        self.message_attn = self.attention(width, heads)
 
     def forward(self, class_tokens: Tensor) -> Tensor:
         """Class tokens (B, T, D), not normalised, to messages (B, T, D)."""
@@ -75,10 +90,12 @@ class MessageAttention(nn.Module):
 class FrameAttention(nn.Module):
     """Intra-frame attention of a frame's tokens over themselves and the frame's message, with the residual."""
 
+    attention: type[SelfAttention] = SelfAttention
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = SelfAttention(width, heads)
+        self.attn = self.attention(width, heads)
 
     def forward(self, tokens: Tensor, message: Tensor) -> Tensor:
         """Tokens (B, T, S, D) and messages (B, T, D) to tokens (B, T, S, D)."""
@@ -88,12 +105,14 @@ class FrameAttention(nn.Module):
 class CrossFrameBlock(nn.Module):
     """One block: CFA, IFA, MLP. The checkpoint's flat names keep the three parts in one module."""
 
+    attention: type[SelfAttention] = SelfAttention
+
     def __init__(self, width: int, heads: int, mlp_width: int | None = None, activation: str = "quick_gelu") -> None:
         super().__init__()
         self.message_fc = nn.Linear(width, width)
         self.message_ln = nn.LayerNorm(width)
-        self.message_attn = SelfAttention(width, heads)
-        self.attn = SelfAttention(width, heads)
+        self.message_attn = self.attention(width, heads)
+        self.attn = self.attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = mlp(width, mlp_width or 4 * width, activation)
         self.ln_2 = nn.LayerNorm(width)

@@ -1,0 +1,85 @@
+"""Video-specific prompts on the fused ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from xclip_fast import reference
+from xclip_fast.layers.transformer import closed, join, perceptron
+from xclip_fast.ops import prompt_attention
+from xclip_fast.plain import LINEAR, LINEAR_WITHOUT_BIAS, QUICK_GELU, Plain, is_plain
+from xclip_fast.reference.prompts import CrossAttention
+
+
+class PromptLayer(reference.prompts.PromptLayer):
+    """``reference.PromptLayer`` on the fused ops."""
+
+    def forward(self, texts: Tensor, patches: Tensor) -> Tensor:
+        """Texts (B, K, E) and normalised patch features (B, N, E) to texts (B, K, E)."""
+        return closed(*self.advance(texts, None, patches))
+
+    def advance(
+        self, stream: Tensor, pending: Tensor | None, patches: Tensor, *, key_value: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``CrossFrameBlock.advance``; texts may be (1, K, E), and ``key_value`` of the patches be known."""
+        attention = self.cross_attn
+        normed, stream = join(self, "norm1", stream, pending)
+        if is_plain(self, cross_attn=_CROSS_ATTENTION):
+            key, value = key_value or (attention.k_proj(patches), attention.v_proj(patches))
+            branch = attention.proj(prompt_attention(attention.q_proj(normed), key, value, attention.heads))
+        else:
+            branch = attention(normed.expand(len(patches), -1, -1), patches)
+        normed, stream = join(self, "norm3", stream.expand_as(branch), branch)
+        return stream, perceptron(self, normed, _PERCEPTRON)
+
+
+class VideoPrompts(reference.VideoPrompts):
+    """``reference.VideoPrompts`` on the fused ops."""
+
+    layer = PromptLayer
+
+    def forward(self, texts: Tensor, patches: Tensor) -> Tensor:
+        """Texts (B, K, E), or (K, E) shared by all videos, and patch features (B, N, E) to texts (B, K, E)."""
+        return texts + self.alpha * closed(*self.advance(texts, patches))
+
+    def advance(self, texts: Tensor, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the prompts add, before ``alpha``: (B, K, E) and, where not None, the same again to be added to it.
+
+        Shared texts ask their first query once.
+        """
+        patches, _ = join(self, "norm", patches, None)
+        decoder: Any = self.decoder
+        stream: Tensor = texts if texts.ndim == 3 else texts.unsqueeze(0)
+        pending: Tensor | None = None
+        known = self._keys_and_values(patches)
+        for (name, layer), key_value in zip(decoder.named_children(), known, strict=True):
+            if is_plain(decoder, **{name: _LAYER}):
+                stream, pending = layer.advance(stream, pending, patches, key_value=key_value)
+            else:
+                stream, pending = layer(closed(stream, pending).expand(len(patches), -1, -1), patches), None
+        return stream, None if pending is None else pending.to(stream.dtype)
+
+    def _keys_and_values(self, patches: Tensor) -> list[Any]:
+        """Those of all layers, made by one product, where they are plain."""
+        decoder: Any = self.decoder
+        if not is_plain(decoder, **dict.fromkeys(decoder._modules, _WHOLE_LAYER)):
+            return [None] * len(decoder)
+        weights = [part.weight for layer in decoder for part in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)]
+        parts = linear(patches, torch.cat(weights)).chunk(len(weights), dim=-1)
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+_CROSS_ATTENTION = Plain(
+    CrossAttention,
+    q_proj=LINEAR_WITHOUT_BIAS,
+    k_proj=LINEAR_WITHOUT_BIAS,
+    v_proj=LINEAR_WITHOUT_BIAS,
+    proj=LINEAR,
+)
+_PERCEPTRON = Plain(nn.Sequential, **{"0": LINEAR, "1": QUICK_GELU, "2": Plain(nn.Identity), "3": LINEAR})  # type: ignore[arg-type]
+_LAYER = Plain(PromptLayer)
+_WHOLE_LAYER = Plain(PromptLayer, cross_attn=_CROSS_ATTENTION)

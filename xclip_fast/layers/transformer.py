@@ -1,0 +1,115 @@
+"""The blocks of CLIP's text tower and of MIT on the fused ops, and what all blocks share."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from xclip_fast import reference
+from xclip_fast.ops import feed_forward, layer_norm
+from xclip_fast.plain import LINEAR, NORM, QUICK_GELU, Plain, is_plain
+from xclip_fast.reference.transformer import causal_mask, split_heads
+
+
+class SelfAttention(reference.transformer.SelfAttention):
+    """The reference's on PyTorch's fused attention."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (..., L, width) to the same shape; ``mask`` (L, L) is added to the scores."""
+        return self.attend(x, attn_mask=mask)
+
+    def attend(self, x: Tensor, **options: Any) -> Tensor:
+        """``forward`` with options of ``scaled_dot_product_attention``."""
+        packed = linear(x, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = (split_heads(part, self.heads) for part in packed.chunk(3, dim=-1))
+        mixed = scaled_dot_product_attention(query, key, value, **options)
+        return self.out_proj(mixed.transpose(-3, -2).flatten(-2))
+
+
+PERCEPTRON = Plain(nn.Sequential, c_fc=LINEAR, gelu=QUICK_GELU, c_proj=LINEAR)
+ATTENTION = Plain(SelfAttention, parameters="in_proj_weight in_proj_bias", out_proj=LINEAR)
+
+
+def join(owner: nn.Module, name: str, stream: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm of that name of the stream with what is pending, and the stream with it added."""
+    if pending is not None:
+        # autocast leaves branches in half precision beside a float32 stream
+        pending = pending.to(stream.dtype)
+    norm: Any = getattr(owner, name)
+    if not is_plain(owner, **{name: NORM}):
+        stream = closed(stream, pending)
+        return norm(stream), stream
+    x, residual = (stream, None) if pending is None else (pending, stream)
+    return layer_norm(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
+
+
+def closed(stream: Tensor, pending: Tensor | None) -> Tensor:
+    """The stream with what is pending added."""
+    return stream if pending is None else stream + pending
+
+
+def perceptron(owner: Any, x: Tensor, kind: Plain = PERCEPTRON) -> Tensor:
+    if not is_plain(owner, mlp=kind):
+        return owner.mlp(x)
+    fc, _, *_, proj = owner.mlp
+    return feed_forward(x, fc.weight, fc.bias, proj.weight, proj.bias)
+
+
+class Block(reference.transformer.Block):
+    """The pre-norm block of the text transformer and of MIT on the fused ops."""
+
+    attention = SelfAttention
+    attn: SelfAttention
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (..., L, width) to the same shape; ``mask`` (L, L) is added to the scores."""
+        return closed(*self.advance(x, None, mask))
+
+    def advance(
+        self, stream: Tensor, pending: Tensor | None, mask: Tensor | None, *, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As ``CrossFrameBlock.advance``; ``causal`` where the mask is the causal one."""
+        normed, stream = join(self, "ln_1", stream, pending)
+        if causal and is_plain(self, attn=_ATTENTION_ALONE):
+            branch = self.attn.attend(normed, is_causal=True)
+        else:
+            branch = self.attn(normed, mask)
+        normed, stream = join(self, "ln_2", stream, branch)
+        return stream, perceptron(self, normed)
+
+
+def through(stack: Any, kind: Plain, stream: Tensor, *inputs: Tensor, **options: bool) -> tuple[Tensor, Tensor | None]:
+    """A stack's blocks one behind another, each leaving its last addition to the next; the stream and the last of them.
+
+    inputs: what else a block's ``forward`` takes.
+    options: what else ``advance`` takes.
+    """
+    recomputed = stack.checkpointing is not None and stack.training and torch.is_grad_enabled()
+    pending: Tensor | None = None
+    for name, block in stack.resblocks.named_children():
+        if not recomputed and is_plain(stack.resblocks, **{name: kind}):
+            stream, pending = block.advance(stream, pending, *inputs, **options)
+            continue
+        run = partial(checkpoint, block, **stack.checkpointing) if recomputed else block
+        stream, pending = run(closed(stream, pending), *inputs), None
+    return stream, pending
+
+
+class TextTransformer(reference.transformer.TextTransformer):
+    """CLIP's causal text transformer on the fused ops."""
+
+    block = Block
+    checkpointing: dict[str, Any] | None = None  # as in CrossFrameTransformer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Token embeddings (K, L, width) to the same shape."""
+        return closed(*through(self, _BLOCK, x, causal_mask(x), causal=True))
+
+
+_BLOCK = Plain(Block)
+_ATTENTION_ALONE = Plain(SelfAttention)
