@@ -29,8 +29,8 @@ def clip_logits(
         video: (B, E), not normalised.
         text: (K, E), the class texts, not normalised, in the dtype of ``video``.
         prompts: (B, K, E), what the prompt layers made of the texts for each video, in the dtype of ``video``.
-        alpha: (E,), scale of the prompts.
-        logit_scale: a scalar tensor.
+        alpha: (E,), scale of the prompts, in the dtype of ``video``, or in float32.
+        logit_scale: a scalar tensor, likewise.
         residual: like ``prompts``, added to them; the sum is not rounded.
         backend: "reference", "torch", "triton", or the automatic choice.
 
@@ -58,8 +58,9 @@ def clip_logits_ref(
     """The definition."""
     prompts = prompts if residual is None else prompts + residual
     adapted = text + alpha * prompts
-    cosine = torch.einsum("be,bke->bk", normalize(video, dim=-1), normalize(adapted, dim=-1))
-    return logit_scale.exp() * cosine
+    unit = normalize(video, dim=-1).to(adapted.dtype)
+    cosine = torch.einsum("be,bke->bk", unit, normalize(adapted, dim=-1))
+    return (logit_scale.exp() * cosine).to(video.dtype)
 
 
 def _clip_logits_torch(
@@ -82,7 +83,7 @@ def _clip_logits(
         from xclip_fast.kernels.clip_logits import clip_logits_fwd
 
         return clip_logits_fwd(video, text, prompts, alpha, logit_scale, residual)
-    return clip_logits_ref(video, text, prompts, alpha, logit_scale, residual).to(video.dtype)
+    return clip_logits_ref(video, text, prompts, alpha, logit_scale, residual)
 
 
 @register_fake("xclip_fast::clip_logits")

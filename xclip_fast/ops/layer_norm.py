@@ -29,7 +29,8 @@ def layer_norm(
         x: (..., D), any strides.
         weight, bias: (D,) in the dtype of ``x``, or in float32.
         residual: (..., D) like ``x``; the sum is rounded to the dtype of ``x`` once, after the norm has used it.
-        constant: (D,), added to each row for the norm but not to the stream: the biases a bias-free stream lags by.
+        constant: (D,), like ``weight``, added to each row for the norm but not to the stream: the biases a bias-free
+            stream lags by.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 
@@ -61,7 +62,7 @@ def layer_norm_ref(
     shifted = stream if constant is None else stream + constant
     centred = shifted - shifted.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-    return centred / deviation * weight + bias, stream
+    return (centred / deviation * weight + bias).to(x.dtype), stream
 
 
 def _layer_norm_torch(

@@ -27,7 +27,7 @@ def mean_norm_over_frames(
 
     Args:
         tokens: (B, T, N, D) with T >= 1, usually the view without the class token; any strides.
-        weight, bias: (D,).
+        weight, bias: (D,) in the dtype of ``tokens``, or in float32.
         residual: like ``tokens``, added first; the sum is not rounded.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
@@ -57,7 +57,7 @@ def mean_norm_over_frames_ref(
     tokens = tokens if residual is None else tokens + residual
     centred = tokens - tokens.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-    return (centred / deviation * weight + bias).mean(1)
+    return (centred / deviation * weight + bias).mean(1).to(tokens.dtype)
 
 
 def _mean_norm_over_frames_torch(
