@@ -1,4 +1,4 @@
-"""Dtypes that meet in one call: parameters in float32 beside half precision on every backend."""
+"""Dtypes that meet in one call: parameters in float32 beside half precision, any mix under autocast, each backend."""
 
 from __future__ import annotations
 
@@ -89,6 +89,11 @@ ALL = {
     ),
 }
 
+ATTENTIONS = {
+    "frame_attention": Case(ops.frame_attention, lambda on: inputs.frame_attention(on, 2, 5, 64, 2), ()),
+    "prompt_attention": Case(ops.prompt_attention, lambda on: inputs.prompt_attention(on, 2, 3, 4, 64, 2), ()),
+}
+
 
 @BACKENDS
 @HALVES
@@ -109,6 +114,36 @@ def test_parameters_in_float32_leave_the_result_in_half_precision(
         assert found.dtype == (dtype if argument is None else argument.dtype), result
         # torch rounds gradients in float32 to half precision on the way
         assert_within(found, truth[result], TOLERANCES[dtype].model, what=f"{name} {result}")
+
+
+@BACKENDS
+@pytest.mark.parametrize("first", [0, 1], ids=["wide", "half"])
+@pytest.mark.parametrize("name", [*ALL, "frame_attention", "prompt_attention"])
+def test_under_autocast_any_mix_is_taken(name: str, first: int, backend: str) -> None:
+    dtypes = torch.float32, torch.bfloat16
+    case = ALL.get(name) or ATTENTIONS[name]
+    arguments = case.draw(Draw(torch.bfloat16, DEVICE))
+    wanted = floating(arguments)
+    for index, argument in enumerate(wanted):
+        arguments[argument] = arguments[argument].to(dtypes[(first + index) % 2])
+    summands = [arguments[name].dtype for name in ("x", "tokens", "residual") if name in arguments]
+    sums = case.op in (ops.layer_norm, ops.mean_norm_over_frames)
+    expected = torch.float32 if sums and torch.float32 in summands else torch.bfloat16
+    truth = run_op(case.op, doubled(arguments), wanted, "reference", True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = run_op(case.op, arguments, wanted, backend, True)
+    for result in truth:
+        argument = arguments.get(result.removeprefix("d "))
+        assert found[result].dtype == (expected if argument is None else argument.dtype), result
+        assert_within(found[result], truth[result], TOLERANCES[torch.bfloat16].model, what=f"{name} {result}")
+
+
+@pytest.mark.parametrize("part", ["text", "prompts", "residual"])
+def test_without_autocast_videos_and_texts_share_a_dtype(part: str) -> None:
+    arguments = ALL["clip_logits residual"].draw(Draw(torch.float32, DEVICE))
+    arguments[part] = arguments[part].bfloat16()
+    with pytest.raises(ValueError, match=rf"{part} must be torch\.float32 .* found torch\.bfloat16"):
+        ops.clip_logits(**arguments)
 
 
 @HALVES

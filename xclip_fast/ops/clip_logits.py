@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
-from xclip_fast.ops._dtypes import exact_dtype
+from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
 from xclip_fast.ops.layer_norm import size_refusal
 
 
@@ -35,13 +35,14 @@ def clip_logits(
         backend: "reference", "torch", "triton", or the automatic choice.
 
     Returns:
-        (B, K) in the dtype of ``video``; norms and sums are in float32.
+        (B, K) in the dtype of ``video``, or of autocast; norms and sums are in float32.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: paper, equations 7 and 1, and the end of the official ``forward``.
     """
+    video, text, prompts, residual = cast_for_product(video, text, prompts, residual)
     _check(video, text, prompts, alpha, logit_scale, residual)
     tensors = (video, text, prompts, alpha, logit_scale, residual)
     chosen = choose("clip_logits", backend, *tensors, refusal=size_refusal(video))

@@ -8,7 +8,7 @@ from torch.library import custom_op, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
-from xclip_fast.ops._dtypes import exact_dtype
+from xclip_fast.ops._dtypes import cast_for_sum, exact_dtype
 from xclip_fast.ops.layer_norm import size_refusal
 
 
@@ -28,7 +28,8 @@ def mean_norm_over_frames(
     Args:
         tokens: (B, T, N, D) with T >= 1, usually the view without the class token; any strides.
         weight, bias: (D,) in the dtype of ``tokens``, or in float32.
-        residual: like ``tokens``, added first; the sum is not rounded.
+        residual: like ``tokens``, added first; the sum is not rounded. Under autocast both may have a dtype of
+            their own: the wider one counts.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 
@@ -40,6 +41,7 @@ def mean_norm_over_frames(
 
     Source: ``prompts_visual_ln`` and the mean over frames of the official ``encode_video`` and ``forward``.
     """
+    tokens, residual = cast_for_sum(tokens, residual)
     _check(tokens, weight, bias, residual)
     refusal = size_refusal(tokens)
     chosen = choose("mean_norm_over_frames", backend, tokens, weight, bias, residual, refusal=refusal)
