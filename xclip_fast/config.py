@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
+from numbers import Integral
 from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -63,17 +64,24 @@ class XCLIPConfig:
                 object.__setattr__(self, name, value)
         for name in ("pixel_mean", "pixel_std"):
             try:
-                object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-            except (TypeError, ValueError):
+                object.__setattr__(self, name, tuple(map(_as_float, getattr(self, name))))
+            except (TypeError, ValueError, RuntimeError, OverflowError):
                 raise ValueError(f"{name} must hold three numbers, found {getattr(self, name)!r}") from None
+        try:
+            object.__setattr__(self, "prompt_alpha", _as_float(self.prompt_alpha))
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ValueError(f"prompt_alpha must be a finite number, found {self.prompt_alpha!r}") from None
         self._check_integers(least=1)
         self._check()
 
     def _check_integers(self, least: int) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if field.type != "int":
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{field.name} must be a positive integer, found {value!r}")
+            object.__setattr__(self, field.name, int(value))  # NumPy's integers are no JSON
 
     def _check(self) -> None:
         if self.image_size % self.patch_size:
@@ -91,7 +99,7 @@ class XCLIPConfig:
                 )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {self.activation!r}")
-        if not isinstance(self.prompt_alpha, (int, float)) or not isfinite(self.prompt_alpha):
+        if not isfinite(self.prompt_alpha):
             raise ValueError(f"prompt_alpha must be a finite number, found {self.prompt_alpha!r}")
         finite = all(map(isfinite, self.pixel_mean + self.pixel_std))
         if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0 or not finite:
@@ -126,6 +134,14 @@ class XCLIPConfig:
         if unknown:
             raise ValueError(f"unknown configuration keys: {', '.join(unknown)}")
         return cls(**sizes)
+
+
+def _as_float(value: Any) -> float:
+    """A number of any type but bool, or a tensor of one."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError
+    return float(value)
 
 
 VARIANTS: dict[str, XCLIPConfig] = {

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import pickle
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -162,6 +165,17 @@ def test_model_stays_as_it_is_and_is_not_kept() -> None:
     gc.collect()
     assert gone() is None
     assert torch.equal(engine(video, tokens), first)
+
+
+@pytest.mark.parametrize(
+    "send",
+    [pickle.dumps, copy.copy, copy.deepcopy, lambda engine: torch.save({"engine": engine}, io.BytesIO())],
+    ids=["pickle", "copy", "deepcopy", "save"],
+)
+def test_it_is_neither_sent_nor_copied(engine: Engine, send: Callable[[Engine], object]) -> None:
+    with pytest.raises(TypeError, match="packed for this process, and is neither pickled nor copied") as refused:
+        send(engine)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -68,7 +68,7 @@ def test_engine_stays_on_its_gpu(fake: FakeTensorMode, dtype: torch.dtype) -> No
             features = engine.encode_video(video)
             logits = engine.logits(features, texts)
             assert logits.shape == (2, 5)
-            assert {x.device for x in (*features, engine.embed_video(video), *texts, logits)} == {GPU}
+            assert {x.device for x in (*features, engine.embed_video(video), *texts[:2], logits)} == {GPU}
 
 
 def test_layers_stay_on_their_gpu(fake: FakeTensorMode) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +62,45 @@ def test_kept_class_sets_are_bounded() -> None:
         asked.append(int(tokens[0, 0]))
         return torch.zeros(5)
 
-    kept = texts.KeptTexts(encode, lambda features: texts.EncodedTexts(features, features.clone()), max_bytes=100)
+    kept = texts.KeptTexts(encode, lambda features: texts.EncodedTexts(features, features.clone(), ""), max_bytes=100)
     first, second, third = (torch.full((1, 2), i) for i in range(3))
     for tokens in (first, second, first, third, first, second):
         kept.get(tokens)
     # the third pushed the second out, used longest ago
     assert asked == [0, 1, 2, 1]
+
+
+def test_class_sets_of_another_engine_are_refused(tmp_path: Path) -> None:
+    model, video = small_model(), random_video()
+    engine = Engine(model, text_cache=tmp_path)
+    features = engine.encode_video(video)
+    # nothing that can be seen of them tells them apart, not even of the same model and folder
+    for other in (Engine(model, text_cache=tmp_path), Engine(small_model(), torch.float32)):
+        for foreign in (other.encode_texts(TOKENS), other.texts_of(model.encode_text(TOKENS))):
+            with pytest.raises(InputError, match="another engine made it: make it with encode_texts") as refused:
+                engine.logits(features, foreign)
+            assert "\n" not in str(refused.value)
+            with pytest.raises(InputError, match="another engine made it"):
+                engine.classify(video, foreign)
+
+
+def test_class_sets_of_its_own_are_taken_for_ever(tmp_path: Path) -> None:
+    model, video = small_model(), random_video()
+    Engine(model, text_cache=tmp_path).encode_texts(TOKENS)
+    engine = Engine(model, text_cache=tmp_path)
+    made = engine.encode_texts(TOKENS)
+    wanted = engine.classify(video, made)
+    # what is pushed out of memory is prepared again
+    engine._texts = texts.KeptTexts(engine._texts.encode, engine._texts.prepare)
+    with ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(engine.encode_texts, TOKENS).result()
+        assert torch.equal(pool.submit(engine.classify, video, made).result(), wanted)
+    for same in (elsewhere, copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(engine.classify(video, same), wanted)
+    known = engine.texts_of(made.features)
+    torch.testing.assert_close(engine.classify(video, known), wanted)
+    some = made._replace(features=made.features[:2], query=made.query[:2])
+    torch.testing.assert_close(engine.classify(video, some).argmax(-1), wanted[:, :2].argmax(-1))
 
 
 def test_a_later_engine_finds_the_same_bits(tmp_path: Path, encoded: list[tuple[int, ...]]) -> None:
@@ -143,7 +179,7 @@ def test_what_no_text_depends_on_may_change(tmp_path: Path, encoded: list[tuple[
     found = Engine(model, text_cache=tmp_path).encode_texts(TOKENS)
     assert not encoded
     # only the features lie there: what the prompts ask with them is this model's
-    torch.testing.assert_close(found, Engine(model).encode_texts(TOKENS))
+    torch.testing.assert_close(found[:2], Engine(model).encode_texts(TOKENS)[:2])
 
 
 def test_engines_and_models_share_a_folder(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 
+import numpy
 import pytest
 import torch
 
 import xclip_fast
-from xclip_fast import VARIANTS, XCLIPConfig
+from xclip_fast import VARIANTS, XCLIPConfig, layers, reference
 
 TINY = XCLIPConfig(
     image_size=16,
@@ -126,6 +127,15 @@ def test_frames_must_be_a_positive_integer(frames: object) -> None:
         ({"text_width": None}, "text_width must be a positive integer, found None"),
         ({"prompt_alpha": "small"}, "prompt_alpha must be a finite number, found 'small'"),
         ({"prompt_alpha": math.nan}, "prompt_alpha must be a finite number, found nan"),
+        ({"prompt_alpha": True}, "prompt_alpha must be a finite number, found True"),
+        ({"prompt_alpha": numpy.True_}, "prompt_alpha must be a finite number, found"),
+        ({"prompt_alpha": torch.ones(2)}, "prompt_alpha must be a finite number, found"),
+        ({"prompt_alpha": "0.1"}, "prompt_alpha must be a finite number, found '0.1'"),
+        ({"prompt_alpha": 10**400}, "prompt_alpha must be a finite number, found 1000"),
+        ({"prompt_alpha": None}, "prompt_alpha must be a finite number, found None"),
+        ({"frames": numpy.float32(8)}, "frames must be a positive integer, found"),
+        ({"frames": numpy.True_}, "frames must be a positive integer, found"),
+        ({"vision_layers": numpy.int64(-1)}, "vision_layers must be a positive integer, found"),
         ({"activation": "relu"}, "activation must be one of quick_gelu, gelu, found 'relu'"),
         ({"pixel_mean": (0.5, 0.5)}, "pixel_mean and pixel_std must hold three numbers each"),
         ({"pixel_std": (0.5, 0.5, 0.0)}, "pixel_mean and pixel_std must hold three numbers each, the latter positive"),
@@ -133,11 +143,33 @@ def test_frames_must_be_a_positive_integer(frames: object) -> None:
         ({"pixel_std": (0.5, 0.5, math.nan)}, "pixel_mean and pixel_std must hold three numbers each"),
         ({"pixel_mean": None}, "pixel_mean must hold three numbers, found None"),
         ({"pixel_mean": ("r", "g", "b")}, "pixel_mean must hold three numbers, found"),
+        ({"pixel_mean": "123"}, "pixel_mean must hold three numbers, found '123'"),
+        ({"pixel_std": (True, True, True)}, "pixel_std must hold three numbers, found"),
+        ({"pixel_std": (1, 1, 10**400)}, "pixel_std must hold three numbers, found"),
     ],
 )
 def test_configuration_refuses(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         XCLIPConfig(**change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alpha", [1, numpy.float64(1), numpy.float32(1), numpy.int32(1), torch.tensor(1)], ids=repr)
+def test_numbers_of_any_type_make_one_configuration_and_its_model(alpha: object) -> None:
+    plain = dataclasses.replace(TINY, prompt_alpha=1.0, pixel_mean=(0.0, 0.5, 1.0))
+    mean = numpy.array([0, 0.5, 1], dtype=numpy.float32)
+    frames, depth = numpy.int64(plain.frames), numpy.uint8(plain.vision_layers)
+    config = dataclasses.replace(TINY, prompt_alpha=alpha, pixel_mean=mean, frames=frames, vision_layers=depth)
+    assert config == plain
+    assert json.dumps(config.to_dict()) == json.dumps(plain.to_dict())
+    assert {type(value) for value in config.to_dict().values()} == {int, float, str, tuple}
+    prompt_alpha = xclip_fast.create_model(config).prompts_generator.alpha
+    assert prompt_alpha.equal(torch.ones(config.embed_dim))
+    assert prompt_alpha.dtype == torch.float32
+
+
+def test_prompts_of_their_own_take_a_whole_number_for_alpha() -> None:
+    for layer in (reference.VideoPrompts, layers.VideoPrompts):
+        assert layer(64, 1, alpha=1).alpha.equal(torch.ones(64))
 
 
 def test_head_counts_follow_the_widths() -> None:

@@ -86,7 +86,6 @@ import resource, sys
 import torch
 from xclip_fast import Engine, XCLIPConfig, create_model
 from xclip_fast.classes import class_logits
-from xclip_fast.engine.texts import EncodedTexts
 from xclip_fast.reference import VideoFeatures
 
 def peak():
@@ -98,7 +97,10 @@ engine = Engine(model)
 features = VideoFeatures(torch.randn(1, 64), torch.randn(1, 4, 64))
 text = torch.randn(100_000, 64)
 texts = engine.encode_texts(torch.tensor([[512, 7, 513]]))
-few, many = (EncodedTexts(*(part.repeat(times, 1) for part in texts)) for times in (1000, 100_000))
+few, many = (
+    texts._replace(features=texts.features.repeat(times, 1), query=texts.query.repeat(times, 1))
+    for times in (1000, 100_000)
+)
 with torch.inference_mode():
     class_logits(model, features, text[:1000]), engine.logits(features, few)
     before = peak()

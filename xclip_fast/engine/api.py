@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Report:
 
 
 class Engine:
-    """A model packed once for inference: the same answers, faster. Safe in several threads.
+    """A model packed once for inference: the same answers, faster. Safe in several threads, not pickled, not copied.
 
     The model given is read, never changed and never kept: later changes of its weights do not reach the engine, and
     where nobody else holds it its memory is free.
@@ -222,14 +222,21 @@ class Engine:
             classes: what ``encode_texts`` returns or takes.
 
         Raises:
-            InputError, ValueError: as ``encode_video`` and ``encode_texts``.
+            InputError: another engine made the class set, or as ``encode_texts``.
+            ValueError: as ``encode_video`` and ``encode_texts``.
         """
         texts = classes if isinstance(classes, EncodedTexts) else self.encode_texts(classes)
+        self._check_own(texts)
         with torch.inference_mode():
             return self.logits(self.encode_video(video), texts).softmax(dim=-1)
 
     def logits(self, features: VideoFeatures, texts: EncodedTexts) -> Tensor:
-        """Scaled cosine similarities, float32 (B, K), of encoded videos and an encoded class set."""
+        """Scaled cosine similarities, float32 (B, K), of encoded videos and an encoded class set.
+
+        Raises:
+            InputError: another engine made the class set.
+        """
+        self._check_own(texts)
         with torch.inference_mode(), self._quiet():
             return self._heads.logits(features, texts)
 
@@ -280,6 +287,19 @@ class Engine:
                 self.logits(found, self.encode_texts(classes)).argmax(-1),
             )
         return error.item(), cosine.item(), (best[0] == best[1]).float().mean().item()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "an Engine is packed for this process, and is neither pickled nor copied: its threads may share it; "
+            "elsewhere, build one of the model or of its checkpoint"
+        )
+
+    def _check_own(self, texts: EncodedTexts) -> None:
+        if texts.engine != self._heads.name:
+            raise InputError(
+                "logits of a class set were asked for, and another engine made it: "
+                "make it with encode_texts or texts_of of this one"
+            )
 
     def _features(self, video: Tensor) -> list[Tensor]:
         frame_features, tokens = self._tower(video, patches=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class Heads:
 
     def __init__(self, model: Any, packing: Packing) -> None:
         self.packing, self.rewrites = packing, packing.rewrites
+        self.name = uuid4().hex  # of the class sets: another engine's have its dtypes and shapes, and other numbers
         self.mit_positions = exact(model.mit.positional_embedding)
         self.mit_lengths: dict[int, Tensor] = {}
         self.mit_blocks = [_temporal_arguments(block, packing) for block in model.mit.resblocks]
@@ -119,8 +121,8 @@ class Heads:
         """Text features (K, E) with what the first prompt layer asks for them: it depends on them alone."""
         features = features.to(self.packing.device, self.prompt_dtype)
         if "prompt_query" not in self.rewrites:
-            return EncodedTexts(features, features[:, :0])
-        return EncodedTexts(features, self.layers[0].query(self.layers[0].norm_1(features)))
+            return EncodedTexts(features, features[:, :0], self.name)
+        return EncodedTexts(features, self.layers[0].query(self.layers[0].norm_1(features)), self.name)
 
     def logits(self, features: VideoFeatures, texts: EncodedTexts) -> Tensor:
         """float32 logits (B, K); at no time are all videos held with all classes."""
@@ -137,7 +139,7 @@ class Heads:
     def _parts(self, texts: EncodedTexts, videos: int) -> Iterator[EncodedTexts]:
         classes, width = texts.features.shape
         for chunk in class_chunks(classes, videos, width, self.packing.device):
-            yield EncodedTexts(texts.features[chunk], texts.query[chunk])
+            yield texts._replace(features=texts.features[chunk], query=texts.query[chunk])
 
     def _prompts(self, texts: EncodedTexts, key_value: Tensor) -> Tensor:
         """What the prompts add to texts, before ``alpha``: (B, K, E)."""

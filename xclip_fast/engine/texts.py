@@ -22,14 +22,16 @@ MAX_KEPT_BYTES = 256 << 20
 
 
 class EncodedTexts(NamedTuple):
-    """A class set as ``Engine.encode_texts`` gives it, for that engine alone.
+    """A class set as ``Engine.encode_texts`` gives it. No other engine takes it, be it of the same model and precision.
 
     features: (K, E), not normalised.
     query: (K, E), what the first prompt layer asks each video; empty where it is not kept.
+    engine: the name of the engine that made it, which no other has in any process; a copy of the set keeps it.
     """
 
     features: Tensor
     query: Tensor
+    engine: str
 
 
 class _TextBlock(PackedBlock):
@@ -98,7 +100,9 @@ class KeptTexts:
         max_bytes: int = MAX_KEPT_BYTES,
     ) -> None:
         self.encode, self.prepare, self.folder, self.encoder = encode, prepare, folder, encoder
-        self._sets: Recent[bytes, EncodedTexts] = Recent(max_bytes, lambda texts: sum(part.nbytes for part in texts))
+        self._sets: Recent[bytes, EncodedTexts] = Recent(
+            max_bytes, lambda texts: texts.features.nbytes + texts.query.nbytes
+        )
 
     def get(self, tokens: Tensor) -> EncodedTexts:
         """The class set of token ids (K, L) on the CPU."""

@@ -32,7 +32,7 @@ class PromptLayer(reference.prompts.PromptLayer):
             key, value = key_value or (attention.k_proj(patches), attention.v_proj(patches))
             branch = attention.proj(prompt_attention(attention.q_proj(normed), key, value, attention.heads))
         else:
-            branch = attention(normed.expand(len(patches), -1, -1), patches)
+            branch = attention(normed.expand(patches.shape[0], -1, -1), patches)
         normed, stream = join(self, "norm3", stream.expand_as(branch), branch)
         return stream, perceptron(self, normed, _PERCEPTRON)
 
@@ -60,7 +60,7 @@ class VideoPrompts(reference.VideoPrompts):
             if is_plain(decoder, **{name: _LAYER}):
                 stream, pending = layer.advance(stream, pending, patches, key_value=key_value)
             else:
-                stream, pending = layer(closed(stream, pending).expand(len(patches), -1, -1), patches), None
+                stream, pending = layer(closed(stream, pending).expand(patches.shape[0], -1, -1), patches), None
         return stream, None if pending is None else pending.to(stream.dtype)
 
     def _keys_and_values(self, patches: Tensor) -> list[Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -20,14 +22,21 @@ NO_EXTENSION = "this op has no part in the compiled extension"
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
-_asked: str | None = None
+_asked: ContextVar[str | None] = ContextVar("xclip_fast.ops.backend", default=None)
+# torch.compile sets no context variable, and reads none before PyTorch 2.14: there it sees what belongs to the thread
+_traced = threading.local()
+_COMPILE_READS_CONTEXT = torch.__version__ >= "2.14"
 _refusals: dict[str, Callable[..., str | None]] = {}
 _extension_refusals: dict[str, Callable[..., str | None]] = {}
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every op inside the context on one backend; like the flags of ``torch.backends`` it holds process-wide.
+    """Run every op inside the context on one backend.
+
+    It holds for the calls of this thread, or of this asyncio task. A thread started inside starts without it, as with
+    every context variable, unless it runs in ``contextvars.copy_context()``; so do the threads in which autograd
+    recomputes checkpointed activations on a GPU.
 
     Args:
         name: "reference" (a few plain lines), "torch" (the fused formulation, any device), "triton" (the kernels) or
@@ -36,13 +45,25 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: there is no such backend.
     """
-    global _asked
     _check_name(name)
-    before, _asked = _asked, name
+    before = _entered()
+    _enter(name)
     try:
         yield
     finally:
-        _asked = before
+        _enter(before)
+
+
+def _entered() -> str | None:
+    return getattr(_traced, "name", None) if torch.compiler.is_dynamo_compiling() else _asked.get()
+
+
+def _enter(name: str | None) -> None:
+    tracing = torch.compiler.is_dynamo_compiling()
+    if not tracing:
+        _asked.set(name)
+    if tracing or not _COMPILE_READS_CONTEXT:
+        _traced.name = name
 
 
 def choose(
@@ -66,7 +87,7 @@ def choose(
     Raises:
         ValueError: there is no such backend, or "triton" or "extension" was asked for and cannot serve this call.
     """
-    name = asked or _asked
+    name = asked or _entered() or (_asked.get() if _COMPILE_READS_CONTEXT else None)
     if name in ("reference", "torch"):
         return name
     if name is None:

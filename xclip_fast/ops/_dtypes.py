@@ -24,6 +24,14 @@ def cast_for_product(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
+def cast_for_sum(x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cast two summands to the wider of their dtypes, as PyTorch adds what autocast left in two; else unchanged."""
+    if other is None or x.dtype == other.dtype or autocast_dtype(x.device.type) is None:
+        return x, other
+    wide = torch.promote_types(x.dtype, other.dtype)
+    return x.to(wide), other.to(wide)
+
+
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, in which half precision is summed up; float64 stays itself, so that gradcheck holds."""
     return torch.promote_types(dtype, torch.float32)

@@ -30,7 +30,7 @@ def frames_attention_ref(
 ) -> Tensor:
     """The definition, clip by clip."""
     normed, _ = layer_norm_ref(x, norm_weight, norm_bias, None, None, eps)
-    packed = functional.linear(normed.to(x.dtype), in_proj_weight, in_proj_bias)
+    packed = functional.linear(normed, in_proj_weight, in_proj_bias)
     if cu_frames is None:
         attended = _attend_ref(packed, heads)
     else:

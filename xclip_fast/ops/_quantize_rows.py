@@ -61,6 +61,7 @@ def quantize_rows_ref(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, constant: Tensor | None, eps: float, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     """The definition."""
+    x = x.to(exact_dtype(x.dtype))
     if weight is not None and bias is not None:
         x, _ = layer_norm_ref(x, weight, bias, None, constant, eps)
     if activation is not None:

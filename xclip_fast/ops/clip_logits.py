@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
-from xclip_fast.ops._dtypes import exact_dtype
+from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
 from xclip_fast.ops.layer_norm import size_refusal
 
 
@@ -29,19 +29,20 @@ def clip_logits(
         video: (B, E), not normalised.
         text: (K, E), the class texts, not normalised, in the dtype of ``video``.
         prompts: (B, K, E), what the prompt layers made of the texts for each video, in the dtype of ``video``.
-        alpha: (E,), scale of the prompts.
-        logit_scale: a scalar tensor.
+        alpha: (E,), scale of the prompts, in the dtype of ``video``, or in float32.
+        logit_scale: a scalar tensor, likewise.
         residual: like ``prompts``, added to them; the sum is not rounded.
         backend: "reference", "torch", "triton", or the automatic choice.
 
     Returns:
-        (B, K) in the dtype of ``video``; norms and sums are in float32.
+        (B, K) in the dtype of ``video``, or of autocast; norms and sums are in float32.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: paper, equations 7 and 1, and the end of the official ``forward``.
     """
+    video, text, prompts, residual = cast_for_product(video, text, prompts, residual)
     _check(video, text, prompts, alpha, logit_scale, residual)
     tensors = (video, text, prompts, alpha, logit_scale, residual)
     chosen = choose("clip_logits", backend, *tensors, refusal=size_refusal(video))
@@ -58,8 +59,9 @@ def clip_logits_ref(
     """The definition."""
     prompts = prompts if residual is None else prompts + residual
     adapted = text + alpha * prompts
-    cosine = torch.einsum("be,bke->bk", normalize(video, dim=-1), normalize(adapted, dim=-1))
-    return logit_scale.exp() * cosine
+    unit = normalize(video, dim=-1).to(adapted.dtype)
+    cosine = torch.einsum("be,bke->bk", unit, normalize(adapted, dim=-1))
+    return (logit_scale.exp() * cosine).to(video.dtype)
 
 
 def _clip_logits_torch(
@@ -82,7 +84,7 @@ def _clip_logits(
         from xclip_fast.kernels.clip_logits import clip_logits_fwd
 
         return clip_logits_fwd(video, text, prompts, alpha, logit_scale, residual)
-    return clip_logits_ref(video, text, prompts, alpha, logit_scale, residual).to(video.dtype)
+    return clip_logits_ref(video, text, prompts, alpha, logit_scale, residual)
 
 
 @register_fake("xclip_fast::clip_logits")

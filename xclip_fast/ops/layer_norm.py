@@ -8,7 +8,7 @@ from torch.library import custom_op, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
-from xclip_fast.ops._dtypes import exact_dtype
+from xclip_fast.ops._dtypes import cast_for_sum, exact_dtype
 
 MAX_WIDTH = 8192  # a row is held in registers
 
@@ -29,7 +29,9 @@ def layer_norm(
         x: (..., D), any strides.
         weight, bias: (D,) in the dtype of ``x``, or in float32.
         residual: (..., D) like ``x``; the sum is rounded to the dtype of ``x`` once, after the norm has used it.
-        constant: (D,), added to each row for the norm but not to the stream: the biases a bias-free stream lags by.
+            Under autocast both may have a dtype of their own: the wider one counts.
+        constant: (D,), like ``weight``, added to each row for the norm but not to the stream: the biases a bias-free
+            stream lags by.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 
@@ -42,6 +44,7 @@ def layer_norm(
 
     Source: the norms of the pre-norm blocks, paper, equations 4 to 6.
     """
+    x, residual = cast_for_sum(x, residual)
     _check(x, weight, bias, residual, constant)
     refusal = size_refusal(x)
     chosen = choose("layer_norm", backend, x, weight, bias, residual, constant, refusal=refusal)
@@ -61,7 +64,7 @@ def layer_norm_ref(
     shifted = stream if constant is None else stream + constant
     centred = shifted - shifted.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-    return centred / deviation * weight + bias, stream
+    return (centred / deviation * weight + bias).to(x.dtype), stream
 
 
 def _layer_norm_torch(

@@ -20,7 +20,7 @@ def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str |
     Args:
         x: (..., K), any strides.
         weight: (N, K) in the dtype of ``x``.
-        bias: (N,).
+        bias: (N,) in the dtype of ``x``, or in float32.
         backend: "reference", "torch", "triton", or the automatic choice.
 
     Returns:
@@ -55,7 +55,7 @@ def feed_forward(
     Args:
         x: (..., K), any strides.
         fc_weight, fc_bias: (N, K) and (N,).
-        proj_weight, proj_bias: (K', N) and (K',).
+        proj_weight, proj_bias: (K', N) and (K',). Biases are in the dtype of ``x``, or in float32.
         backend: "reference", "torch", "triton", or the automatic choice.
 
     Returns:
@@ -67,6 +67,7 @@ def feed_forward(
     x, fc_weight, fc_bias, proj_weight, proj_bias = cast_for_product(x, fc_weight, fc_bias, proj_weight, proj_bias)
     _check(x, fc_weight, fc_bias)
     _check(x.new_empty(0, fc_weight.shape[0]), proj_weight, proj_bias)
+    fc_bias, proj_bias = fc_bias.to(x.dtype), proj_bias.to(x.dtype)
     tensors = (x, fc_weight, fc_bias, proj_weight, proj_bias)
     chosen = choose("feed_forward", backend, *tensors)
     if chosen == "reference":
@@ -79,11 +80,11 @@ def feed_forward(
 def linear_quick_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The definition."""
     pre = x @ weight.T + bias
-    return pre * torch.sigmoid(SLOPE * pre)
+    return (pre * torch.sigmoid(SLOPE * pre)).to(x.dtype)
 
 
 def _linear_quick_gelu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    pre = linear(x, weight, bias)
+    pre = linear(x, weight, bias.to(x.dtype))
     return pre * torch.sigmoid(SLOPE * pre)
 
 
@@ -117,7 +118,7 @@ def _linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) 
         from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd
 
         return linear_quick_gelu_fwd(x, weight, bias, save_pre)
-    pre = linear(x, weight, bias).contiguous()
+    pre = linear(x, weight, bias.to(x.dtype)).contiguous()
     return pre * torch.sigmoid(SLOPE * pre), pre if save_pre else x.new_empty(0)
 
 
@@ -172,7 +173,7 @@ def _backward_linear(ctx, grad, _):  # type: ignore[no-untyped-def]
     x, weight, bias, pre = ctx.saved_tensors
     if grad is None:
         return None, None, None, None
-    pre = linear(x, weight, bias) if pre is None else pre
+    pre = linear(x, weight, bias.to(x.dtype)) if pre is None else pre
     grad_pre, _ = torch.ops.xclip_fast.quick_gelu_backward(grad, pre, False)
     return *_product_gradients(grad_pre, x, weight, bias), None
 
@@ -243,3 +244,5 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         )
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},) to fit weight, found {tuple(bias.shape)}")
+    if bias.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"bias must be {x.dtype} like x, or torch.float32, found {bias.dtype}")

@@ -8,7 +8,7 @@ from torch.library import custom_op, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
-from xclip_fast.ops._dtypes import exact_dtype
+from xclip_fast.ops._dtypes import cast_for_sum, exact_dtype
 from xclip_fast.ops.layer_norm import size_refusal
 
 
@@ -27,8 +27,9 @@ def mean_norm_over_frames(
 
     Args:
         tokens: (B, T, N, D) with T >= 1, usually the view without the class token; any strides.
-        weight, bias: (D,).
-        residual: like ``tokens``, added first; the sum is not rounded.
+        weight, bias: (D,) in the dtype of ``tokens``, or in float32.
+        residual: like ``tokens``, added first; the sum is not rounded. Under autocast both may have a dtype of
+            their own: the wider one counts.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 
@@ -40,6 +41,7 @@ def mean_norm_over_frames(
 
     Source: ``prompts_visual_ln`` and the mean over frames of the official ``encode_video`` and ``forward``.
     """
+    tokens, residual = cast_for_sum(tokens, residual)
     _check(tokens, weight, bias, residual)
     refusal = size_refusal(tokens)
     chosen = choose("mean_norm_over_frames", backend, tokens, weight, bias, residual, refusal=refusal)
@@ -57,7 +59,7 @@ def mean_norm_over_frames_ref(
     tokens = tokens if residual is None else tokens + residual
     centred = tokens - tokens.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-    return (centred / deviation * weight + bias).mean(1)
+    return (centred / deviation * weight + bias).mean(1).to(tokens.dtype)
 
 
 def _mean_norm_over_frames_torch(

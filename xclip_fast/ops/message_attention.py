@@ -259,7 +259,7 @@ def message_key_value_ref(
 ) -> Tensor:
     """The definition."""
     normed, _ = layer_norm_ref(messages, norm_weight, norm_bias, None, None, eps)
-    return functional.linear(normed.to(messages.dtype), weight, bias)
+    return functional.linear(normed, weight, bias)
 
 
 def _message_key_value_torch(

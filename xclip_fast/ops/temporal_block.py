@@ -140,7 +140,7 @@ def temporal_block_ref(
     attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
     x = frames_attention_ref(x, *attention, cu_frames, heads, eps)
     normed, _ = layer_norm_ref(x, norm2_weight, norm2_bias, None, None, eps)
-    x = x + functional.linear(linear_quick_gelu_ref(normed.to(x.dtype), fc_weight, fc_bias), proj_weight, proj_bias)
+    x = x + functional.linear(linear_quick_gelu_ref(normed, fc_weight, fc_bias), proj_weight, proj_bias)
     return x if pooled_with is None else (pooled_with + x).mean(1)
 
 

@@ -97,11 +97,11 @@ class XCLIP(nn.Module):
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.ln_final(self.transformer(x))
         ends = tokens.argmax(dim=-1)
-        return x[torch.arange(len(tokens), device=tokens.device), ends] @ self.text_projection
+        return x[torch.arange(tokens.shape[0], device=tokens.device), ends] @ self.text_projection
 
     def logits(self, features: VideoFeatures, text: Tensor) -> Tensor:
         """Scaled cosine similarities (B, K) of encoded videos and encoded texts (K, E)."""
-        texts = self.prompts_generator(text.expand(len(features.video), -1, -1), features.patches)
+        texts = self.prompts_generator(text.expand(features.video.shape[0], -1, -1), features.patches)
         cosine = torch.einsum("be,bke->bk", normalize(features.video, dim=-1), normalize(texts, dim=-1))
         return self.logit_scale.exp() * cosine
 

@@ -57,7 +57,7 @@ class VideoPrompts(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.decoder = nn.ModuleList(self.layer(width, heads) for _ in range(layers))
-        self.alpha = nn.Parameter(torch.full((width,), alpha))
+        self.alpha = nn.Parameter(torch.full((width,), float(alpha)))
         initialise_linears(self)
 
     def forward(self, texts: Tensor, patches: Tensor) -> Tensor:
