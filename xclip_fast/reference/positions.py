@@ -38,7 +38,9 @@ def spatial_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def temporal_positions(table: Tensor, frames: int) -> Tensor:
     """The (1, T, E) table for another number of frames, interpolated linearly in time: (1, frames, E)."""
-    if frames == table.shape[1]:
-        return table
-    _say_once("temporal", f"{table.shape[1]} frames", f"{frames} frames")
+    # in an exported graph the number may vary; where it is the table's, interpolation changes nothing
+    if not torch.compiler.is_exporting():
+        if frames == table.shape[1]:
+            return table
+        _say_once("temporal", f"{table.shape[1]} frames", f"{frames} frames")
     return interpolate(table.transpose(1, 2), size=frames, mode="linear", align_corners=False).transpose(1, 2)
