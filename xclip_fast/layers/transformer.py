@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xclip_fast import reference
 from xclip_fast.ops import feed_forward, layer_norm
+from xclip_fast.ops._backends import is_transformed
 from xclip_fast.plain import LINEAR, NORM, QUICK_GELU, Plain, is_plain
 from xclip_fast.reference.transformer import causal_mask, split_heads
 
@@ -21,7 +22,7 @@ class SelfAttention(reference.transformer.SelfAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (..., L, width) to the same shape; ``mask`` (L, L) is added to the scores."""
-        return self.attend(x, attn_mask=mask)
+        return super().forward(x, mask) if is_transformed() else self.attend(x, attn_mask=mask)
 
     def attend(self, x: Tensor, **options: Any) -> Tensor:
         """``forward`` with options of ``scaled_dot_product_attention``."""
@@ -75,7 +76,7 @@ class Block(reference.transformer.Block):
     ) -> tuple[Tensor, Tensor]:
         """As ``CrossFrameBlock.advance``; ``causal`` where the mask is the causal one."""
         normed, stream = join(self, "ln_1", stream, pending)
-        if causal and is_plain(self, attn=_ATTENTION_ALONE):
+        if causal and not is_transformed() and is_plain(self, attn=_ATTENTION_ALONE):
             branch = self.attn.attend(normed, is_causal=True)
         else:
             branch = self.attn(normed, mask)

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from xclip_fast.tuning import tuned_backend
 
@@ -19,6 +20,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED_DTYPES = (torch.float16, torch.float32)  # Triton's interpreter keeps bfloat16 as integers
 
 NO_EXTENSION = "this op has no part in the compiled extension"
+_TRANSFORMED = "torch.func and forward-mode derivatives know plain torch alone"
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -90,6 +92,9 @@ def choose(
     name = asked or _entered() or (_asked.get() if _COMPILE_READS_CONTEXT else None)
     if name in ("reference", "torch"):
         return name
+    if name is None and is_transformed():
+        # each of its lines has every derivative, which not even PyTorch's own attention has
+        return "reference"
     if name is None:
         on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
         tuned = tuned_backend(op, tensors) if on_gpu else None
@@ -97,7 +102,9 @@ def choose(
             return tuned
         if extension is None and extension_wins:
             return "extension"
-    reason = extension if name == "extension" else refusal or kernel_refusal(*tensors)
+    reason = refusal or kernel_refusal(*tensors)
+    if name == "extension":
+        reason = _TRANSFORMED if is_transformed() else extension
     if name is None:
         return "triton" if on_gpu and reason is None else "torch"
     _check_name(name)
@@ -108,6 +115,8 @@ def choose(
 
 def kernel_refusal(*tensors: Tensor | None) -> str | None:
     """Why the Triton kernels cannot take these tensors, or nothing; meta tensors are taken, to count launches."""
+    if is_transformed():
+        return _TRANSFORMED
     present = [tensor for tensor in tensors if tensor is not None]
     for tensor in present:
         if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
@@ -133,6 +142,11 @@ def kernel_refusal(*tensors: Tensor | None) -> str | None:
         if torch.cuda.get_device_capability(present[0].device) >= (8, 0)
         else "it needs compute capability 8.0 or newer"
     )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or a forward-mode derivative is under way, which no kernel knows."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def interpreting() -> bool:

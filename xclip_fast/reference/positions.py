@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def spatial_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         (1 + rows * columns, D).
     """
-    side = round((table.shape[0] - 1) ** 0.5)
+    side = isqrt(table.shape[0] - 1)
     if grid == (side, side):
         return table
     _say_once("spatial", f"{side}x{side}", f"{grid[0]}x{grid[1]}")
