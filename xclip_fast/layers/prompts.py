@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from xclip_fast import reference
 from xclip_fast.layers.transformer import closed, join, perceptron
 from xclip_fast.ops import prompt_attention
-from xclip_fast.plain import LINEAR, LINEAR_WITHOUT_BIAS, QUICK_GELU, Plain, is_plain
+from xclip_fast.plain import LINEAR, LINEAR_WITHOUT_BIAS, NORM, QUICK_GELU, Plain, is_plain
 from xclip_fast.reference.prompts import CrossAttention
 
 
@@ -27,12 +27,14 @@ class PromptLayer(reference.prompts.PromptLayer):
     ) -> tuple[Tensor, Tensor]:
         """As ``CrossFrameBlock.advance``; texts may be (1, K, E), and ``key_value`` of the patches be known."""
         attention = self.cross_attn
+        if not is_plain(self, norm1=NORM, cross_attn=_CROSS_ATTENTION):
+            stream = stream.expand(patches.shape[0], -1, -1)
         normed, stream = join(self, "norm1", stream, pending)
         if is_plain(self, cross_attn=_CROSS_ATTENTION):
             key, value = key_value or (attention.k_proj(patches), attention.v_proj(patches))
             branch = attention.proj(prompt_attention(attention.q_proj(normed), key, value, attention.heads))
         else:
-            branch = attention(normed.expand(patches.shape[0], -1, -1), patches)
+            branch = attention(normed, patches)
         normed, stream = join(self, "norm3", stream.expand_as(branch), branch)
         return stream, perceptron(self, normed, _PERCEPTRON)
 

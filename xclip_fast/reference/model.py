@@ -116,7 +116,7 @@ class XCLIP(nn.Module):
             ValueError: the video has another shape or dtype.
         """
         check_video(video)
-        dtype = self.visual.class_embedding.dtype
+        dtype = next(self.visual.parameters()).dtype
         if video.is_floating_point():
             return video.to(dtype)
         return normalise_pixels(video, self.config.pixel_mean, self.config.pixel_std, dtype)
