@@ -66,10 +66,10 @@ class Plain:
         elif not self.takes(type(module)):
             replaced = type(module) in self.forwards and self.forwards[type(module)] is not None
             yield name, f"the forward of {self.names} was replaced" if replaced else f"a {_full(type(module))}"
-        elif _has_other_forward(module):
-            yield name, "a forward of its own"
-        elif _is_hooked(module):
-            yield name, "hooks" if _has_hooks(module) else "hooks on every module"
+        elif (reason := _put_on(module)) is not None:
+            yield name, reason
+        elif _has_global_hooks():
+            yield name, "hooks on every module"
         elif self.parameters and not self._has_its_parameters(module):
             yield name, _described(module)
         else:
@@ -82,7 +82,7 @@ class Plain:
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if name not in self.parameters or type(parameter) not in _DENSE or parameter.layout is not torch.strided:
+            if name not in self.parameters or not _is_dense(parameter):
                 return False
             if device is not None and parameter.device != device:
                 return False
@@ -115,6 +115,28 @@ def refusals(owner: nn.Module, parts: dict[str, Plain]) -> dict[str, str]:
     return {
         name: reason for part, plain in parts.items() for name, reason in plain.refusals(owner._modules.get(part), part)
     }
+
+
+def first_oddity(model: nn.Module, is_known: Callable[[str, type], bool]) -> tuple[str, str] | None:
+    """The first module of a model whose class is not known at its place, or that has something put on it, and what."""
+    for name, module in model.named_modules():
+        if module is not model and not is_known(name, type(module)):
+            return name, f"a {_full(type(module))}"
+        if (reason := _put_on(module)) is not None:
+            return name, reason
+        if not all(parameter is None or _is_dense(parameter) for parameter in module._parameters.values()):
+            return name, _described(module)
+    return None
+
+
+def _put_on(module: nn.Module) -> str | None:
+    if _has_other_forward(module):
+        return "a forward of its own"
+    return "hooks" if _has_hooks(module) else None
+
+
+def _is_dense(parameter: Tensor) -> bool:
+    return type(parameter) in _DENSE and parameter.layout is torch.strided
 
 
 def _tell(owner: nn.Module, parts: dict[str, Plain]) -> None:
@@ -178,9 +200,10 @@ def _full(cls: type) -> str:
 
 
 def _described(module: nn.Module) -> str:
-    found = [
-        f"{name}, a {type(parameter).__name__} ({str(parameter.layout).removeprefix('torch.')}, {parameter.device})"
-        for name, parameter in module._parameters.items()
-        if parameter is not None
+    present = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    odd = [
+        f"its {name} is a {type(parameter).__name__} ({str(parameter.layout).removeprefix('torch.')})"
+        for name, parameter in present.items()
+        if not _is_dense(parameter)
     ]
-    return f"its parameters are {'; '.join(found)}" if found else "it has no parameters"
+    return ", ".join(odd) or f"its parameters are {', '.join(present) or 'none'}"

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import random_tokens, random_video, small_model
+from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import xclip_fast
 from xclip_fast import Engine, InputError
@@ -34,6 +36,43 @@ def engine(model: XCLIP) -> Engine:
 def test_public_name() -> None:
     assert xclip_fast.Engine is Engine
     assert "Engine" in xclip_fast.__all__
+
+
+def put_a_hook(model: XCLIP) -> None:
+    model.mit.register_forward_hook(lambda module, given, output: 2 * output)
+
+
+def put_an_adapter(model: XCLIP) -> None:
+    mlp = model.visual.transformer.resblocks[0].mlp
+    mlp.c_fc = nn.Sequential(mlp.c_fc)
+
+
+def prune_a_weight(model: XCLIP) -> None:
+    prune.l1_unstructured(model.prompts_generator.decoder[0].cross_attn.q_proj, "weight", 0.5)
+
+
+def normalise_a_weight(model: XCLIP) -> None:
+    parametrizations.weight_norm(model.transformer.resblocks[0].attn.out_proj)
+
+
+def replace_a_forward(model: XCLIP) -> None:
+    model.ln_final.forward = lambda x: x
+
+
+def make_a_weight_sparse(model: XCLIP) -> None:
+    layer = model.transformer.resblocks[0].mlp.c_fc
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
+
+
+@pytest.mark.parametrize(
+    "put", [put_a_hook, put_an_adapter, prune_a_weight, normalise_a_weight, replace_a_forward, make_a_weight_sparse]
+)
+def test_what_is_put_on_a_module_is_refused_by_name(put: Callable[[XCLIP], None]) -> None:
+    other = small_model()
+    put(other)
+    with pytest.raises(InputError, match=r"but found .* at \S+: merge adapters, .*remove hooks") as caught:
+        Engine(other)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["no_cfa", "average"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,9 @@ import torch
 from numerics import randomise_parameters, relative_error
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrizations, prune
-from torch.utils.flop_counter import FlopCounterMode
 
 import xclip_fast
-from xclip_fast import XCLIPConfig, layers, ops, reference
+from xclip_fast import XCLIPConfig, reference
 
 TINY = XCLIPConfig(
     image_size=32,

@@ -21,11 +21,12 @@ from xclip_fast.engine.cpu import CpuTower
 from xclip_fast.engine.cuda import CudaTower
 from xclip_fast.engine.graphs import GraphCache
 from xclip_fast.engine.heads import Heads
+from xclip_fast.engine.models import check_model
 from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, Packing
 from xclip_fast.engine.products import int8_product
 from xclip_fast.engine.texts import EncodedTexts, KeptTexts, TextTower, encoder_digest
 from xclip_fast.errors import InputError
-from xclip_fast.reference.model import XCLIP, VideoFeatures, check_tokens, check_video
+from xclip_fast.reference.model import VideoFeatures, check_tokens, check_video
 from xclip_fast.text import apply_template, clean_labels, get_tokenizer
 from xclip_fast.text.folder import TextFolder
 
@@ -99,8 +100,8 @@ class Engine:
             tokens: see ``TextFolder``.
 
     Raises:
-        InputError: there is no such dtype, it cannot be computed on this device, the model is no whole X-CLIP, or
-            there can be no such folder.
+        InputError: there is no such dtype, it cannot be computed on this device, the model is no whole X-CLIP or has
+            adapters, hooks or the like on it, or there can be no such folder.
         ValueError: the clips have another shape or dtype.
     """
 
@@ -114,7 +115,7 @@ class Engine:
         text_cache: str | os.PathLike[str] | None = None,
         _rewrites: frozenset[str] | None = None,
     ) -> None:
-        _check_model(model)
+        check_model(model)
         weight = model.visual.conv1.weight
         self.device = weight.device if device is None else _device(device)
         self.dtype = weight.dtype if dtype is None else dtype
@@ -334,15 +335,6 @@ class Engine:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with torch.autocast(self.device.type, enabled=False), on_device:
             yield
-
-
-def _check_model(model: Any) -> None:
-    whole = isinstance(model, XCLIP) and hasattr(model.mit, "resblocks")
-    if not whole or not all(hasattr(block, "message_fc") for block in model.visual.transformer.resblocks):
-        raise InputError(
-            f"an engine of a {type(model).__name__} was asked for: it takes a whole X-CLIP, "
-            "as create_model and load_model return it"
-        )
 
 
 def _device(device: str | torch.device) -> torch.device:
