@@ -44,7 +44,20 @@ _HOME = {
     "restore": "patch",
     "save_model": "checkpoints",
 }
-_ROOMS = ("checkpoints", "demo", "engine", "flops", "layers", "model", "ops", "pipeline", "reference", "text", "video")
+_ROOMS = (
+    "checkpoints",
+    "demo",
+    "engine",
+    "flops",
+    "layers",
+    "model",
+    "ops",
+    "parallel",
+    "pipeline",
+    "reference",
+    "text",
+    "video",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,56 @@
+"""Training on several processes with sharded weights (FSDP2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import distributed
+
+from xclip_fast import reference
+from xclip_fast.reference.prompts import PromptLayer
+from xclip_fast.reference.transformer import Block
+
+_BLOCKS = (reference.CrossFrameBlock, Block, PromptLayer)
+
+
+def fully_shard(model: reference.XCLIP, **options: Any) -> reference.XCLIP:
+    """``torch.distributed.fsdp.fully_shard`` of every block of all towers, then of the whole model, in place.
+
+    PyTorch shards no scalar: ``logit_scale`` stays whole in every process, and its gradient is averaged like the
+    others. ``encode_video``, ``encode_text`` and ``logits`` can be called by themselves too. With ``logit_scale`` among
+    its ``ignored_params``, PyTorch's own function does as well, on whatever parts you choose.
+
+    Args:
+        model: on the device where it will train, in an initialised process group.
+        options: those of PyTorch's function, such as ``mesh`` and ``mp_policy``.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> import torch, xclip_fast
+        >>> from xclip_fast.parallel import fully_shard
+        >>> torch.distributed.init_process_group("nccl")  # doctest: +SKIP
+        >>> model = fully_shard(xclip_fast.create_model("B/32").cuda().train())  # doctest: +SKIP
+    """
+    from torch.distributed import fsdp
+
+    options["ignored_params"] = {model.logit_scale} | set(options.get("ignored_params") or ())
+    for module in list(model.modules()):
+        if isinstance(module, _BLOCKS):
+            fsdp.fully_shard(module, **options)
+    fsdp.fully_shard(model, **options)
+    for method in ("encode_video", "encode_text", "logits"):
+        fsdp.register_fsdp_forward_method(model, method)
+    mesh = options.get("mesh")
+    groups = [None] if mesh is None else mesh.get_all_groups()
+
+    @torch.no_grad()
+    def average(scale: Any) -> None:
+        for group in groups:
+            distributed.all_reduce(scale.grad, group=group)
+            scale.grad /= distributed.get_world_size(group)
+
+    model.logit_scale.register_post_accumulate_grad_hook(average)
+    return model
