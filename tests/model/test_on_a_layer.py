@@ -80,7 +80,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def changed(output: Any) -> Any:
     """Other numbers, which no norm undoes."""
     if isinstance(output, tuple):
-        return tuple(map(changed, output))
+        return tuple(None if part is None else changed(part) for part in output)
     return 1.25 * output + 0.3 * torch.linspace(-1, 1, output.shape[-1]) ** 3
 
 
@@ -89,11 +89,16 @@ def forward_hook(model: nn.Module, name: str) -> None:
 
 
 def pre_hook(model: nn.Module, name: str) -> None:
-    def shift(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        first = given[0]
-        return (changed(first) if first.is_floating_point() else first.flip(-1), *given[1:])
+    def shift(module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+        def shifted(x: Tensor) -> Tensor:
+            return changed(x) if x.is_floating_point() else x.flip(-1)
 
-    model.get_submodule(name).register_forward_pre_hook(shift)
+        if given:
+            return (shifted(given[0]), *given[1:]), options
+        first = next(iter(options))
+        return given, options | {first: shifted(options[first])}
+
+    model.get_submodule(name).register_forward_pre_hook(shift, with_kwargs=True)
 
 
 def backward_hook(model: nn.Module, name: str) -> None:
