@@ -186,7 +186,7 @@ def _is_idle(hook: Any) -> bool:
         return False
     from transformers.utils.output_capturing import _active_collector
 
-    return _active_collector.get() is None
+    return not _active_collector.get()
 
 
 def _same_code(function: Any, twin: Any) -> bool:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
+import multiprocessing
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from numerics import relative_error
 from test_on_a_layer import (
     backward_hook,
     backward_pre_hook,
+    changed,
     forward_hook,
     other_forward,
     pre_hook,
@@ -19,8 +25,10 @@ from test_on_a_layer import (
 )
 from test_optimize import arguments, huggingface
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import xclip_fast
+from xclip_fast.patched import Patched
 
 transformers = pytest.importorskip("transformers")
 
@@ -124,3 +132,166 @@ def test_what_changes_a_module_counts_in_both_orders(put: Callable[[nn.Module, s
 @pytest.mark.parametrize("put", [backward_hook, backward_pre_hook], ids=lambda put: put.__name__)
 def test_what_changes_gradients_counts_in_both_orders(put: Callable[[nn.Module, str], None]) -> None:
     assert wrong(put, NAMES, moves=False) == {}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(**INPUTS).logits_per_video
+
+
+def optimised() -> nn.Module:
+    model = copy.deepcopy(BARE)
+    xclip_fast.optimize(model)
+    return model
+
+
+def by_pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def by_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def by_cloudpickle(model: nn.Module) -> nn.Module:
+    cloudpickle = pytest.importorskip("cloudpickle")
+    return pickle.loads(cloudpickle.dumps(model))
+
+
+COPIES = [copy.deepcopy, by_pickle, by_torch_save, by_cloudpickle]
+
+
+@pytest.mark.parametrize("way", COPIES, ids=lambda way: way.__name__)
+def test_copies_are_optimised_models_of_their_own(way: Callable[[nn.Module], nn.Module]) -> None:
+    model = optimised()
+    expected = logits(model)
+    twin = way(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(twin), expected)
+    assert list(twin.state_dict()) == list(BARE.state_dict())
+    assert xclip_fast.optimize(twin).replaced == {}
+    assert xclip_fast.restore(twin) == 9
+    assert [type(module) for module in twin.modules()] == [type(module) for module in BARE.modules()]
+    assert torch.equal(logits(twin), logits(BARE))
+
+
+def _send_logits(model: nn.Module, given: dict[str, Tensor], results: Any) -> None:
+    with torch.no_grad():
+        results.put(model(**given).logits_per_video.numpy())
+
+
+def test_a_spawned_process_takes_an_optimised_model() -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    model = optimised()
+    process = context.Process(target=_send_logits, args=(model, INPUTS, results))
+    process.start()
+    found = torch.from_numpy(results.get(timeout=120))
+    process.join(60)
+    assert relative_error(found, logits(model)) <= LIMIT
+
+
+def test_a_replica_runs_on_its_own_weights() -> None:
+    block = optimised().vision_model.encoder.layers[0]
+    replica = block._replicate_for_data_parallel()
+    replica._modules = {name: copy.deepcopy(module) for name, module in block._modules.items()}
+    x = torch.randn(4, 10, 128)
+    with torch.no_grad():
+        expected = block(x, None)
+        for parameter in block.parameters():
+            parameter.zero_()
+        assert torch.equal(replica(x, None), expected)
+
+
+def test_classes_keep_their_names_and_their_kind() -> None:
+    model = optimised()
+    for ours, theirs in zip(model.modules(), BARE.modules(), strict=True):
+        assert isinstance(ours, type(theirs))
+        assert (type(ours).__name__, type(ours).__module__) == (type(theirs).__name__, type(theirs).__module__)
+        assert vars(ours).keys() == vars(theirs).keys()
+    assert repr(model) == repr(BARE)
+
+
+def test_another_forward_on_an_instance_runs_before_during_and_after() -> None:
+    calls = []
+
+    def watch(module: nn.Module) -> None:
+        inner = module.forward
+        module.forward = lambda *given, **options: calls.append(module) or inner(*given, **options)
+
+    model = copy.deepcopy(BARE)
+    first, second = model.vision_model.encoder.layers
+    watch(first)
+    report = xclip_fast.optimize(model)
+    assert report.kept["vision_model.encoder.layers.0"] == "it has a forward of its own"
+    watch(second)
+    watch(second.mlp)
+    before = first.forward, second.forward, second.mlp.forward
+    assert relative_error(logits(model), logits(BARE)) <= LIMIT
+    assert calls == [first, second, second.mlp]
+    xclip_fast.restore(model)
+    assert (first.forward, second.forward, second.mlp.forward) == before
+    assert torch.equal(logits(model), logits(BARE))
+    assert calls == 2 * [first, second, second.mlp]
+
+
+def test_a_forward_that_a_class_was_given_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = optimised()
+    cls = type(BARE.vision_model.encoder.layers[0].mlp)
+    inner = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: changed(inner(self, x)))
+    assert relative_error(logits(model), logits(BARE)) <= LIMIT
+    late = copy.deepcopy(BARE)
+    report = xclip_fast.optimize(late)
+    assert "has another forward" in report.kept["vision_model.encoder.layers.0.mlp"]
+    assert relative_error(logits(late), logits(BARE)) <= LIMIT
+
+
+def test_a_class_that_a_model_was_given_since_keeps_its_part() -> None:
+    model = optimised()
+    mlp = model.vision_model.encoder.layers[0].mlp
+    parametrize.register_parametrization(mlp.fc1, "weight", nn.Identity())
+    wrap = type("Wrapped", (Outer, type(mlp)), {})
+    mlp.__class__ = wrap
+    expected = logits(model)
+    xclip_fast.restore(model)
+    assert isinstance(mlp, Outer)
+    assert not isinstance(mlp, Patched)
+    assert relative_error(logits(model), expected) <= LIMIT
+
+
+class Outer(nn.Module):
+    """What another library puts before the class of a module."""
+
+
+def test_the_report_and_the_log_say_what_runs_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    model = copy.deepcopy(BARE)
+    forward_hook(model, "vision_model.encoder.layers.0.self_attn.q_proj")
+    wrapper(model, "vision_model.encoder.layers.1.mlp.fc1")
+    report = xclip_fast.optimize(model)
+    assert report.kept == {
+        "vision_model.encoder.layers.0.self_attn.q_proj": "hooks",
+        "vision_model.encoder.layers.1.mlp.fc1": "a test_on_a_layer.Wrapped",
+    }
+    assert "1 x runs by itself, hooks: vision_model.encoder.layers.0.self_attn.q_proj" in str(report)
+    with caplog.at_level(logging.INFO, logger="xclip_fast"):
+        for _ in range(3):
+            logits(model)
+    assert [record.getMessage() for record in caplog.records] == [
+        "XCLIPVisionEncoderLayer: self_attn.q_proj runs by itself: hooks",
+        "XCLIPMLP: fc1 runs by itself: a test_on_a_layer.Wrapped",
+    ]
+
+
+def test_a_hook_counts_from_when_it_is_put_on_to_when_it_is_taken_off() -> None:
+    model = optimised()
+    expected = logits(model)
+    handle = model.vision_model.encoder.layers[1].mlp.fc1.register_forward_hook(lambda module, given, x: changed(x))
+    assert relative_error(logits(model), expected) > 1e-4
+    handle.remove()
+    assert torch.equal(logits(model), expected)
