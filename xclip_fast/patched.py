@@ -205,13 +205,14 @@ class XCLIPVisionEncoderLayer(Patched):
         class_tokens = hidden_states[:, 0]
         clips = len(class_tokens) // self.num_frames, self.num_frames, -1
         packs = _packs(hidden_states, message_attn)
-        if packs and _are_plain(self, *_MESSAGE, "drop_path"):
+        if packs and _are_plain(self, *_MESSAGE, "drop_path") and _is_usual(message_attn):
             messages = _messages(self, class_tokens.view(clips), *_joined(message_attn)).flatten(0, 1)
         else:
             message = self.message_fc(class_tokens).view(clips)
             message = message + self.drop_path(message_attn(self.message_ln(message), **kwargs)[0])
             messages = message.flatten(0, 1)
-        if kwargs.get("output_attentions") or not _are_plain(self, "layer_norm1", "self_attn"):
+        plain = _are_plain(self, "layer_norm1", "self_attn") and _is_usual(attention)
+        if kwargs.get("output_attentions") or not plain:
             extended = torch.cat([hidden_states, messages.unsqueeze(1)], dim=1)
             branch, _ = attention(hidden_states=norm(extended), attention_mask=attention_mask, **kwargs)
             branch, stream = branch[:, :-1], hidden_states
@@ -224,6 +225,16 @@ class XCLIPVisionEncoderLayer(Patched):
             branch = attention.out_proj(frame_attention(*rows, attention.num_heads))
         normed, stream = _join(self, "layer_norm2", stream, branch)
         return stream + self.mlp(normed)
+
+
+def _is_usual(attention: Any) -> bool:
+    """Whether a function of transformers' own attends, and none is recorded that has second derivatives: eager."""
+    name = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    file = sys.modules[type(attention).__module__]
+    function = getattr(file, "ALL_ATTENTION_FUNCTIONS", {}).get(name)
+    if function is not None:
+        return function.__module__.startswith("transformers.")
+    return name in (None, "eager") and not torch.is_grad_enabled()
 
 
 def _packs(tokens: Tensor, attention: Any) -> bool:
@@ -254,8 +265,8 @@ class XCLIPCrossAttention(Patched):
         return {"proj_drop": _DROPOUT}
 
     def forward(self: Any, queries: Tensor, keys: Tensor, values: Tensor, **kwargs: Any) -> Tensor:
-        dropping = self.training and self.attn_drop
-        if not _is_in_force(self) or dropping or _drops(self.proj_drop) or not is_plain(self, **_parts_of(self)):
+        dropping = (self.training and self.attn_drop) or _drops(self.proj_drop)
+        if not _is_in_force(self) or dropping or not is_plain(self, **_parts_of(self)) or not _is_usual(self):
             return _original(self)(queries, keys, values, **kwargs)
         return _cross_attention(self, queries, keys, values)
 

@@ -81,9 +81,10 @@ def test_the_fused_form_runs_again_after_a_recording(monkeypatch: pytest.MonkeyP
         return xclip_fast.ops.frame_attention(*given)
 
     monkeypatch.setattr(patched, "frame_attention", counted)
-    model(**INPUTS, output_attentions=True)
-    assert not calls
-    same(model(**INPUTS).logits_per_video, bare(**INPUTS).logits_per_video)
+    with torch.no_grad():
+        model(**INPUTS, output_attentions=True)
+        assert not calls
+        same(model(**INPUTS).logits_per_video, bare(**INPUTS).logits_per_video)
     assert len(calls) == 2
 
 
@@ -119,6 +120,33 @@ def test_every_attention_implementation_gives_the_same(attention: str) -> None:
     same(model(**INPUTS).logits_per_video, bare(**INPUTS).logits_per_video)
     model.set_attn_implementation("eager" if attention == "sdpa" else "sdpa")
     same(model(**INPUTS).logits_per_video, bare(**INPUTS).logits_per_video)
+
+
+def test_attention_of_somebody_else_is_called() -> None:
+    calls = []
+
+    def somebody(module: nn.Module, *given: Any, **options: Any) -> Any:
+        calls.append(module)
+        output, weights = transformers.models.x_clip.modeling_x_clip.eager_attention_forward(module, *given, **options)
+        return 2 * output, weights
+
+    transformers.AttentionInterface.register("somebody", somebody)
+    bare, model = pair("somebody")
+    expected = bare(**INPUTS).logits_per_video
+    asked = len(calls)
+    same(model(**INPUTS).logits_per_video, expected)
+    assert len(calls) == 2 * asked
+
+
+def test_eager_attention_has_second_derivatives() -> None:
+    penalties = []
+    for model in pair("eager"):
+        pixels = FRAMES.clone().requires_grad_()
+        output = model.vision_model(pixels).last_hidden_state.square().mean()
+        (first,) = torch.autograd.grad(output, pixels, create_graph=True)
+        penalties.append(torch.autograd.grad(first.square().sum(), pixels)[0])
+    assert penalties[1].any()
+    assert relative_error(penalties[1], penalties[0]) <= 1e-4
 
 
 def test_answers_are_deterministic_and_training_mode_changes_none() -> None:
