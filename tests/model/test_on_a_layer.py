@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -160,6 +161,18 @@ def test_what_changes_a_module_counts_on_each_of_them(put: Callable[[nn.Module, 
 @pytest.mark.parametrize("put", [backward_hook, backward_pre_hook], ids=lambda put: put.__name__)
 def test_what_changes_gradients_counts(put: Callable[[nn.Module, str], None]) -> None:
     assert wrong(put, [name for name in NAMES if name], moves=False) == {}
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_copies_run_on_their_own_weights(way: Callable[[nn.Module], nn.Module]) -> None:
+    _, model = pair()
+    twin, expected = way(model), model(*inputs())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(*inputs()), expected)
 
 
 def recorded(model: nn.Module, names: list[str]) -> dict[str, Any]:

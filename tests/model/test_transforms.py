@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
+import xclip_fast
 from xclip_fast import layers, ops
 
 VIDEO, TOKENS = inputs()
@@ -102,6 +104,21 @@ def test_a_backend_that_knows_no_transform_says_so(backend: str, transform: Call
     _, model = pair()
     with ops.backend(backend), pytest.raises(ValueError, match=r"torch\.func .* plain torch alone; use backend="):
         transform(model)
+
+
+def test_gradients_of_an_optimised_model() -> None:
+    pytest.importorskip("transformers")
+    from test_optimize import arguments, huggingface
+
+    bare, given, found = huggingface(), arguments(), []
+    model = copy.deepcopy(bare)
+    xclip_fast.optimize(model)
+    for one in (bare, model):
+        run = lambda parameters, one=one: functional_call(one, parameters, (), given).logits_per_video.mean()  # noqa: E731
+        found.append(grad(run)(weights(one)))
+    least = 1e-2 * max(part.norm() for part in found[0].values())
+    for name, expected in found[0].items():
+        assert (found[1][name] - expected).norm() <= 1e-4 * max(expected.norm(), least), name
 
 
 AUTO = torch.export.Dim.AUTO
