@@ -231,7 +231,7 @@ def test_parameters_that_are_parametrized_are_read_as_properties() -> None:
     assert wrong == {}
 
 
-def test_other_norms_and_activations_in_our_own_layers() -> None:
+def test_other_modules_in_our_own_layers() -> None:
     norms = [name for name, module in ORACLE.named_modules() if type(module) is nn.LayerNorm]
     activations = [name for name, module in ORACLE.named_modules() if name.endswith(("gelu", "mlp.1"))]
     others: list[tuple[list[str], Callable[[], nn.Module]]] = [
@@ -239,6 +239,11 @@ def test_other_norms_and_activations_in_our_own_layers() -> None:
         (norms, lambda: nn.LayerNorm(64, bias=False)),
         (norms, lambda: nn.RMSNorm(64)),
         (norms, nn.Identity),
+        (norms, lambda: nn.LayerNorm(64, eps=0.1)),
+        (["visual.conv1"], lambda: nn.Conv2d(3, 64, 16, 16, bias=True)),
+        (["visual.conv1"], lambda: nn.Conv2d(3, 64, 16, 8, bias=False)),
+        (["visual.conv1"], lambda: nn.Conv2d(3, 64, 16, 16, padding=8, padding_mode="reflect", bias=False)),
+        (["visual.conv1"], lambda: nn.Conv2d(3, 64, 8, 16, bias=False)),
         (activations, nn.GELU),
         (activations, nn.ReLU),
     ]
@@ -248,6 +253,7 @@ def test_other_norms_and_activations_in_our_own_layers() -> None:
             oracle, model = pair()
             for one in (oracle, model):
                 owner, _, last = name.rpartition(".")
+                torch.manual_seed(0)
                 setattr(one.get_submodule(owner), last, make())
             if why := differs(run(oracle, *inputs()), run(model, *inputs())):
                 wrong[f"{name} {make()}"] = why

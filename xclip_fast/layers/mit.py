@@ -23,10 +23,12 @@ class MultiframeIntegration(reference.MultiframeIntegration):
         table = temporal_positions(self.positional_embedding, features.shape[1])[0]
         positions: Tensor | None = table.to(features.dtype)
         x: Tensor = features
-        *_, last = self.resblocks
-        for name, block in self.resblocks.named_children():
+        blocks: Any = self.resblocks
+        *_, last = blocks
+        for name, block in blocks.named_children():
             pooled_with = features if block is last else None
-            if is_plain(self.resblocks, **{name: _BLOCK}):
+            # the op normalises twice with one eps
+            if is_plain(blocks, **{name: _BLOCK}) and block.ln_1.eps == block.ln_2.eps:
                 x = _temporal_block(x, block, positions, pooled_with)
             else:
                 x = block(x if positions is None else x + positions)

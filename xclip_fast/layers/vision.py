@@ -95,7 +95,7 @@ class PatchEmbed(reference.PatchEmbed):
 
 def _embed(patches: reference.PatchEmbed, frames: Tensor, mean: Statistics, std: Statistics) -> Tensor:
     dtype, side, norm = patches.class_embedding.dtype, patches.patch_size, patches.ln_pre
-    if not is_plain(patches, conv1=_CONVOLUTION, ln_pre=NORM):
+    if not is_plain(patches, conv1=_CONVOLUTION, ln_pre=NORM) or not _cuts_patches(patches.conv1, side):
         if frames.dtype == torch.uint8:
             mean, std = pixel_statistics(frames, mean, std)
             frames = normalise_pixels(channels_last(frames), mean, std, dtype)
@@ -115,6 +115,10 @@ def _embed(patches: reference.PatchEmbed, frames: Tensor, mean: Statistics, std:
         std=std,
         dtype=dtype,
     )
+
+
+def _cuts_patches(conv: nn.Conv2d, side: int) -> bool:
+    return conv.stride == conv.kernel_size == (side, side) and conv.padding == (0, 0) and conv.dilation == (1, 1)
 
 
 class MessageAttention(reference.MessageAttention):
