@@ -43,8 +43,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         found.append(frames)
         return original(frames, *args, **kwargs)
 
-    original = layers.patch_embed
-    monkeypatch.setattr(layers, "patch_embed", spy)
+    original = layers.vision.patch_embed
+    monkeypatch.setattr(layers.vision, "patch_embed", spy)
     return found
 
 
