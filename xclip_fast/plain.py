@@ -45,7 +45,7 @@ class Plain:
 
     def fits(self, module: nn.Module | None) -> bool:
         """Whether a module is that, and nothing more."""
-        if module is None or not self.takes(type(module)) or _is_hooked(module) or _has_other_forward(module):
+        if module is None or not self.takes(type(module)) or _has_hooks(module) or _has_other_forward(module):
             return False
         if self.parameters and not self._has_its_parameters(module):
             return False
@@ -54,9 +54,10 @@ class Plain:
 
     def takes(self, cls: type) -> bool:
         """Whether modules of a class can be that."""
-        if cls not in self.forwards and self.twin is not None:
-            self.forwards[cls] = cls.forward if _same_code(cls.forward, self.twin) else None  # type: ignore[attr-defined]
         forward = self.forwards.get(cls)
+        if forward is None and self.twin is not None and cls not in self.forwards:
+            forward = cls.forward if _same_code(cls.forward, self.twin) else None  # type: ignore[attr-defined]
+            self.forwards[cls] = forward
         return forward is not None and cls.forward is forward  # type: ignore[attr-defined]
 
     def refusals(self, module: nn.Module | None, name: str) -> Iterator[tuple[str, str]]:
@@ -103,8 +104,12 @@ def is_plain(owner: nn.Module, **parts: Plain) -> bool:
     Asked at each call, for hooks and adapters come and go; inside of a compiled graph it is settled while tracing.
     """
     modules = owner._modules
-    if all(part.fits(modules.get(name)) for name, part in parts.items()):
-        return True
+    if not _has_global_hooks():
+        for name, part in parts.items():
+            if not part.fits(modules.get(name)):
+                break
+        else:
+            return True
     if not torch.compiler.is_compiling():
         _tell(owner, parts)
     return False
@@ -156,14 +161,10 @@ def _has_other_forward(module: nn.Module) -> bool:
     return not own
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return _has_hooks(module) or _has_global_hooks()
-
-
 def _has_hooks(module: nn.Module) -> bool:
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if module._forward_hooks and not all(map(_is_idle, module._forward_hooks.values())):
         return True
-    return bool(module._forward_hooks) and not all(map(_is_idle, module._forward_hooks.values()))
+    return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _has_global_hooks() -> bool:
