@@ -24,7 +24,7 @@ from xclip_fast.ops import (
     message_key_value,
     prompt_attention,
 )
-from xclip_fast.ops._backends import choose
+from xclip_fast.ops._backends import choose, is_transformed
 from xclip_fast.ops._frames import attention_refusal
 from xclip_fast.plain import LINEAR, NORM, QUICK_GELU, Plain, is_plain
 
@@ -165,7 +165,7 @@ def _rows_side_by_side(normed: Tensor, messages: Tensor, norm: Any, attention: A
     if rows.dtype in (torch.bfloat16, torch.float16):
         # one wide product is faster by more than the copy costs
         found = linear(rows, *_joined(attention))
-    elif torch.is_grad_enabled() or torch.is_autocast_enabled(rows.device.type) or torch.compiler.is_compiling():
+    elif _is_recorded(rows):
         found = torch.cat([layer(rows) for layer in layers], dim=-1)
     else:
         widths = [layer.out_features for layer in layers]
@@ -174,6 +174,13 @@ def _rows_side_by_side(normed: Tensor, messages: Tensor, norm: Any, attention: A
             torch.addmm(layer.bias, rows, layer.weight.t(), out=columns)
     tokens, last = found.tensor_split([len(rows) - len(messages)])
     return tokens.view(*normed.shape[:-1], -1), last[:, normed.shape[-1] :]
+
+
+def _is_recorded(rows: Tensor) -> bool:
+    """Whether somebody follows what is computed, who could not follow a result written in place."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+        return True
+    return torch.is_autocast_enabled(rows.device.type)
 
 
 def _check_clips(frames: int, length: int) -> None:

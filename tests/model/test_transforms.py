@@ -121,6 +121,24 @@ def test_gradients_of_an_optimised_model() -> None:
         assert (found[1][name] - expected).norm() <= 1e-4 * max(expected.norm(), least), name
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["no_grad", "grad"])
+def test_tangents_of_an_optimised_model_with_eager_attention(recorded: bool) -> None:
+    pytest.importorskip("transformers")
+    from test_optimize import arguments, huggingface
+
+    bare = huggingface()
+    bare.set_attn_implementation("eager")
+    given, tangents = arguments(), []
+    pixels = given["pixel_values"].flatten(0, 1)
+    model = copy.deepcopy(bare)
+    xclip_fast.optimize(model)
+    for one in (bare, model):
+        with torch.set_grad_enabled(recorded), forward_ad.dual_level():
+            output = one.vision_model(forward_ad.make_dual(pixels, pixels.cos())).last_hidden_state
+            tangents.append(forward_ad.unpack_dual(output).tangent)
+    assert relative_error(tangents[1], tangents[0]) <= 1e-5
+
+
 AUTO = torch.export.Dim.AUTO
 DYNAMIC = {
     "videos": ({0: AUTO}, None, (5, 3), (3, 5)),
