@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from xclip_fast.layers.transformer import join
 from xclip_fast.ops import (
     feed_forward,
     frame_attention,
@@ -105,15 +106,6 @@ def _original(module: Any) -> Any:
 def _drops(module: nn.Module) -> bool:
     """Whether a module drops something at random, by any of the names it is given."""
     return module.training and bool(getattr(module, "drop_prob", 0.0) or getattr(module, "p", 0.0))
-
-
-def _join(owner: nn.Module, name: str, stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm of that name of the stream with a branch added, and that sum."""
-    norm: Any = getattr(owner, name)
-    if not is_plain(owner, **{name: _parts_of(owner)[name]}):
-        stream = stream + branch
-        return norm(stream), stream
-    return layer_norm(branch.to(stream.dtype), norm.weight, norm.bias, residual=stream, eps=norm.eps)
 
 
 def _parts_of(owner: Any) -> dict[str, Plain]:
@@ -230,7 +222,7 @@ class XCLIPVisionEncoderLayer(Patched):
             else:
                 rows = _rows_side_by_side(normed, messages, norm, attention)
             branch = attention.out_proj(frame_attention(*rows, attention.num_heads))
-        normed, stream = _join(self, "layer_norm2", stream, branch)
+        normed, stream = join(self, "layer_norm2", stream, branch)
         return stream + self.mlp(normed)
 
 
@@ -322,7 +314,7 @@ class CrossFramelAttentionBlock(Patched):
         if not _are_plain(self, "ln_2", "mlp"):
             x = (stream + branch).transpose(0, 1)
             return x + self.mlp(self.ln_2(x))
-        normed, stream = _join(self, "ln_2", stream, branch)
+        normed, stream = join(self, "ln_2", stream, branch, _parts_of(self)["ln_2"])
         fc, proj = self.mlp.c_fc, self.mlp.c_proj
         stream = stream + feed_forward(normed, fc.weight, fc.bias, proj.weight, proj.bias)
         # in the official order again; the next block undoes it without a copy

@@ -36,13 +36,15 @@ PERCEPTRON = Plain(nn.Sequential, c_fc=LINEAR, gelu=QUICK_GELU, c_proj=LINEAR)
 ATTENTION = Plain(SelfAttention, parameters="in_proj_weight in_proj_bias", out_proj=LINEAR)
 
 
-def join(owner: nn.Module, name: str, stream: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+def join(
+    owner: nn.Module, name: str, stream: Tensor, pending: Tensor | None, kind: Plain = NORM
+) -> tuple[Tensor, Tensor]:
     """The norm of that name of the stream with what is pending, and the stream with it added."""
     if pending is not None:
         # autocast leaves branches in half precision beside a float32 stream
         pending = pending.to(stream.dtype)
     norm: Any = getattr(owner, name)
-    if not is_plain(owner, **{name: NORM}):
+    if not is_plain(owner, **{name: kind}):
         stream = closed(stream, pending)
         return norm(stream), stream
     x, residual = (stream, None) if pending is None else (pending, stream)
