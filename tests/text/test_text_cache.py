@@ -448,3 +448,41 @@ def test_compiled_and_created_models_are_models_too() -> None:
     model = create_model(CONFIG, seed=0)
     features = TextCache().encode(model, TOKENS)
     torch.testing.assert_close(TextCache().encode(torch.compile(model, backend="eager"), TOKENS), features)
+
+
+@pytest.mark.parametrize("part", ["token_embedding", "transformer", "transformer.resblocks.0.mlp.c_fc", "ln_final"])
+def test_what_is_put_on_the_text_tower_counts(model: Counted, part: str) -> None:
+    cache, tokens = TextCache(), torch.tensor([[5, 7, 9, 513]])
+    before = cache.encode(model, tokens)
+    scale = [1.5]
+    module = model.get_submodule(part)
+    handle = module.register_forward_hook(
+        lambda module, given, output: scale[0] * output + scale[0] * output.roll(1, -1)
+    )
+    changed = cache.encode(model, tokens)
+    assert not torch.allclose(changed, before, rtol=1e-3)
+    # as an adapter that is switched or trained on: no weight of the tower tells
+    scale[0] = -0.5
+    assert not torch.allclose(cache.encode(model, tokens), changed, rtol=1e-3)
+    assert_fresh(cache.encode(model, tokens), model, tokens)
+    handle.remove()
+    assert torch.equal(cache.encode(model, tokens), before)
+
+
+def test_an_embedding_in_a_wrapper_is_encoded_and_not_kept(model: Counted) -> None:
+    class Shifted(nn.Module):
+        shift = 1.0
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.inner(tokens) + self.shift * torch.linspace(-1, 1, 64)
+
+    Shifted.__module__ = "somebody.adapters"
+    model.token_embedding = Shifted(model.token_embedding)
+    cache, tokens = TextCache(), torch.tensor([[5, 7, 9, 513]])
+    first = cache.encode(model, tokens)
+    model.token_embedding.shift = -1.0
+    assert not torch.allclose(cache.encode(model, tokens), first, rtol=1e-3)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xclip_fast.config import XCLIPConfig
+from xclip_fast.plain import first_oddity
 from xclip_fast.recent import Recent
 from xclip_fast.text.folder import MAX_FOLDER_BYTES, TextFolder, digest
 
@@ -79,9 +80,11 @@ class TextCache:
             if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64) or 0 in tokens.shape:
                 # nothing to keep: the model takes it or says what is wrong
                 return model.encode_text(tokens.to(device))
-            _check_ids(tokens, len(model.token_embedding.weight))
             ends = tokens.argmax(dim=-1)
             tokens = tokens[:, : int(ends.max()) + 1].long().contiguous()
+            if not _depends_on_weights_alone(model):
+                return encode_in_chunks(model, tokens, ends, device)
+            _check_ids(tokens, len(model.token_embedding.weight))
             key = (
                 self._number(model),
                 device,
@@ -104,6 +107,17 @@ class TextCache:
     def _number(self, model: Any) -> int:
         with self._lock:
             return self._models.setdefault(model, next(self._serial))
+
+
+def _depends_on_weights_alone(model: Any) -> bool:
+    """Whether nothing that no key could hold is on the text tower: hooks, adapters that come and go, packed weights."""
+    packages = "xclip_fast", type(model).__module__.partition(".")[0]
+
+    def is_known(_: str, cls: type) -> bool:
+        return cls.__module__.startswith("torch.nn.modules.") or cls.__module__.partition(".")[0] in packages
+
+    parts = model.token_embedding, model.transformer, model.ln_final
+    return all(is_known("", type(part)) and first_oddity(part, is_known) is None for part in parts)
 
 
 def _check_ids(tokens: Tensor, vocab_size: int) -> None:
