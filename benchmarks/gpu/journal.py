@@ -58,9 +58,13 @@ class Journal:
                 return
             yield name
 
-    def start(self, name: str) -> None:
-        """Say which case runs in this very process: should it crash, the next process begins behind it."""
+    def start(self, name: str, seconds: float | None = None) -> None:
+        """Say which case runs in this very process: should it crash, the next process begins behind it.
+
+        ``seconds`` is what it may take at most; whoever watches ends it then.
+        """
         self.content["running"] = name
+        self.content["until"] = None if seconds is None else time.time() + seconds
         self.write()
 
     def add(self, name: str, found: dict[str, Any]) -> None:
@@ -87,6 +91,14 @@ def forgive(path: Path) -> None:
         content.setdefault("killed", []).append(name)
         if content["killed"].count(name) < PATIENCE:
             del content["running"]
+        write_json(path, content)
+
+
+def give_up(path: Path, reason: str) -> None:
+    """After a process was killed over a case that took too long: the case has failed, and the next run passes by it."""
+    content = _read(path)
+    if name := content.pop("running", None):
+        content.setdefault("cases", {})[name] = {"status": "failed", "reason": reason}
         write_json(path, content)
 
 

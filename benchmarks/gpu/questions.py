@@ -1,10 +1,13 @@
-"""PART=questions: the five measurements that decide what is worth building; each a few contenders, timed in turn.
+"""PART=questions: the measurements that decide what is worth building; each a few contenders, timed in turn.
 
 1. ``products``: the rate of cuBLAS at the models' products, K = 768 and 1024.
 2. ``fc1``: the product with its activation in one kernel against cuBLAS and a pass of its own.
 3. ``ifa``: bytes a second of the attention within frames, beside that of a copy, against SDPA on joined keys.
 4. ``side``: the engine with cross-frame attention on a stream of its own against the same on one stream.
 5. ``sdpa``: PyTorch's attention backends at 198 and 258 keys.
+6. ``patch``: patches of decoded bytes by the extension, by the Triton kernel and by PyTorch's operators.
+7. ``float8``: the product of rows in e4m3 with fast and with exact sums, and in bfloat16.
+8. ``norm``: bytes a second of the layer norm, with its residual, beside PyTorch's own.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from benchmarks.gpu.journal import Journal, leave_if_lost
 from benchmarks.gpu.quick import QuickDraw
 from xclip_fast.bench.cases import Load, config_of
 from xclip_fast.bench.inputs import frame_attention, linear_quick_gelu
+from xclip_fast.bench.inputs import layer_norm as layer_norm_inputs
+from xclip_fast.bench.inputs import patch_embed as patch_inputs
 from xclip_fast.bench.machine import Sensors, ceilings
 from xclip_fast.bench.timing import alternate, noise_of, sampler, timing_of
 from xclip_fast.config import XCLIPConfig
@@ -38,10 +43,16 @@ FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 
 
 class Bench:
-    """Where and how long to measure; a dry run does both as little as it can."""
+    """Where and how long to measure; a dry run does both as little as it can.
 
-    def __init__(self, dry: bool) -> None:
+    Args:
+        dry: on the CPU in float32, a block each.
+        brief: on the GPU, a block each: for a driver that measures nothing.
+    """
+
+    def __init__(self, dry: bool, *, brief: bool = False) -> None:
         self.dry, self.device = dry, "cpu" if dry else "cuda"
+        self.blocks, self.block = (1, 0.001) if dry or brief else (BLOCKS, BLOCK)
         self.draw = QuickDraw(torch.float32 if dry else torch.bfloat16, self.device)
 
     def load(self, variant: str, batch: int) -> Load:
@@ -51,13 +62,13 @@ class Bench:
     def compare(self, calls: dict[str, Call], *, own_graph: bool = False) -> Rows:
         """A row a contender, the first being the baseline of all; one that cannot run says why."""
         rows: Rows = []
-        sensors, count = Sensors(self.device), 1 if self.dry else BLOCKS
+        sensors, count = Sensors(self.device), self.blocks
         base, baseline, noise = None, "", 0.0
         for name, call in calls.items():
             try:
                 with torch.inference_mode():
                     call()
-                    sample = sampler(call, self.device, 0.001 if self.dry else BLOCK, graph=not (self.dry or own_graph))
+                    sample = sampler(call, self.device, self.block, graph=not (self.dry or own_graph))
                     if base is None:
                         base, baseline = sample, name
                         blocks = alternate(base, base, count, sensors)
@@ -190,6 +201,54 @@ def side(bench: Bench, variant: str, batch: int) -> Rows:
     return bench.compare(calls, own_graph=True)
 
 
+def patch(bench: Bench, variant: str, batch: int) -> Rows:
+    """PyTorch's operators in the official order are the baseline; weights are packed before, as the engine has them."""
+    from xclip_fast.ops import explain, patch_embed
+
+    config = bench.load(variant, batch).config
+    images = batch * config.frames
+    given = patch_inputs(bench.draw, images, config.image_size, config.patch_size, config.vision_width)
+    calls: dict[str, Call] = {"eager": partial(patch_embed, **given, backend="reference")}
+    refused = explain("patch_embed", **given)
+    for name in ("triton", "extension"):
+        if bench.dry or refused.get(name) is None:
+            calls[name] = partial(patch_embed, **given, backend="torch" if bench.dry else name)
+    return bench.compare(calls)
+
+
+def float8(bench: Bench, variant: str, batch: int) -> Rows:
+    """The first product of a perceptron: bfloat16 is the baseline."""
+    from xclip_fast.engine.products import Float8Product
+    from xclip_fast.ops._quantize_rows import quantize_rows
+
+    load = bench.load(variant, batch)
+    width, hidden = load.config.vision_width, load.config.vision_mlp_width
+    x, weight, bias = bench.draw(load.tokens, width), bench.draw.weight(hidden, width), bench.draw(hidden)
+    calls: dict[str, Call] = {"bfloat16": partial(functional.linear, x, weight, bias)}
+    if not bench.dry:
+        rows = quantize_rows(x)
+        for name, fast in (("fast sums", True), ("exact sums", False)):
+            calls[name] = partial(Float8Product(weight, bias, "silu", x.dtype, fast=fast).multiply, *rows[:2])
+    flops = 2 * load.tokens * width * hidden
+    return [row | _rate(row, flops, "tflops", 1e12) for row in bench.compare(calls)]
+
+
+def norm(bench: Bench, variant: str, batch: int) -> Rows:
+    """A residual added and normed: two passes by PyTorch are the baseline, which write the sum and read it again."""
+    from xclip_fast.ops import layer_norm as fused
+
+    load = bench.load(variant, batch)
+    given = layer_norm_inputs(bench.draw, load.tokens, load.config.vision_width)
+    vectors = given["weight"], given["bias"]
+
+    def plain() -> Tensor:
+        return functional.layer_norm(given["x"] + given["residual"], given["x"].shape[-1:], *vectors)
+
+    calls: dict[str, Call] = {"torch": plain, "triton": partial(fused, **given, backend="torch" if bench.dry else "triton")}
+    moved = 4 * given["x"].nbytes
+    return [row | _rate(row, moved, "gbs", 1e9) for row in bench.compare(calls)]
+
+
 def _rate(row: dict[str, Any], work: float, name: str, unit: float) -> dict[str, float]:
     """Work a second at the median, and at the two ends of the time."""
     if "median_ms" not in row:
@@ -198,16 +257,22 @@ def _rate(row: dict[str, Any], work: float, name: str, unit: float) -> dict[str,
     return {key: round(work / (row[time] * 1e-3) / unit, 2) for key, time in times.items()}
 
 
+QUESTIONS = (products, fc1, ifa, side, sdpa, patch, float8, norm)
+
+
 def questions(dry: bool) -> dict[str, tuple[Callable[..., Rows], str, int]]:
     """Name of a case to question, variant and batch: one case of each first."""
     if dry:
-        return {f"{ask.__name__} tiny x1": (ask, "tiny", 1) for ask in (products, fc1, ifa, side, sdpa)}
+        return {f"{ask.__name__} tiny x1": (ask, "tiny", 1) for ask in QUESTIONS}
     asked: dict[Callable[..., Rows], list[tuple[str, int]]] = {
         products: [("B/16", 8), ("L/14", 8), ("B/16", 32), ("L/14", 32), ("B/32", 1), ("B/32", 8)],
         fc1: [("B/16", 8), ("L/14", 8), ("B/32", 1), ("L/14", 32), ("B/32", 8), ("B/16", 1)],
         ifa: [("B/16", 8), ("L/14", 8), ("B/16", 32), ("L/14-336", 1), ("L/14", 32), ("B/32", 8)],
         side: [("B/16", 8), ("B/32", 1), ("L/14", 8), ("B/16", 1), ("B/32", 8), ("L/14", 1)],
         sdpa: [("B/16", 8), ("L/14", 8), ("B/16", 32), ("L/14", 32)],
+        patch: [("B/16", 8), ("L/14", 8), ("B/32", 8), ("B/32", 1)],
+        float8: [("B/16", 8), ("L/14", 8), ("B/16", 32), ("L/14", 32)],
+        norm: [("B/16", 8), ("L/14", 8), ("B/32", 8)],
     }
     order = ((ask, shapes[index]) for index in range(6) for ask, shapes in asked.items() if index < len(shapes))
     return {f"{ask.__name__} {variant} x{batch}": (ask, variant, batch) for ask, (variant, batch) in order}

@@ -1,0 +1,95 @@
+"""``--window figures``: whole models beside compiled ones, training, the kernels' own figures, in the order of worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from benchmarks.gpu import contest, questions
+from benchmarks.gpu.contest import case_of, name_of
+from benchmarks.gpu.lane import RAN, Desk, Found, Task
+from benchmarks.gpu.questions import Bench, Rows
+from xclip_fast.bench.machine import ceilings, facts
+from xclip_fast.bench.record import Case
+
+OURS = ("hf-sdpa", "engine", "engine-float8")
+TRAINED = ("hf-sdpa", "layers")
+# products by cuBLAS, everything else tuned: minutes less of compiling than with products in Triton
+COMPILED = "hf-compile-max-cublas"
+COMPILED_TRAINING = (COMPILED, "layers-compile")
+STRONGEST = "hf-compile-max-flash"
+AS_USED = ("B/16 x8", "B/32 x1", "tiny x1")  # timed as a user sees it too, and from bytes
+STRONGEST_OF = ("B/16 x8", "tiny x1")  # compiled with all there is, when nothing else is left to do
+CEILINGS = "ceilings"
+ASKED: tuple[tuple[Callable[..., Rows], str, int], ...] = (
+    *((ask, variant, 8) for ask in (questions.fc1, questions.ifa) for variant in ("B/16", "L/14")),
+    *((questions.patch, variant, 8) for variant in ("B/16", "B/32", "L/14")),
+    *((ask, variant, 8) for ask in (questions.float8, questions.norm) for variant in ("B/16", "L/14")),
+    *((questions.side, variant, batch) for variant, batch in (("B/16", 8), ("B/32", 1))),
+    *((questions.products, variant, 8) for variant in ("B/16", "L/14")),
+    (questions.sdpa, "B/16", 8),
+)
+
+
+def tasks(lane: str, desk: Desk) -> dict[str, Task]:
+    """The cases of a lane."""
+    if lane == "kernels":
+        return _kernel_tasks(desk)
+    direction = "train" if lane.startswith("train ") else "forward"
+    sizes = lane.removeprefix("train ")
+    variant, _, batch = sizes.partition(" x")
+    case = case_of(variant, int(batch), direction=direction)
+    name = name_of(case)
+    if direction == "train":
+        return {
+            f"build {name}": Task(90, partial(contest.build, desk, case, TRAINED)),
+            f"compile {name}": Task(200, partial(contest.build, desk, case, COMPILED_TRAINING)),
+            name: Task(240, partial(contest.measure, desk, case, ("graph", "wall"))),
+        }
+    methods = ("graph", "wall") if sizes in AS_USED else ("graph",)
+    found = {
+        f"build {name}": Task(90, partial(contest.build, desk, case, OURS)),
+        f"compile {name}": Task(200, partial(contest.build, desk, case, (COMPILED,))),
+        name: Task(240, partial(contest.measure, desk, case, methods)),
+    }
+    if sizes in AS_USED:
+        whole = case_of(variant, int(batch), "uint8")
+        found[f"build {name_of(whole)}"] = Task(120, partial(contest.build, desk, whole, OURS))
+        found[name_of(whole)] = Task(240, partial(contest.measure, desk, whole, methods))
+    if sizes in STRONGEST_OF:
+        found[f"{name} {STRONGEST}"] = Task(390, partial(_strongest, desk, case, methods))
+    return found
+
+
+def _strongest(desk: Desk, case: Case, methods: tuple[str, ...]) -> Found:
+    """Every template of products tried, alone on the GPU, when no other lane has anything left to do; then all again."""
+    contest.forget(desk, case)
+    while not desk.alone_in_window():
+        time.sleep(0.5)
+    built = contest.build(desk, case, (*OURS, STRONGEST))
+    found = contest.measure(desk, case, methods)
+    return found | {"checks": built["checks"], "status": built["status"] if built["status"] != RAN else found["status"]}
+
+
+def _kernel_tasks(desk: Desk) -> dict[str, Task]:
+    bench = Bench(dry=False, brief=not desk.judged)
+    found = {CEILINGS: Task(200, partial(_ceilings, desk))}
+    asked = [(ask, "tiny", 1) for ask in questions.QUESTIONS] if desk.tiny else ASKED
+    for ask, variant, batch in asked:
+        found[f"{ask.__name__} {variant} x{batch}"] = Task(240, partial(_ask, desk, bench, ask, variant, batch))
+    return found
+
+
+def _ceilings(desk: Desk) -> Found:
+    with desk.turns.alone():
+        rates = ceilings("cuda", ("bfloat16",), 0.2) if desk.judged else {}
+    return {"status": desk.verdict(True), "rates": rates, "machine": facts("cuda")}
+
+
+def _ask(desk: Desk, bench: Bench, ask: Callable[..., Rows], variant: str, batch: int) -> Found:
+    with desk.turns.alone():
+        rows: list[dict[str, Any]] = ask(bench, variant, batch)
+    failed = [row for row in rows if row["status"] == "failed"]
+    return {"status": desk.verdict(not failed), "rows": rows}

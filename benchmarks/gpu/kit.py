@@ -1,0 +1,247 @@
+"""``python -m benchmarks.gpu.kit``: what a GPU's first minutes would go to, made without one and packed into one file.
+
+The windows are rehearsed on the stand-in driver, so Triton compiles for sm_90 every kernel and every C stub that they
+launch, those of torch.compile too, under the keys that the same code asks for on a GPU. They are packed with the
+extension and a manifest. On the other machine ``prepare`` unpacks them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.prepare import ROOT, build_extension, run
+
+KIT = ROOT / "build" / "gpu-kit.tar.xz"
+CACHE = ROOT / "build" / "triton"  # where kernels are unpacked, unless TRITON_CACHE_DIR names another folder
+EXTENSION = ("xclip_fast/_native.so", "xclip_fast/_native.so.sources")
+MANIFEST = "manifest.json"
+MOST_BYTES = 40 << 20
+GROUP = "__grp__"  # how Triton names its list of the files of a kernel, with the folder they are in
+LAUNCHED = (".cubin", ".json")  # of a kernel, what a launch reads; the rest is for people
+TARGET = "sm_90"
+VERSIONS = ("triton", "libtriton", "ptxas")  # what the keys of Triton's cache depend on
+
+
+def versions() -> dict[str, str]:
+    """What decides whether kernels that were compiled elsewhere are found: no GPU and no import of Triton is needed."""
+    spec = find_spec("triton")
+    if spec is None or not spec.submodule_search_locations:
+        return dict.fromkeys(VERSIONS, "missing")
+    home = Path(next(iter(spec.submodule_search_locations)))
+    version = re.search(r"__version__ = '(.*)'", (home / "__init__.py").read_text(encoding="utf-8"))
+    library = hashlib.sha256((home / "_C" / "libtriton.so").read_bytes()).hexdigest()
+    said = run([str(home / "backends" / "nvidia" / "bin" / "ptxas"), "--version"], 20)["output"]
+    return {
+        "triton": version[1] if version else "unknown",
+        "libtriton": library[:16],
+        "ptxas": " ".join(re.findall(r"V[\d.]+", said)),
+    }
+
+
+def prepare(path: Path = KIT, *, build: bool = True) -> dict[str, Any]:
+    """Make this checkout ready: kernels unpacked, package importable, extension there.
+
+    Args:
+        path: the kit; there need be none.
+        build: build the extension where the carried one does not serve.
+
+    Returns:
+        "cache" (Triton's folder), "facts" of the run, "said" (lines for people), "unpacked" (kernels), "seconds".
+    """
+    start, said, unpacked = time.monotonic(), [], 0
+    here, cache = versions(), Path(os.environ.get("TRITON_CACHE_DIR") or CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        said.append(f"no kit at {path}: every kernel is compiled here")
+    else:
+        with tarfile.open(path) as archive:
+            manifest = json.loads(_member(archive, MANIFEST))
+            differing = [f"{name} {manifest['versions'].get(name)} there, {here[name]} here"
+                         for name in VERSIONS if manifest["versions"].get(name) != here[name]]  # fmt: skip
+            if differing:
+                said.append(f"the kit is of another machine ({'; '.join(differing)}): kernels are compiled here")
+            else:
+                unpacked = _unpack(archive, cache)
+            _carry_extension(archive)
+        said.append(f"kit of {manifest['facts']['commit']}: {unpacked} kernels unpacked")
+    gpu = _gpu()
+    if gpu["architecture"] not in (None, TARGET):
+        said.append(f"the kit is for {TARGET}, this GPU is {gpu['architecture']}: kernels are compiled here")
+    link = ROOT / "xclip_fast" / "kernels"
+    if find_spec("__editable___xclip_fast_0_1_0_finder") is None and not link.exists():
+        # the folder as a part of the package: what an install maps, without an installer
+        link.symlink_to(Path("..") / "kernels", target_is_directory=True)
+    facts = {"commit": _commit(), "python": sys.version.split()[0], "gpu": gpu["name"]} | here
+    if build:
+        found = build_extension()
+        said.append(f"extension: {found['output'].splitlines()[-1] if found['output'] else 'built'}"
+                    f" ({found['seconds']} s)")  # fmt: skip
+    seconds = round(time.monotonic() - start, 1)
+    return {"cache": str(cache), "facts": facts, "said": said, "unpacked": unpacked, "seconds": seconds}
+
+
+def entries(cache: Path) -> set[str]:
+    """The keys in one of Triton's cache folders."""
+    return {path.name for path in cache.iterdir()} if cache.exists() else set()
+
+
+def pack(records: Sequence[Path], path: Path, cache: Path) -> dict[str, Any]:
+    """Pack a filled cache, and the extension where there is one; returns the manifest.
+
+    Args:
+        records: of the rehearsed windows, which say what each kernel is for.
+        path: of the kit, replaced in one step.
+        cache: Triton's folder.
+
+    Raises:
+        ValueError: the kit is larger than ``MOST_BYTES``.
+    """
+    wanted: dict[str, dict[str, Any]] = {}
+    facts: dict[str, Any] = {}
+    for record in records:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        facts = content["facts"]
+        for case, found in content["cases"].items():
+            for kernel in found.get("kernels", []):
+                entry = wanted.setdefault(_key(kernel["hash"]), {"kernel": kernel["kernel"], "for": []})
+                if case not in entry["for"]:
+                    entry["for"].append(case)
+    packed = {}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
+        for key in sorted(entries(cache)):
+            files = _launched(cache / key)
+            # a folder with a lock alone belongs to a kernel that could not be compiled
+            if files:
+                # what has no case is asked for by torch.compile, in processes of its own
+                packed[key] = wanted.get(key, {"kernel": sorted(files)[0].split(".")[0], "for": ["torch.compile"]})
+            for name, data in files.items():
+                _add(archive, f"triton/{key}/{name}", data)
+        carried = [name for name in EXTENSION if (ROOT / name).exists()]
+        for name in carried:
+            _add(archive, name, (ROOT / name).read_bytes())
+        manifest = {"versions": versions(), "facts": facts, "target": TARGET, "extension": carried, "entries": packed}
+        _add(archive, MANIFEST, json.dumps(manifest, indent=1).encode())
+    if buffer.tell() > MOST_BYTES:
+        raise ValueError(f"the kit has {buffer.tell() >> 20} MiB, more than {MOST_BYTES >> 20}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_bytes(buffer.getvalue())
+    unfinished.replace(path)
+    return manifest
+
+
+def _launched(folder: Path) -> dict[str, bytes]:
+    """The files of an entry that a launch reads. The lists name no folder yet: that is of the machine that unpacks."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(GROUP):
+            children = json.loads(path.read_text(encoding="utf-8"))["child_paths"]
+            kept = {name: name for name in children if name.endswith(LAUNCHED)}
+            found[path.name] = json.dumps({"child_paths": kept}).encode()
+        elif path.name.endswith((*LAUNCHED, ".so")):
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def _unpack(archive: tarfile.TarFile, cache: Path) -> int:
+    """Put the entries that are not there yet into Triton's folder, and the folder into their lists."""
+    before, new = entries(cache), set()
+    for member in archive:
+        parts = Path(member.name).parts
+        if parts[0] != "triton" or len(parts) != 3 or not member.isfile() or parts[1] in before:
+            continue
+        data = _member(archive, member.name)
+        folder = cache / parts[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        if parts[2].startswith(GROUP):
+            names = json.loads(data)["child_paths"]
+            data = json.dumps({"child_paths": {name: str(folder / name) for name in names}}).encode()
+        (folder / parts[2]).write_bytes(data)
+        new.add(parts[1])
+    return len(new)
+
+
+def _carry_extension(archive: tarfile.TarFile) -> None:
+    """The packed library, where this checkout has none."""
+    names = archive.getnames()
+    for name in EXTENSION:
+        if name in names and not (ROOT / name).exists():
+            (ROOT / name).write_bytes(_member(archive, name))
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    found = archive.extractfile(name)
+    assert found is not None, name
+    return found.read()
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def _key(hexadecimal: str) -> str:
+    """The name of a kernel's folder."""
+    return base64.b32encode(bytes.fromhex(hexadecimal)).decode().rstrip("=")
+
+
+def _gpu() -> dict[str, str | None]:
+    """Name and architecture of the GPU; nothing is imported for it."""
+    asked = run(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"], 20)
+    name, _, capability = asked["output"].strip().partition(",") if asked["code"] == 0 else ("", "", "")
+    architecture = f"sm_{capability.strip().replace('.', '')}" if capability else None
+    return {"name": name.strip() or None, "architecture": architecture}
+
+
+def _commit() -> str:
+    if found := os.environ.get("COMMIT"):
+        return found
+    asked = run(["git", "rev-parse", "--short", "HEAD"], 20)
+    return asked["output"].strip() if asked["code"] == 0 else "unknown"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rehearse both windows with this Python and pack what they launch; 0 when the kit is found whole afterwards."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kit", description=__doc__)
+    parser.add_argument("--out", type=Path, default=KIT, help="the file to write")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="of each rehearsal")
+    options = parser.parse_args(arguments)
+    folder = ROOT / "build" / "gpu-kit"
+    # nothing of an older kit, nor of older sources
+    shutil.rmtree(folder, ignore_errors=True)
+    options.out.unlink(missing_ok=True)
+    cache, records = folder / "triton", []
+    settings = os.environ | {"TRITON_CACHE_DIR": str(cache)}
+    for window in ("check", "figures"):
+        command = [sys.executable, "-m", "benchmarks.gpu", "--window", window, "--dry-run", "--out", str(folder)]
+        # every process is given the time that two cores take for what sixteen do
+        done = subprocess.run([*command, "--seconds", str(options.seconds)], cwd=ROOT, env=settings)
+        if done.returncode not in (0, 1):
+            return done.returncode
+        records.append(folder / f"{window}.json")
+    manifest = pack(records, options.out, cache)
+    size = options.out.stat().st_size / 2**20
+    print(f"{options.out}: {len(manifest['entries'])} entries, {size:.1f} MiB, "
+          f"{'with' if manifest['extension'] else 'without'} the extension")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""One lane of a window in this process: ``python -m benchmarks.gpu.lane WINDOW LANE FOLDER``.
+
+A lane is a list of cases that share what they build: a model, an engine. Each is recorded before it starts, with the
+time it may take, and as soon as it ends; whoever started the lane ends it when that time has passed, and starts it again
+behind the case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.gpu import standin
+from benchmarks.gpu.journal import Journal, leave_if_lost
+from benchmarks.gpu.lock import Turns
+
+FACTS = "facts.json"  # of the run: its commit and machine, written by whoever starts the lanes
+KERNELS = "kernels"  # what a case has asked Triton for: names and keys, compiled or found
+PASSED, WRONG, FAILED, RAN = "passed", "wrong", "failed", "ran"
+PATIENCE = 60  # a rehearsal compiles on few cores what sixteen do on a GPU's machine: that many times as long
+
+Found = dict[str, Any]
+Made = TypeVar("Made")
+
+
+@dataclass
+class Desk:
+    """What the cases of a lane work with.
+
+    Attributes:
+        folder: of the window, where the lanes' records and locks are.
+        record: of this lane.
+        tiny: the smallest shapes, to try the code itself.
+        judged: whether numbers mean something; on the stand-in nothing is computed.
+        turns: who has the GPU.
+    """
+
+    folder: Path
+    record: Path
+    tiny: bool
+    judged: bool
+    turns: Turns
+    _kept: dict[str, Any] = field(default_factory=dict)
+
+    def keep(self, name: str, make: Callable[[], Made]) -> Made:
+        """What an earlier case of this process made under this name, or what ``make`` gives now."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        found: Made = self._kept[name]
+        return found
+
+    def drop(self, *names: str) -> None:
+        """Free what was kept."""
+        import torch
+
+        for name in names:
+            self._kept.pop(name, None)
+        torch.cuda.empty_cache()
+
+    def alone_in_window(self) -> bool:
+        """Whether every other lane has finished or is not there."""
+        me = self.record.name
+        others = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.lane.json") if path.name != me]
+        return all(other["complete"] or not other.get("running") for other in others)
+
+    def verdict(self, right: bool) -> str:
+        """The status of a case that has run to its end."""
+        return RAN if not self.judged else PASSED if right else WRONG
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case: how many seconds it may take, the wait for its turn counted in, and what it does."""
+
+    seconds: float
+    run: Callable[[], Found]
+
+
+def main() -> int:
+    """Run what no earlier process of this lane has finished."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.lane", description=__doc__)
+    parser.add_argument("window")
+    parser.add_argument("lane")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    folder: Path = options.folder
+    rehearsed = standin.in_force()
+    record = record_of(folder, options.lane)
+    desk = Desk(folder, record, options.tiny, not rehearsed, Turns(folder))
+    given = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    journal = Journal(record, given["facts"], given["end"] - time.time())
+    journal.start("imports", 60 * (PATIENCE if rehearsed else 1))
+    start = time.monotonic()
+    if rehearsed:
+        standin.enter()
+    tasks: dict[str, Task] = import_module(f"benchmarks.gpu.{options.window}").tasks(options.lane, desk)
+    compiled = _watch_triton()
+    journal.content["imports"] = round(time.monotonic() - start, 1)
+    for name in journal.todo(tasks):
+        journal.start(name, tasks[name].seconds * (PATIENCE if rehearsed else 1))
+        start, before = time.monotonic(), standin.counts() if rehearsed else {}
+        try:
+            found = tasks[name].run()
+        except Exception as error:
+            found = {"status": FAILED, "reason": last_line(error)}
+        found |= {"seconds": round(time.monotonic() - start, 2), KERNELS: list(compiled)}
+        compiled.clear()
+        if rehearsed:
+            found["counted"] = {what: count - before[what] for what, count in standin.counts().items()}
+        journal.add(name, found)
+        leave_if_lost()
+    journal.finish(tasks)
+    return 0
+
+
+def record_of(folder: Path, lane: str) -> Path:
+    """The file of a lane."""
+    return folder / f"{lane.replace('/', '').replace(' ', '-')}.lane.json"
+
+
+def last_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # compilers say what is wrong at the end, others at the start
+    said = (lines[0] if len(lines) < 4 else f"{lines[0]} ... {lines[-1]}") if lines else ""
+    return f"{type(error).__name__}: {said}"[:400]
+
+
+def _watch_triton() -> list[dict[str, Any]]:
+    """A list that gets every kernel that Triton compiles in this process or finds in its cache."""
+    from triton import knobs
+
+    seen: list[dict[str, Any]] = []
+
+    def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+        seen.append({"kernel": metadata["name"], "hash": metadata["hash"], "found": cache_hit})
+
+    knobs.compilation.listener = listen
+    return seen
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # threads of compilers and libraries have nothing left to say
+    os._exit(code)
