@@ -18,7 +18,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from xclip_fast.engine.cpu import first_message
 from xclip_fast.engine.packing import Packing, exact, place_of
 from xclip_fast.engine.products import Float8Product, Product
-from xclip_fast.ops import frame_attention, layer_norm, message_attention, message_key_value, patch_embed
+from xclip_fast.ops import (
+    _patch_extension,
+    frame_attention,
+    layer_norm,
+    message_attention,
+    message_key_value,
+    patch_embed,
+)
+from xclip_fast.ops._patch_contract import affine
 from xclip_fast.ops._quantize_rows import activate, quantize_rows
 from xclip_fast.reference.positions import spatial_positions
 
@@ -168,6 +176,7 @@ class CudaTower:
         self.config, self.packing, self.rewrites = config, packing, packing.rewrites
         self.positions = exact(visual.positional_embedding)
         self.grids: dict[tuple[int, int], Tensor] = {}
+        self.packed_patches: dict[tuple[int, int], _patch_extension.Packed] = {}
         self.patch = packing.tensor(visual.conv1.weight)
         self.class_embedding = packing.tensor(visual.class_embedding)
         self.norm_pre = packing.tensor(visual.ln_pre.weight), packing.tensor(visual.ln_pre.bias)
@@ -204,19 +213,30 @@ class CudaTower:
     def _embed(self, video: Tensor) -> Tensor:
         height, width = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]
         grid = height // self.config.patch_size, width // self.config.patch_size
-        if grid not in self.grids:
-            self.grids[grid] = self.packing.tensor(spatial_positions(self.positions, grid))
-        whole = video.dtype == torch.uint8
+        positions = self.packing.once(
+            self.grids, grid, lambda: self.packing.tensor(spatial_positions(self.positions, grid))
+        )
+        frames, packed, mean, std = video.flatten(0, 1), None, None, None
+        if video.dtype == torch.uint8:
+            mean, std = self.config.pixel_mean, self.config.pixel_std
+            if _patch_extension.takes_packed(frames, self.patch):
+                weights = self.patch, self.class_embedding, positions
+                packed = self.packing.once(
+                    self.packed_patches, grid, lambda: _patch_extension.pack_for_cuda(*weights, affine(mean, std))
+                )
+        else:
+            frames = frames.to(self.packing.dtype)
         tokens = patch_embed(
-            video.flatten(0, 1) if whole else video.flatten(0, 1).to(self.packing.dtype),
+            frames,
             self.patch,
             self.class_embedding,
-            self.grids[grid],
+            positions,
             norm_weight=self.norm_pre[0],
             norm_bias=self.norm_pre[1],
             eps=self.eps_pre,
-            mean=self.config.pixel_mean if whole else None,
-            std=self.config.pixel_std if whole else None,
+            mean=mean,
+            std=std,
+            _packed=packed,
         )
         return tokens.unflatten(0, video.shape[:2]).contiguous()
 
