@@ -44,5 +44,5 @@ $(INSTALLED): pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -f xclip_fast/*.so
+	rm -f xclip_fast/*.so xclip_fast/*.so.sources
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

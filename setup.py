@@ -7,6 +7,7 @@ Pip's isolated build environment has no torch: ``make ext``, or ``pip install --
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -55,6 +56,13 @@ def compile_cuda(nvcc: str, folder: Path) -> tuple[str, str]:
     raise CompileError("libcudart_static.a is not where nvcc is")
 
 
+def record_sources(library: Path) -> None:
+    """Beside a library, what it was built of as ``sha256sum`` writes it: where it is carried to, it may be stale."""
+    sources = [*sorted(Path("csrc").iterdir()), Path("setup.py")]
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.as_posix()}\n" for path in sources]
+    library.with_name(f"{library.name}.sources").write_text("".join(lines))
+
+
 def extension_arguments() -> dict[str, object]:
     """What ``setup`` needs to compile the extension; raises ImportError or CompileError where it cannot be."""
     compilers = [os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++"]
@@ -66,6 +74,8 @@ def extension_arguments() -> dict[str, object]:
     nvcc = find_nvcc()
 
     class Build(BuildExtension):
+        native_is_new = False
+
         def get_ext_filename(self, name: str) -> str:
             filename = super().get_ext_filename(name)
             # the operators need no Python, so their library fits every version of it
@@ -92,9 +102,15 @@ def extension_arguments() -> dict[str, object]:
                     sys.exit(f"xclip_fast: the extension cannot be built: {error}")
                 print(f"xclip_fast: a package without compiled extension: {error}", file=sys.stderr)
 
+        def copy_extensions_to_source(self) -> None:
+            super().copy_extensions_to_source()
+            if self.native_is_new:
+                record_sources(Path("xclip_fast", "_native.so"))
+
         def build_extension(self, ext: Extension) -> None:
             try:
                 super().build_extension(ext)
+                self.native_is_new |= ext is native
             except RuntimeError as error:
                 # what setuptools takes for a failure of an optional extension
                 raise CompileError(str(error)) from error

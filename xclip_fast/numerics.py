@@ -9,8 +9,9 @@ allowed everywhere.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ class Tolerance(NamedTuple):
         """A gradient of a whole model: it has passed twice as many roundings, and the differences in a softmax's."""
         return 4 * self.model
 
+
+_ARITHMETIC = threading.RLock()  # PyTorch has one set of its settings
 
 TOLERANCES = {
     torch.float64: Tolerance(rounding=1e-14, ceiling=1e-13, model=1e-12),
@@ -134,6 +137,38 @@ def _errors(actual: Tensor, truth: Tensor) -> tuple[float, float]:
     if not truth.any():
         return difference.norm().item(), 0.0
     return (difference.norm() / truth.norm()).item(), (difference.abs().max() / truth.abs().max()).item()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Products and convolutions of float32 in float32 while it is active, whatever the settings: no TF32, no bfloat16.
+
+    PyTorch convolves in TF32 unless it is told otherwise, and multiplies in it when it is told to: an error of 1e-3,
+    which is no float32. The settings are the whole process's: one thread at a time has them, and all are as they were
+    afterwards.
+    """
+    backends: Any = torch.backends
+    convolutions = backends.cudnn
+    newer = backends.cuda.matmul, convolutions.conv, backends.mkldnn.matmul
+    with _ARITHMETIC:
+        precisions = [setting.fp32_precision for setting in newer]
+        older = None
+        # they refuse to be read where the newer ones say something else; set here, they can be read inside
+        with suppress(RuntimeError):
+            older = torch.get_float32_matmul_precision(), convolutions.allow_tf32
+        try:
+            if older is not None:
+                torch.set_float32_matmul_precision("highest")
+                convolutions.allow_tf32 = False
+            for setting in newer:
+                setting.fp32_precision = "ieee"
+            yield
+        finally:
+            if older is not None:
+                torch.set_float32_matmul_precision(older[0])
+                convolutions.allow_tf32 = older[1]
+            for setting, precision in zip(newer, precisions, strict=True):
+                setting.fp32_precision = precision
 
 
 @contextmanager

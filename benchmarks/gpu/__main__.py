@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepared["extension"] = build_extension()
     (out / "prepare.json").write_text(json.dumps({"facts": facts()} | prepared, indent=1) + "\n", encoding="utf-8")
     for step, found in prepared.items():
-        print(f"  {step}: code {found['code']}, {found['seconds']} s", flush=True)
+        how = found.get("how") or found.get("built") or found["output"]
+        print(f"  {step}: code {found['code']}, {found['seconds']} s: {how[:300]}", flush=True)
     if prepared["importable"]["code"] != 0:
         print(f"error: xclip_fast.kernels cannot be imported:\n{prepared['importable']['output']}", file=sys.stderr)
         return 2

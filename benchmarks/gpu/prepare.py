@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 EXTENSION_DEADLINE = 240.0
+SOURCES = ROOT / "xclip_fast" / "_native.so.sources"  # whoever builds the library writes it
+ASK = "import json; from xclip_fast import _extension as x; print(json.dumps([x.refusal(), x.architectures()]))"
 
 
 def run(
@@ -63,25 +65,41 @@ def make_importable() -> dict[str, Any]:
 
 
 def build_extension() -> dict[str, Any]:
-    """What ``make ext`` does, with this Python and for this GPU; the rest goes on where it cannot be built."""
+    """What ``make ext`` does, with this Python and for this GPU, unless a library of these sources is there for it.
+
+    The rest goes on where it cannot be built.
+    """
     import torch
 
-    # parts of one borrowed hour need not build it again
-    sources = [*sorted((ROOT / "csrc").iterdir()), ROOT / "setup.py", Path(sys.executable)]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    stamp = ROOT / "build" / f"extension-{digest}"
-    built = ROOT / "xclip_fast" / "_native.so"
-    if stamp.exists() and built.exists():
-        return {"code": 0, "seconds": 0.0, "output": "built before"}
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}.{minor}" + "a" * (major == 9)
+    reason = lack_of_extension(architecture)
+    if reason is None:
+        return {"code": 0, "seconds": 0.0, "output": f"carried: it is of these sources, for {architecture}"}
     settings = {"XCLIP_FAST_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": architecture}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--force"]
-    done = run(command, EXTENSION_DEADLINE, settings)
-    if done["code"] == 0:
-        stamp.parent.mkdir(exist_ok=True)
-        stamp.touch()
-    return done
+    return run(command, EXTENSION_DEADLINE, settings) | {"built": reason}
+
+
+def lack_of_extension(architecture: str) -> str | None:
+    """Why the library that is there, if one is, is none for this GPU; nothing where it is.
+
+    It is asked in a process of its own: one that has loaded it could load no other.
+    """
+    if not SOURCES.exists():
+        return f"there is no {SOURCES.name} that says what a library was built of"
+    stale = run(["sha256sum", "--check", "--strict", "--quiet", str(SOURCES)], 30)
+    if stale["code"] != 0:
+        return f"it is of other sources: {stale['output'].strip()}"
+    asked = run([sys.executable, "-c", ASK], 120)
+    if asked["code"] != 0:
+        return f"its loader fails: {asked['output'].strip()}"
+    refusal, architectures = json.loads(asked["output"].splitlines()[-1])
+    if refusal is not None:
+        return str(refusal)
+    if architecture not in [name.removesuffix("+PTX") for name in architectures]:
+        return f"it is for {', '.join(architectures) or 'no GPU'}, and this one is {architecture}"
+    return None
 
 
 def facts() -> dict[str, Any]:

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from xclip_fast import ops
-from xclip_fast.bench import memory, models, operators, providers
+from xclip_fast.bench import memory, models, operators
 from xclip_fast.bench.cases import OPS, SIZES, config_of, find_op
 from xclip_fast.bench.inputs import OUTLIER_SCALE, OUTLIERS, Draw
 from xclip_fast.bench.machine import Sensors, ceilings
 from xclip_fast.bench.models import Effort, measure_model
 from xclip_fast.bench.operators import measure_op
-from xclip_fast.bench.providers import PROVIDERS, Provider, Setting, UnavailableError
+from xclip_fast.bench.providers import PROVIDERS, Provider
 from xclip_fast.bench.record import Case, Row, Run
 from xclip_fast.bench.run import Job, effort_of, make_case, run
+from xclip_fast.bench.setting import Classify, Frames, Setting, UnavailableError, inputs_of, setting_of
 from xclip_fast.bench.timing import LEAST, SPENT, Blocks, Reading, alternate, blocks_of, noise_of, sampler, timing_of
 from xclip_fast.errors import InputError
 from xclip_fast.flops import parameters
@@ -169,7 +170,7 @@ def test_cold_caches_reach_models_and_ops(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_every_provider_takes_bytes() -> None:
     case = replace(CASE, input="uint8")
-    video, _ = models.inputs_of(providers.setting_of(case))
+    video, _ = inputs_of(setting_of(case))
     assert (video.dtype, video.shape) == (torch.uint8, (2, 4, 32, 32, 3))
     rows = {row.provider: row for row in measure_model(case, RUNNING, EFFORT, CEILINGS)}
     # float8 needs a GPU, int8 a processor or a PyTorch that multiplies bytes, and both say so
@@ -182,10 +183,10 @@ def test_every_provider_takes_bytes() -> None:
 
 
 def test_frames_made_of_bytes_are_those_of_the_definition() -> None:
-    setting = providers.setting_of(replace(CASE, input="uint8"))
-    video, _ = models.inputs_of(setting)
-    made = providers._Frames(setting)(video)
-    wanted = providers.PROVIDERS["reference"].build(setting).model.normalise(video)  # type: ignore[attr-defined]
+    setting = setting_of(replace(CASE, input="uint8"))
+    video, _ = inputs_of(setting)
+    made = Frames(setting)(video)
+    wanted = PROVIDERS["reference"].build(setting).model.normalise(video)  # type: ignore[attr-defined]
     assert made.is_contiguous()
     torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
 
@@ -209,11 +210,11 @@ class _Unwritten(nn.Module):
         return out
 
 
-def _raise(error: Exception) -> providers.Classify:
+def _raise(error: Exception) -> Classify:
     raise error
 
 
-def _absent(setting: Setting) -> providers.Classify:
+def _absent(setting: Setting) -> Classify:
     raise UnavailableError("it needs a quantum computer")
 
 
@@ -458,7 +459,7 @@ def test_activations_have_outlier_channels_and_are_never_zeros() -> None:
         usual = spread[2:-2].median()
         assert spread[list(OUTLIERS)].min() > OUTLIER_SCALE / 3 * usual
         assert (x == 0).sum() == 0
-    state = providers.setting_of(CASE).state["visual.ln_pre.weight"]
+    state = setting_of(CASE).state["visual.ln_pre.weight"]
     assert state[list(OUTLIERS)].tolist() == [OUTLIER_SCALE] * 2
 
 

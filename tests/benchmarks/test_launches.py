@@ -1,18 +1,24 @@
-"""Launches of a forward pass: the goals, and the count beside what the launchers really launch."""
+"""Launches of one call: the goals, and the count beside what the launchers really launch."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from benchmarks.static.capture import captured_launches
-from xclip_fast.bench.launches import CLASSES, ours
-from xclip_fast.config import VARIANTS, XCLIPConfig
+from xclip_fast.bench import launches
+from xclip_fast.bench.cases import config_of
+from xclip_fast.bench.launches import CLASSES, INPUTS, count, launches_of
+from xclip_fast.bench.record import Case
 from xclip_fast.model import create_model
 from xclip_fast.ops import backend
 
+CASE = Case("model", "tiny", 4, 1, CLASSES, "float32", "forward", "normalised", "meta")
 FUSED = {
     "clip_logits",
     "frame_attention",
@@ -26,20 +32,59 @@ FUSED = {
 }
 
 
+def of(variant: str, **parts: str) -> Case:
+    return replace(CASE, variant=variant, frames=config_of(variant).frames, **parts)
+
+
 @pytest.mark.parametrize(("variant", "goal"), [("B/32", 160), ("B/16", 160), ("L/14", 292), ("L/14-336", 292)])
-def test_launches_reach_the_goal(variant: str, goal: int) -> None:
-    assert ours(VARIANTS[variant]).total() <= goal
+@pytest.mark.parametrize("input", INPUTS)
+def test_launches_reach_the_goal(variant: str, goal: int, input: str) -> None:
+    assert launches_of(of(variant, input=input), "layers") <= goal
+    assert launches_of(of(variant, input=input), "engine") <= goal + 2
+    # the logits of half precision are computed in float32: casts of texts, videos and prompts
+    assert launches_of(of(variant, input=input, dtype="bfloat16"), "engine") <= goal + 5
+
+
+def test_bytes_are_counted_with_what_they_need_first() -> None:
+    case = of("B/32", dtype="bfloat16")
+    more = {}
+    for provider, counted in launches.PROVIDERS.items():
+        with_bytes = counted(replace(case, input="uint8"))
+        more[provider] = {name: n for name, n in (with_bytes - counted(case)).items() if n}
+    assert more["engine"] == {}
+    assert more["layers"].keys() == {"pack_for_cuda"}
+    # to float32, scaled, and back
+    assert more["hf-sdpa"] == {"to": 2, "addcmul": 1}
+    assert sum(more["reference"].values()) > 3
+    assert launches_of(replace(case, direction="train"), "layers") is None
+    assert launches_of(case, "optimized") is None
+
+
+def test_what_gives_back_its_argument_launches_nothing() -> None:
+    x = torch.empty(4, 6, device="meta")
+
+    def run() -> Tensor:
+        same = x.to(torch.float32).reshape(6, 4).contiguous()
+        parts = torch.dropout(same, 0.5, False).chunk(2)
+        return parts[0].double() + x.t().reshape(3, 8)[:, :4] + x.add_(1)[0, 0]
+
+    assert count(run) == {"to": 1, "reshape": 1, "add": 2, "add_": 1}
+
+
+def test_a_case_is_counted_once_for_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    first = launches_of(CASE, "hf-sdpa")
+    monkeypatch.setattr(launches, "model_of", lambda *arguments: pytest.fail("counted again"))
+    assert launches_of(replace(CASE, device="cpu"), "hf-sdpa") == first
 
 
 def test_fused_ops_are_counted_as_they_launch() -> None:
-    config = XCLIPConfig(
-        image_size=8, patch_size=4, vision_width=64, vision_layers=2, embed_dim=64, text_width=64, text_layers=1
-    )
-    counted = ours(config)
-    model = create_model(config)
-    video = torch.zeros(1, config.frames, 3, config.image_size, config.image_size)
-    with torch.inference_mode(), backend("triton"), captured_launches() as launches:
-        model.logits(model.encode_video(video), torch.zeros(CLASSES, config.embed_dim))
+    counted = launches.layers(CASE)
+    model = create_model(config_of("tiny"))
+    size = model.config.image_size
+    video = torch.zeros(1, model.config.frames, 3, size, size)
+    with torch.inference_mode(), backend("triton"), captured_launches() as found:
+        model.logits(model.encode_video(video), torch.zeros(CLASSES, model.config.embed_dim))
     # of a perceptron's two products the second is PyTorch's
     fused = sum(counted[name] for name in FUSED) + counted["feed_forward"] // 2
-    assert len(launches) == fused
+    assert len(found) == fused

@@ -21,9 +21,10 @@ from benchmarks import suites, tables
 from benchmarks.__main__ import main as command
 from xclip_fast.bench import memory
 from xclip_fast.bench.models import Effort, measure_model
-from xclip_fast.bench.providers import PROVIDERS, QUANTISED, UnavailableError, inputs_of, setting_of
+from xclip_fast.bench.providers import PROVIDERS, QUANTISED
 from xclip_fast.bench.record import Case, Check, Row, Run, Timing
 from xclip_fast.bench.run import Job, make_case, run
+from xclip_fast.bench.setting import UnavailableError, inputs_of, setting_of
 from xclip_fast.errors import InputError
 from xclip_fast.processor import multiplies
 
@@ -181,7 +182,8 @@ def test_memory_is_that_of_a_model_and_no_library(provider: str, tmp_path: Path)
 
 SENDS_NOTHING = """
 import sys
-from xclip_fast.bench.providers import PROVIDERS, setting_of
+from xclip_fast.bench.providers import PROVIDERS
+from xclip_fast.bench.setting import setting_of
 from xclip_fast.bench.run import make_case
 assert not {"nncf", "onnx", "onnxruntime", "openvino"} & set(sys.modules)
 PROVIDERS["openvino-int8"].build(setting_of(make_case("model", "tiny", dtype="bfloat16")))

@@ -17,6 +17,7 @@ import torch
 import xclip_fast
 from xclip_fast import processor
 from xclip_fast.bench.timing import Reading, sampler
+from xclip_fast.numerics import exact_float32
 
 RIVALS = ("onnxruntime", "openvino", "nncf")
 LIBRARIES = ("triton", "transformers", "open_clip_torch", "numpy", *RIVALS)
@@ -53,11 +54,12 @@ def facts(device: str) -> dict[str, Any]:
         found["cudnn"] = torch.backends.cudnn.version()
         found["driver"] = _driver()
         matmul = torch.backends.cuda.matmul
-        found["tf32"] = matmul.allow_tf32
+        found["tf32"] = False  # whatever is measured is under numerics.exact_float32
         found["bf16_reduced_precision_reduction"] = matmul.allow_bf16_reduced_precision_reduction
     return found
 
 
+@exact_float32()
 def ceilings(device: str, dtypes: tuple[str, ...], seconds: float = 0.5) -> dict[str, float]:
     """Product rate of each dtype in TFLOP/s (square matrices of random numbers), and of a copy in GB/s, both ways."""
     on_gpu = device.startswith("cuda")

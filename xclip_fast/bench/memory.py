@@ -126,7 +126,7 @@ def answer(spec: str) -> None:
 
 def _warm_up(case: Case, provider: str, folder: Path) -> None:
     """Everything that a provider does once in a process, with a model that leaves nothing."""
-    from xclip_fast.bench.providers import UnavailableError
+    from xclip_fast.bench.setting import UnavailableError
 
     small = folder / "tiny"
     small.mkdir(exist_ok=True)
@@ -140,7 +140,8 @@ def _warm_up(case: Case, provider: str, folder: Path) -> None:
 def _ready(case: Case, provider: str, folder: Path) -> Callable[[], object]:
     """One step of a provider; the weights it was made of are gone where it has its own."""
     from xclip_fast.bench.models import prepared, step
-    from xclip_fast.bench.providers import PROVIDERS, forget, inputs_of, setting_of
+    from xclip_fast.bench.providers import PROVIDERS
+    from xclip_fast.bench.setting import forget, inputs_of, setting_of
 
     setting = setting_of(case, folder)
     classify = prepared(PROVIDERS[provider].build(setting), case)

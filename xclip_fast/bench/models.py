@@ -15,24 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from xclip_fast.bench.cases import config_of
+from xclip_fast.bench.launches import launches_of
 from xclip_fast.bench.machine import Sensors
 from xclip_fast.bench.memory import lacking_memory, peak_memory
 from xclip_fast.bench.parity import same_bits
-from xclip_fast.bench.providers import (
-    BASELINES,
-    PROVIDERS,
-    Classify,
-    Setting,
-    UnavailableError,
-    check_names,
-    inputs_of,
-    setting_of,
-)
+from xclip_fast.bench.providers import BASELINES, PROVIDERS, check_names
 from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Case, Check, Roof, Row, Timing, finite
+from xclip_fast.bench.setting import Classify, Setting, UnavailableError, inputs_of, setting_of
 from xclip_fast.bench.timing import BLOCK, LEAST, SPENT, Blocks, Sample, alternate, noise_of, sampler, timing_of, wall
 from xclip_fast.errors import InputError
 from xclip_fast.flops import count
-from xclip_fast.numerics import model_allowance, poisoned_memory, relative_error
+from xclip_fast.numerics import exact_float32, model_allowance, poisoned_memory, relative_error
 
 _log = logging.getLogger("xclip_fast")
 
@@ -65,13 +58,16 @@ class Effort:
 def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings: dict[str, float]) -> Iterator[Row]:
     """A row (on a GPU two: replayed graph, and as a user sees it) for each provider, as soon as it is known.
 
+    float32 is float32 for everyone, without TF32, in the truth, at the gate and on the clock: what is timed is what was
+    checked, and a graph keeps the arithmetic that it was captured with.
+
     Raises:
         InputError: an unknown provider, or less memory than the case needs.
     """
     check_names(list(providers))
     if reason := lacking_memory(case):
         raise InputError(reason)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, exact_float32():
         yield from _measured(case, Path(folder), providers, effort, ceilings)
 
 
@@ -82,7 +78,7 @@ def _measured(
     inputs = inputs_of(setting)
     truth = _truth(setting, inputs)
     name, baseline, torch_error = _baseline(setting, inputs, truth)
-    methods = ("graph", "wall") if case.device != "cpu" and case.direction == "forward" else ("wall",)
+    methods = ("wall",) if case.device == "cpu" else ("graph", "wall")
     bases = {
         method: _Base(name, _sample(name, baseline, inputs, case, method, effort), case, effort) for method in methods
     }
@@ -200,7 +196,9 @@ def _check(
     found = PROVIDERS[provider]
     train = setting.case.direction == "train"
     allowed = found.limit or model_allowance(torch_error, setting.dtype, gradients=train)
-    first = (_answers if found.compiled else _poisoned)(built, inputs, train)
+    # what the first call of an engine captures is what is timed
+    keeps = found.compiled or (found.own_graph and setting.case.device != "cpu")
+    first = (_answers if keeps else _poisoned)(built, inputs, train)
     repeats = same_bits(first, _answers(built, inputs, train))
     if not found.same:
         return Check("none: it computes something else", None, torch_error, allowed, True, repeats)
@@ -263,7 +261,7 @@ def _row(case: Case, provider: str, check: Check, timing: Timing, ceilings: dict
     # the rates are those of the case's dtype: what computes something else, or narrower, is not under them
     alike = PROVIDERS[provider].same and PROVIDERS[provider].limit is None
     roof = roof_of(case, timing, ceilings) if alike else None
-    return Row(case, provider, TIMED, None, check, timing, roof, launches=_launches(case, provider))
+    return Row(case, provider, TIMED, None, check, timing, roof, launches=launches_of(case, provider))
 
 
 def roof_of(case: Case, timing: Timing, ceilings: dict[str, float]) -> Roof | None:
@@ -279,15 +277,6 @@ def roof_of(case: Case, timing: Timing, ceilings: dict[str, float]) -> Roof | No
     moved = itemsize * counted.parameters + pixels * (1 if case.input == "uint8" else itemsize)
     floor = max(flops / (rate * 1e12), moved / (ceilings["copy_gbs"] * 1e9)) * 1e3
     return Roof(flops, moved, floor, floor / timing.median_ms)
-
-
-def _launches(case: Case, provider: str) -> int | None:
-    from xclip_fast.bench import launches
-
-    counted = {"layers": launches.ours, "reference": launches.official, "hf-sdpa": launches.huggingface}
-    if case.direction != "forward" or case.input != "normalised" or provider not in counted:
-        return None
-    return sum(counted[provider](config_of(case.variant, case.frames), case.batch).values())
 
 
 def _free(case: Case) -> None:

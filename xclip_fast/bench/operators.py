@@ -17,7 +17,7 @@ from xclip_fast.bench.parity import compare, floating, run_op, same_bits
 from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Amdahl, Case, Check, Roof, Row, finite
 from xclip_fast.bench.timing import alternate, noise_of, sampler, timing_of
 from xclip_fast.errors import InputError
-from xclip_fast.numerics import TOLERANCES
+from xclip_fast.numerics import TOLERANCES, exact_float32
 from xclip_fast.ops import explain
 
 _log = logging.getLogger("xclip_fast")
@@ -40,7 +40,7 @@ def measure_op(
     *,
     model_ms: float | None = None,
 ) -> Iterator[Row]:
-    """A row for each backend of an op.
+    """A row for each backend of an op; float32 is float32, without TF32, as in ``models.measure_model``.
 
     Args:
         case: ``name`` is that of the op.
@@ -60,6 +60,18 @@ def measure_op(
     except ImportError as error:
         yield from (Row(case, name, UNAVAILABLE, str(error)) for name in backends)
         return
+    with exact_float32():
+        yield from _measured(case, op, backends, effort, ceilings, model_ms)
+
+
+def _measured(
+    case: Case,
+    op: Callable[..., object],
+    backends: Sequence[str],
+    effort: Effort,
+    ceilings: dict[str, float],
+    model_ms: float | None,
+) -> Iterator[Row]:
     arguments = inputs_of(case)
     train = case.direction == "train"
     sensors = Sensors(case.device)

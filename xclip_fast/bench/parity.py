@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xclip_fast.numerics import allowance, longest_sum, parity_error, poisoned_memory
+from xclip_fast.numerics import allowance, exact_float32, longest_sum, parity_error, poisoned_memory
 
 Op = Callable[..., object]
 
@@ -33,6 +33,8 @@ def compare(
 ) -> Iterator[Comparison]:
     """Outputs of an op on a backend, and gradients of all its floating point tensors, against its reference.
 
+    float32 is float32 in all three, without TF32.
+
     Args:
         op: called as ``op(**inputs, backend=...)``; returns a tensor or several.
         inputs: arguments by name; the layout of the tensors is kept. Memory of outputs is filled with NaN first.
@@ -41,10 +43,11 @@ def compare(
         ceiling: see ``numerics.allowance``.
     """
     wanted = floating(inputs)
-    truth = run_op(op, doubled(inputs), wanted, "reference", gradients)
-    plain = run_op(op, inputs, wanted, "reference", gradients)
-    with poisoned_memory():
-        found = run_op(op, inputs, wanted, backend, gradients)
+    with exact_float32():
+        truth = run_op(op, doubled(inputs), wanted, "reference", gradients)
+        plain = run_op(op, inputs, wanted, "reference", gradients)
+        with poisoned_memory():
+            found = run_op(op, inputs, wanted, backend, gradients)
     for name, exact in truth.items():
         torch_error = parity_error(plain[name], exact)
         allowed = allowance(torch_error, plain[name].dtype, longest_sum(inputs), ceiling)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch.profiler import ProfilerActivity, profile
 
-from xclip_fast.bench.models import inputs_of, prepared, step
-from xclip_fast.bench.providers import PROVIDERS, UnavailableError, check_names, setting_of
+from xclip_fast.bench.models import prepared, step
+from xclip_fast.bench.providers import PROVIDERS, check_names
 from xclip_fast.bench.record import Case
+from xclip_fast.bench.setting import UnavailableError, inputs_of, setting_of
 from xclip_fast.checkpoints.files import replacing
 from xclip_fast.errors import InputError
 

@@ -17,12 +17,12 @@ from xclip_fast.bench.models import Effort, measure_model
 from xclip_fast.bench.operators import BACKENDS, measure_op
 from xclip_fast.bench.providers import check_names
 from xclip_fast.bench.record import FAILED, Case, Row, Run
+from xclip_fast.bench.setting import INPUTS
 from xclip_fast.errors import InputError
 
 MODEL = "model"
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = ("forward", "train")
-INPUTS = ("normalised", "uint8")
 CACHES = ("warm", "cold")
 
 QUICK = Effort(blocks=3, block=0.05, memory=False)

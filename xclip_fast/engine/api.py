@@ -26,6 +26,7 @@ from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, Packing
 from xclip_fast.engine.products import int8_product
 from xclip_fast.engine.texts import EncodedTexts, KeptTexts, TextTower, encoder_digest
 from xclip_fast.errors import InputError
+from xclip_fast.numerics import exact_float32
 from xclip_fast.reference.model import VideoFeatures, check_tokens, check_video
 from xclip_fast.text import apply_template, clean_labels, get_tokenizer
 from xclip_fast.text.folder import TextFolder
@@ -274,8 +275,10 @@ class Engine:
         )
 
     def _compare(self, model: Any, clips: Tensor, classes: Any) -> tuple[float, float, float]:
-        exact = Engine(model, torch.float32, self.device)
-        truth, found = exact.encode_video(clips), self.encode_video(clips)
+        found = self.encode_video(clips)
+        with exact_float32():
+            exact = Engine(model, torch.float32, self.device)
+            truth = exact.encode_video(clips)
         error = (found.video.float() - truth.video).norm() / truth.video.norm()
         cosine = cosine_similarity(found.video.float(), truth.video, dim=-1).min()
         if classes is None:
@@ -283,10 +286,9 @@ class Engine:
             directions = torch.randn(truth.video.shape[1], 100, generator=generator).to(self.device)
             best = (truth.video @ directions).argmax(-1), (found.video.float() @ directions).argmax(-1)
         else:
-            best = (
-                exact.logits(truth, exact.encode_texts(classes)).argmax(-1),
-                self.logits(found, self.encode_texts(classes)).argmax(-1),
-            )
+            with exact_float32():
+                wanted = exact.logits(truth, exact.encode_texts(classes))
+            best = wanted.argmax(-1), self.logits(found, self.encode_texts(classes)).argmax(-1)
         return error.item(), cosine.item(), (best[0] == best[1]).float().mean().item()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:

@@ -13,6 +13,7 @@ from torch import Tensor
 from xclip_fast.engine.cpu import Block, CpuTower, pack_block, step
 from xclip_fast.engine.packing import CPU_REWRITES, PRODUCTS, Packing, place_of
 from xclip_fast.engine.products import Product
+from xclip_fast.numerics import exact_float32
 from xclip_fast.ops._quantize_rows import activate
 
 # relative errors of one product on its own inputs; rounding alone gives a third of them or less
@@ -65,6 +66,7 @@ class _Recorder:
         return stream + self(x)
 
 
+@exact_float32()
 def check_products(model: Any, packing: Packing, clips: Tensor) -> tuple[list[ProductError], list[Block] | None]:
     """The error of each product on what it meets when the model sees the clips, and the blocks as the CPU runs them.
 
