@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu``: the parts of ``make gpu``, one after the other, each with its own deadline."""
+"""``python -m benchmarks.gpu``: a window on a borrowed GPU, or the parts of ``make gpu``, each with its own deadline."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from benchmarks.gpu.journal import forgive
 from benchmarks.gpu.prepare import build_extension, facts, make_importable
 
 PARTS = ("parity", "sanitize", "questions", "sweep", "e2e", "train")
+WINDOWS = ("check", "figures")
 DEADLINE = 440.0  # seconds of a part
 GRACE = 30.0  # for the case that runs when they have passed; eight minutes in all
 RESTARTS = 12
@@ -27,6 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
+    if options.window:
+        from benchmarks.gpu import window
+
+        try:
+            return window.run(options.window, out, dry=options.dry_run, tiny=options.tiny, seconds=options.seconds)
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
@@ -37,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("prepare", flush=True)
     prepared = {"importable": make_importable()}
     if not options.dry_run:
-        prepared["extension"] = build_extension()
+        prepared["extension"] = build_extension("{}.{}".format(*torch.cuda.get_device_capability()))
     (out / "prepare.json").write_text(json.dumps({"facts": facts()} | prepared, indent=1) + "\n", encoding="utf-8")
     for step, found in prepared.items():
         how = found.get("how") or found.get("built") or found["output"]
@@ -86,7 +95,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them without")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "build/gpu"), help="folder to write")
     parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds of a part")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, to check the command itself")
+    parser.add_argument("--window", choices=WINDOWS, help="instead of parts: all that a few minutes can tell")
+    parser.add_argument("--seconds", type=float, help="of the whole window, instead of its own")
+    parser.add_argument("--tiny", action="store_true", help="a window of the smallest shapes")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="without a GPU: parts in tiny shapes on the CPU, windows on a stand-in"
+    )
     options = parser.parse_args(arguments)
     for part in options.parts:
         if part not in PARTS:

@@ -20,8 +20,9 @@ from xclip_fast import _extension
 from xclip_fast.bench.cases import IN_EXTENSION, OPS, Load, config_of, find_op
 from xclip_fast.bench.inputs import Inputs
 from xclip_fast.bench.parity import compare, floating, run_op, same_bits
-from xclip_fast.bench.providers import PROVIDERS, inputs_of, setting_of
+from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case
+from xclip_fast.bench.setting import inputs_of, setting_of
 from xclip_fast.engine import Engine
 from xclip_fast.numerics import TOLERANCES, model_allowance, relative_error
 from xclip_fast.ops._quantize_rows import quantize_rows

@@ -16,7 +16,7 @@ from xclip_fast.bench import models
 from xclip_fast.bench.cases import config_of
 from xclip_fast.bench.models import Effort
 from xclip_fast.bench.providers import PROVIDERS
-from xclip_fast.bench.record import TIMED, UNAVAILABLE, WRONG, Case, Check, Row
+from xclip_fast.bench.record import UNAVAILABLE, WRONG, Case, Check, Row, finite
 from xclip_fast.bench.setting import Classify, Setting, UnavailableError, inputs_of, setting_of
 from xclip_fast.numerics import exact_float32
 
@@ -78,7 +78,12 @@ def build(desk: Desk, case: Case, providers: Sequence[str]) -> Found:
             )
             if desk.judged and not check.passed:
                 contest.refused.append(Row(case, provider, WRONG, models.beyond(check), check))
-    return {"status": desk.verdict(all(check["passed"] for check in checks)), "checks": checks}
+    raised = any("error" not in check for check in checks)
+    return {
+        "status": FAILED if raised else desk.verdict(all(check["passed"] for check in checks)),
+        "checks": checks,
+        "baseline": {"provider": contest.baseline, "error": finite(contest.torch_error)},
+    }
 
 
 def measure(desk: Desk, case: Case, methods: Sequence[str], effort: Effort = EFFORT) -> Found:
@@ -109,8 +114,9 @@ def measure(desk: Desk, case: Case, methods: Sequence[str], effort: Effort = EFF
                 rows.append(row)
                 if (share := peak_share(row, DATA_SHEET)) is not None:
                     shares.setdefault(provider, {})[method] = share
-    failed = [row for row in rows if row.status not in (TIMED, UNAVAILABLE)]
-    return {"status": desk.verdict(not failed), "rows": [asdict(row) for row in rows], "mfu": shares}
+    statuses = {row.status for row in rows}
+    status = FAILED if FAILED in statuses else desk.verdict(WRONG not in statuses)
+    return {"status": status, "rows": [asdict(row) for row in rows], "mfu": shares}
 
 
 def forget(desk: Desk, case: Case) -> None:

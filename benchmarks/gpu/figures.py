@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.gpu import contest, questions
 from benchmarks.gpu.contest import case_of, name_of
-from benchmarks.gpu.lane import RAN, Desk, Found, Task
+from benchmarks.gpu.lane import FAILED, PASSED, RAN, Desk, Found, Task
 from benchmarks.gpu.questions import Bench, Rows
 from xclip_fast.bench.machine import ceilings, facts
 from xclip_fast.bench.record import Case
@@ -70,7 +70,8 @@ def _strongest(desk: Desk, case: Case, methods: tuple[str, ...]) -> Found:
         time.sleep(0.5)
     built = contest.build(desk, case, (*OURS, STRONGEST))
     found = contest.measure(desk, case, methods)
-    return found | {"checks": built["checks"], "status": built["status"] if built["status"] != RAN else found["status"]}
+    right = built["status"] in (PASSED, RAN)
+    return found | {"checks": built["checks"], "status": found["status"] if right else built["status"]}
 
 
 def _kernel_tasks(desk: Desk) -> dict[str, Task]:
@@ -92,4 +93,4 @@ def _ask(desk: Desk, bench: Bench, ask: Callable[..., Rows], variant: str, batch
     with desk.turns.alone():
         rows: list[dict[str, Any]] = ask(bench, variant, batch)
     failed = [row for row in rows if row["status"] == "failed"]
-    return {"status": desk.verdict(not failed), "rows": rows}
+    return {"status": FAILED if failed else desk.verdict(True), "rows": rows}

@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 MOST_BYTES = 40 << 20
 GROUP = "__grp__"  # how Triton names its list of the files of a kernel, with the folder they are in
 LAUNCHED = (".cubin", ".json")  # of a kernel, what a launch reads; the rest is for people
-TARGET = "sm_90"
+TARGET = "9.0"
 VERSIONS = ("triton", "libtriton", "ptxas")  # what the keys of Triton's cache depend on
 
 
@@ -79,18 +79,18 @@ def prepare(path: Path = KIT, *, build: bool = True) -> dict[str, Any]:
                 unpacked = _unpack(archive, cache)
             _carry_extension(archive)
         said.append(f"kit of {manifest['facts']['commit']}: {unpacked} kernels unpacked")
-    gpu = _gpu()
-    if gpu["architecture"] not in (None, TARGET):
-        said.append(f"the kit is for {TARGET}, this GPU is {gpu['architecture']}: kernels are compiled here")
+    gpu, capability = _gpu()
+    if capability not in (None, TARGET):
+        said.append(f"the kit is for compute capability {TARGET}, {gpu} has {capability}: kernels are compiled here")
     link = ROOT / "xclip_fast" / "kernels"
     if find_spec("__editable___xclip_fast_0_1_0_finder") is None and not link.exists():
         # the folder as a part of the package: what an install maps, without an installer
         link.symlink_to(Path("..") / "kernels", target_is_directory=True)
-    facts = {"commit": _commit(), "python": sys.version.split()[0], "gpu": gpu["name"]} | here
+    facts = {"commit": _commit(), "python": sys.version.split()[0], "gpu": gpu} | here
     if build:
-        found = build_extension()
-        said.append(f"extension: {found['output'].splitlines()[-1] if found['output'] else 'built'}"
-                    f" ({found['seconds']} s)")  # fmt: skip
+        found = build_extension(capability or "9.0")
+        how = f"built, for {found['built']}" if "built" in found else found["output"]
+        said.append(f"extension: {how if found['code'] == 0 else found['output'][-300:]} ({found['seconds']} s)")
     seconds = round(time.monotonic() - start, 1)
     return {"cache": str(cache), "facts": facts, "said": said, "unpacked": unpacked, "seconds": seconds}
 
@@ -202,12 +202,11 @@ def _key(hexadecimal: str) -> str:
     return base64.b32encode(bytes.fromhex(hexadecimal)).decode().rstrip("=")
 
 
-def _gpu() -> dict[str, str | None]:
-    """Name and architecture of the GPU; nothing is imported for it."""
+def _gpu() -> tuple[str | None, str | None]:
+    """Name and compute capability of the GPU; nothing is imported for it."""
     asked = run(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"], 20)
-    name, _, capability = asked["output"].strip().partition(",") if asked["code"] == 0 else ("", "", "")
-    architecture = f"sm_{capability.strip().replace('.', '')}" if capability else None
-    return {"name": name.strip() or None, "architecture": architecture}
+    name, _, capability = asked["output"].strip().splitlines()[0].partition(",") if asked["code"] == 0 else ("", "", "")
+    return name.strip() or None, capability.strip() or None
 
 
 def _commit() -> str:

@@ -26,7 +26,7 @@ def table(out: Path, content: dict[str, Any]) -> str:
     """The table of a window's record; what does not fit is left to the file in ``out``."""
     parts = [_head(content), _section("failed or wrong", _failures(content))]
     parts.append(_section("figures", [*_goals(content), *_figures(content)]))
-    parts.append(_section("profiles", _profiles(content)))
+    parts.append(_section("profiles", list(_profiles(content))))
     parts.append(_section("lanes", _lanes(content)))
     lines = [line for part in parts for line in part]
     # the end names what is missing, so that nobody takes a cut table for a whole one

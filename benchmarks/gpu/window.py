@@ -120,7 +120,9 @@ def _look_after(window: str, lane: _Lane, settings: dict[str, str], tiny: bool) 
         return
     if lane.process is None or lane.process.poll() is not None:
         code = None if lane.process is None else lane.process.returncode
-        if code == 0 or lane.restarts > RESTARTS:
+        # one that could not even begin will not begin the next time
+        hopeless = "imports" in _read(lane.record).get("cases", {})
+        if code == 0 or hopeless or lane.restarts > RESTARTS:
             lane.finished, lane.process = True, None
             return
         if code is not None:

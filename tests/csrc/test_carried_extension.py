@@ -49,7 +49,7 @@ def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
 
     def build(refusal: str | None = None, architectures: tuple[str, ...] = ("8.0", "9.0a")) -> dict[str, Any]:
         (tmp_path / "found.json").write_text(json.dumps([refusal, architectures]))
-        return prepare.build_extension()
+        return prepare.build_extension("9.0")
 
     return build
 

@@ -105,7 +105,17 @@ def compiled(inner: Any, settings: dict[str, Any] | None = None, attention: str 
     return _Compiled(inner, settings or {}, attention)
 
 
-def huggingface_compiled(tuned: bool = False, attention: str | None = None) -> Callable[[Setting], Classify]:
+def huggingface_compiled(
+    tuned: bool = False, attention: str | None = None, products: str | None = None
+) -> Callable[[Setting], Classify]:
+    """The model by torch.compile.
+
+    Args:
+        tuned: by max-autotune.
+        attention: the one backend of PyTorch's attention that is allowed, on a GPU.
+        products: the backends that tuned products are chosen from, such as "ATEN", which is cuBLAS; all without.
+    """
+
     def build(setting: Setting) -> Classify:
         on_gpu = setting.case.device.startswith("cuda")
         if attention and not on_gpu:
@@ -115,6 +125,7 @@ def huggingface_compiled(tuned: bool = False, attention: str | None = None) -> C
             # a graph of its own is captured around it, so the compiler makes none
             settings |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
             settings |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+            settings |= {} if products is None else {"max_autotune_gemm_backends": products}
             # on a CPU it tunes products with constants alone
             settings["freezing"] = not on_gpu and setting.case.direction == "forward"
         return compiled(huggingface("sdpa")(setting), settings, attention)

@@ -76,26 +76,26 @@ def _measured(
 ) -> Iterator[Row]:
     setting = setting_of(case, folder)
     inputs = inputs_of(setting)
-    truth = _truth(setting, inputs)
-    name, baseline, torch_error = _baseline(setting, inputs, truth)
+    truth = truth_of(setting, inputs)
+    name, baseline, torch_error = baseline_of(setting, inputs, truth)
     methods = ("wall",) if case.device == "cpu" else ("graph", "wall")
     bases = {
-        method: _Base(name, _sample(name, baseline, inputs, case, method, effort), case, effort) for method in methods
+        method: Base(name, timed(name, baseline, inputs, case, method, effort), case, effort) for method in methods
     }
     for provider in providers:
         built: Any = None
         try:
             built = baseline if provider == name else prepared(PROVIDERS[provider].build(setting), case)
-            check = _check(provider, built, setting, inputs, truth, torch_error)
+            check = check_of(provider, built, setting, inputs, truth, torch_error)
             if not check.passed:
                 yield Row(case, provider, WRONG, beyond(check), check)
                 continue
             memory = peak_memory(case, provider, folder) if effort.memory else None
             for method in methods:
                 timing = bases[method].against(
-                    None if provider == name else _sample(provider, built, inputs, case, method, effort)
+                    None if provider == name else timed(provider, built, inputs, case, method, effort)
                 )
-                yield replace(_row(case, provider, check, timing, ceilings), memory_mb=memory)
+                yield replace(row_of(case, provider, check, timing, ceilings), memory_mb=memory)
         except UnavailableError as error:
             yield Row(case, provider, UNAVAILABLE, str(error))
         except Exception as error:
@@ -154,7 +154,7 @@ def _answers(classify: Classify, inputs: tuple[Tensor, Tensor], train: bool) -> 
     return {"logits": logits.detach(), "d video": grad}
 
 
-def _truth(setting: Setting, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def truth_of(setting: Setting, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """The answers of the definition in float64, a video at a time: it takes eight bytes a number."""
     exact = Setting(replace(setting.case, dtype="float64"), setting.config, setting.state)
     model = prepared(PROVIDERS["reference"].build(exact), setting.case)
@@ -174,7 +174,7 @@ def _error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return max(relative_error(found[name], exact) for name, exact in truth.items())
 
 
-def _baseline(setting: Setting, inputs: tuple[Tensor, Tensor], truth: dict[str, Tensor]) -> tuple[str, Classify, float]:
+def baseline_of(setting: Setting, inputs: tuple[Tensor, Tensor], truth: dict[str, Tensor]) -> tuple[str, Classify, float]:
     train = setting.case.direction == "train"
     for name in BASELINES:
         try:
@@ -185,7 +185,7 @@ def _baseline(setting: Setting, inputs: tuple[Tensor, Tensor], truth: dict[str, 
     raise InputError("no baseline runs here")
 
 
-def _check(
+def check_of(
     provider: str,
     built: Classify,
     setting: Setting,
@@ -215,7 +215,7 @@ def beyond(check: Check) -> str:
     )
 
 
-def _sample(
+def timed(
     provider: str, built: Classify, inputs: tuple[Tensor, Tensor], case: Case, method: str, effort: Effort
 ) -> tuple[Sample, str]:
     """How to time a provider, and the method that came of it: what cannot be captured is timed between events."""
@@ -235,7 +235,7 @@ def _sample(
         return sample(graph=False), "events"
 
 
-class _Base:
+class Base:
     """The baseline by one method, and how far it strays from itself."""
 
     def __init__(self, name: str, timed: tuple[Sample, str], case: Case, effort: Effort) -> None:
@@ -257,7 +257,7 @@ class _Base:
         return alternate(self.sample, other, effort.blocks, self.sensors, effort.spent, effort.least)
 
 
-def _row(case: Case, provider: str, check: Check, timing: Timing, ceilings: dict[str, float]) -> Row:
+def row_of(case: Case, provider: str, check: Check, timing: Timing, ceilings: dict[str, float]) -> Row:
     # the rates are those of the case's dtype: what computes something else, or narrower, is not under them
     alike = PROVIDERS[provider].same and PROVIDERS[provider].limit is None
     roof = roof_of(case, timing, ceilings) if alike else None

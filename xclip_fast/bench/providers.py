@@ -198,6 +198,11 @@ PROVIDERS: dict[str, Provider] = {
     "hf-compile-max-cudnn": Provider(
         "max-autotune with cuDNN's attention", huggingface_compiled(True, "CUDNN_ATTENTION"), compiled=True
     ),
+    "hf-compile-max-cublas": Provider(
+        "max-autotune with flash attention and products by cuBLAS, which compiles in a fraction of the time",
+        huggingface_compiled(True, "FLASH_ATTENTION", "ATEN"),
+        compiled=True,
+    ),
     "onnxruntime": Provider("Hugging Face, exported to onnxruntime", _rival("onnxruntime", "float32", "float32")),
     "onnxruntime-int8": Provider("the same, quantised dynamically", _rival("onnxruntime", "int8"), QUANTISED),
     "openvino": Provider("Hugging Face, exported to OpenVINO", _rival("openvino", "float32", "float32")),
