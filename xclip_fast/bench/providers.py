@@ -262,6 +262,21 @@ def _huggingface_compiled(tuned: bool = False, attention: str | None = None) -> 
     return build
 
 
+class _Engine:
+    """An engine that keeps the class set of the text features it was given last, as its users do."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.text: Tensor | None = None
+        self.texts: Any = None
+
+    def __call__(self, video: Tensor, text: Tensor) -> Tensor:
+        if text is not self.text:
+            self.text, self.texts = text, self.engine.texts_of(text)
+        logits: Tensor = self.engine(video, self.texts)
+        return logits
+
+
 def _engine(dtype: str | None = None) -> Callable[[Setting], Classify]:
     def build(setting: Setting) -> Classify:
         if setting.case.direction == "train":
@@ -277,12 +292,7 @@ def _engine(dtype: str | None = None) -> Callable[[Setting], Classify]:
         except InputError as error:
             raise UnavailableError(str(error)) from error
 
-        def classify(video: Tensor, text: Tensor) -> Tensor:
-            features = engine.encode_video(video)
-            logits: Tensor = engine.logits(features, engine.texts_of(text))
-            return logits
-
-        return classify
+        return _Engine(engine)
 
     return build
 
