@@ -83,10 +83,14 @@ def _failures(content: dict[str, Any]) -> list[str]:
         if case["status"] not in (FAILED, WRONG):
             continue
         said = [line for line in (_check(check) for check in case.get("checks", []) if not check["passed"])]
-        said += [f"{row['provider']}: {row['reason']}" for row in case.get("rows", []) if row.get("reason")]
+        said += [f"{_who(row)}: {row['reason']}" for row in case.get("rows", []) if row.get("reason")]
         said += [case["reason"]] if case.get("reason") else []
         found.append(f"{name} {case['status']}: {'; '.join(said)[:REASON]}")
     return found
+
+
+def _who(row: dict[str, Any]) -> str:
+    return str(row.get("provider") or row.get("contender"))
 
 
 def _check(check: dict[str, Any]) -> str:

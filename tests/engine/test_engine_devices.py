@@ -41,7 +41,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     # asked once in a process, with numbers
     check_model(small_model())
     # graphs need the device, and errors of products need numbers
-    monkeypatch.setattr(api, "GraphCache", lambda run: run)
+    monkeypatch.setattr(api, "GraphCache", lambda run, uncaptured=None: run)
     monkeypatch.setattr(api, "check_products", lambda model, packing, clips: ([], None))
     return FakeTensorMode()
 
@@ -76,7 +76,9 @@ def test_engine_stays_on_its_gpu(fake: FakeTensorMode, dtype: torch.dtype) -> No
             features = engine.encode_video(video)
             logits = engine.logits(features, texts)
             assert logits.shape == (2, 5)
-            assert {x.device for x in (*features, engine.embed_video(video), *texts[:2], logits)} == {GPU}
+            scores = engine(video, texts), engine.classify(video, texts)
+            assert [x.shape for x in scores] == [logits.shape] * 2
+            assert {x.device for x in (*features, engine.embed_video(video), *texts[:2], logits, *scores)} == {GPU}
 
 
 def test_layers_stay_on_their_gpu(fake: FakeTensorMode) -> None:

@@ -200,16 +200,6 @@ def test_launches_of_a_block(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> N
     assert changed == products | {"quantize_rows": 4, "layer_norm": -2, "add": 1}
 
 
-@torch.inference_mode()
-def test_stream_is_updated_in_place(model: XCLIP) -> None:
-    # oneDNN, which has no float16, would add elsewhere
-    tower = CudaTower(model.visual, model.config, replace(EXACT, dtype=torch.float16))
-    stream = cuda._Stream(tower._embed(random_video()))
-    found = tower.blocks[1](stream, tower.side, False)
-    assert found.branch is None
-    assert found.tokens.data_ptr() == stream.tokens.data_ptr()
-
-
 @pytest.mark.parametrize("message", [True, False], ids=["second block", "first block"])
 @pytest.mark.parametrize("class_row", [False, True])
 @torch.inference_mode()

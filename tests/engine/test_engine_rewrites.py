@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xclip_fast.classes import CHUNK_BYTES
 from xclip_fast.engine import Engine
 from xclip_fast.engine.cpu import CHUNK_ROWS, CpuTower
-from xclip_fast.engine.cuda import CudaTower
+from xclip_fast.engine.cuda import CudaTower, _Stream
 from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, REWRITES, Packing, place_of
 from xclip_fast.reference import XCLIP
 
@@ -138,9 +138,11 @@ def test_parity_other_models(sizes: dict[str, object], tower: type) -> None:
 
 def test_stream_is_updated_in_place(model: XCLIP) -> None:
     tower = make_engine(model, CudaTower, ALL)._tower
-    tokens = tower._embed(random_video())
+    stream = _Stream(tower._embed(random_video()))
     for block in tower.blocks:
-        assert block(tokens, tower.side, False).data_ptr() == tokens.data_ptr()
+        found = block(stream, tower.side, False)
+        assert found.tokens.data_ptr() == stream.tokens.data_ptr()
+        assert found.branch is None
 
 
 def test_text_is_cut(model: XCLIP) -> None:
