@@ -1,4 +1,4 @@
-"""Rows to float8 e4m3 with a float32 scale each, behind a layer norm or an activation: one read, one write."""
+"""Rows to float8 e4m3 with a float32 scale each, behind a layer norm, with a residual added first, or an activation."""
 
 from __future__ import annotations
 
@@ -32,18 +32,22 @@ def _activate(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def _quantize_rows_fwd_kernel(
     x_ptr,
+    residual_ptr,
     constant_ptr,
     weight_ptr,
     bias_ptr,
     quantized_ptr,
     scale_ptr,
+    stream_ptr,
     rows,
     x_stride,
+    residual_stride,
     eps,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_CONSTANT: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
@@ -54,6 +58,11 @@ def _quantize_rows_fwd_kernel(
     inside = in_row[:, None] & in_width[None, :]
     # [BLOCK_ROWS, BLOCK_WIDTH]
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    out = row[:, None] * WIDTH + column[None, :]
+    if HAS_RESIDUAL:
+        residual = residual_ptr + row[:, None] * residual_stride + column[None, :]
+        x += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+        tl.store(stream_ptr + out, x.to(stream_ptr.dtype.element_ty), mask=inside)
     if HAS_NORM:
         if HAS_CONSTANT:
             x += tl.load(constant_ptr + column, mask=in_width, other=0.0).to(tl.float32)[None, :]
@@ -67,7 +76,6 @@ def _quantize_rows_fwd_kernel(
     # divisions a row, rounded as PyTorch rounds them; a product a number
     scale = tl.where(largest > SMALLEST, tl.div_rn(largest, E4M3_MAX), 1.0)
     quantized = x * tl.div_rn(1.0, scale)[:, None]
-    out = row[:, None] * WIDTH + column[None, :]
     tl.store(quantized_ptr + out, quantized.to(quantized_ptr.dtype.element_ty), mask=inside)
     tl.store(scale_ptr + row, scale, mask=in_row)
 
@@ -76,34 +84,41 @@ def quantize_rows_fwd(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     constant: Tensor | None,
     eps: float,
     activation: str | None,
-) -> tuple[Tensor, Tensor]:
-    """Launch it: e4m3 rows in the shape of ``x``, and the float32 scale (..., 1) of each."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch it: e4m3 rows like ``x``, the float32 scale (..., 1) of each, and the stream (empty without residual)."""
     flat = as_rows(x)
     rows, width = flat.shape
+    added = None if residual is None else as_rows(residual)
     quantized = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    stream = torch.empty(x.shape if residual is not None else 0, dtype=x.dtype, device=x.device)
     block_rows, block_width = block_shape(width)
     if rows:
         with on_device_of(x):
             _quantize_rows_fwd_kernel[(triton.cdiv(rows, block_rows),)](
                 x_ptr=flat,
+                residual_ptr=added,
                 constant_ptr=None if constant is None else constant.contiguous(),
                 weight_ptr=None if weight is None else weight.contiguous(),
                 bias_ptr=None if bias is None else bias.contiguous(),
                 quantized_ptr=quantized,
                 scale_ptr=scale,
+                stream_ptr=stream,
                 rows=rows,
                 x_stride=flat.stride(0),
+                residual_stride=0 if added is None else added.stride(0),
                 eps=eps,
                 WIDTH=width,
                 BLOCK_ROWS=block_rows,
                 BLOCK_WIDTH=block_width,
                 HAS_NORM=weight is not None,
+                HAS_RESIDUAL=added is not None,
                 HAS_CONSTANT=constant is not None,
                 ACTIVATION=activation,
                 num_warps=4,
             )
-    return quantized, scale
+    return quantized, scale, stream

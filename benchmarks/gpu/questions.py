@@ -1,6 +1,6 @@
 """PART=questions: the five measurements that decide what is worth building; each a few contenders, timed in turn.
 
-1. ``products``: the rate of cuBLAS at the models' products, K = 768 and 1024.
+1. ``products``: the rate of cuBLAS at the models' products, K = 768 and 1024, float8 with fast and with exact sums too.
 2. ``fc1``: the product with its activation in one kernel against cuBLAS and a pass of its own.
 3. ``ifa``: bytes a second of the attention within frames, beside that of a copy, against SDPA on joined keys.
 4. ``side``: the engine with cross-frame attention on a stream of its own against the same on one stream.
@@ -74,6 +74,9 @@ class Bench:
 
 def products(bench: Bench, variant: str, batch: int) -> Rows:
     """One row a product of a block, in TFLOP/s."""
+    from xclip_fast.engine.products import Float8Product
+    from xclip_fast.ops._quantize_rows import quantize_rows
+
     load = bench.load(variant, batch)
     width, rows = load.config.vision_width, load.tokens
     found: Rows = []
@@ -89,6 +92,11 @@ def products(bench: Bench, variant: str, batch: int) -> Rows:
         if name in ("out", "fc2"):
             # as the engine adds to its stream; half of it, so that it stays finite over many calls
             calls[f"{name} addmm_"] = partial(stream.addmm_, x, weight.t(), beta=0.5)
+        # a CPU has no float8, or one of other speeds
+        for fast in () if bench.dry else (True, False):
+            product = Float8Product(weight, bias, "silu", x.dtype, fast=fast)
+            quantized, scale, _ = quantize_rows(x)
+            calls[f"{name} float8, {'fast' if fast else 'exact'} sums"] = partial(product.multiply, quantized, scale)
         for row in bench.compare(calls):
             found.append(
                 row | {"m": rows, "n": outer, "k": inner} | _rate(row, 2 * rows * inner * outer, "tflops", 1e12)

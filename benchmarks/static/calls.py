@@ -57,12 +57,14 @@ def quantize_rows(
     width: int,
     *,
     norm: bool = False,
+    residual: bool = False,
     constant: bool = False,
     activation: str | None = None,
 ) -> list[Tensor]:
     """Forward alone: only the engine quantises."""
     x, vectors = make(rows, width), (make(width), make(width)) if norm else (None, None)
-    return [*quantize_rows_fwd(x, *vectors, make(width) if constant else None, EPS, activation)]
+    added = make(rows, width) if residual else None
+    return [*quantize_rows_fwd(x, *vectors, added, make(width) if constant else None, EPS, activation)]
 
 
 def linear_quick_gelu(make: Make, rows: int, width: int, hidden: int, *, training: bool) -> list[Tensor]:

@@ -57,7 +57,8 @@ def _model(shape: str, config: XCLIPConfig, frames: int, batch: int) -> Iterator
     yield Case(f"{shape} both", partial(norm, residual=True, constant=True))
     yield Case(f"{shape} autocast", partial(norm, norm_dtype=torch.float32))
     quantized = partial(calls.quantize_rows, make, images * tokens)
-    yield Case(f"{shape} float8 norm", partial(quantized, wide, norm=True, constant=True))
+    for name, residual in (("norm", False), ("norm residual", True)):
+        yield Case(f"{shape} float8 {name}", partial(quantized, wide, norm=True, residual=residual, constant=True))
     for width in (wide, 4 * wide):
         yield Case(f"{shape} float8 of {width}", partial(quantized, width))
     yield Case(f"{shape} float8 activation", partial(quantized, 4 * wide, activation=config.activation))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xclip_fast.engine import Engine, api, cuda
+from xclip_fast.engine.models import check_model
 from xclip_fast.model import create_model
+from xclip_fast.ops import _patch_extension
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PRECISIONS: dict[torch.dtype, tuple[torch.dtype, str | None]] = {
@@ -29,11 +32,16 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     """Tensors of this mode have a device and no numbers, and operators refuse to mix two devices."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(api, "_precision", lambda dtype, device: (*PRECISIONS[dtype], None))
     one_stream = cuda.Side(CPU)
     monkeypatch.setattr(cuda, "Side", lambda device: one_stream)
+    # the registered op has a fake, the extension's own operator has none
+    monkeypatch.setattr(_patch_extension, "takes_packed", lambda frames, weight: False)
+    # asked once in a process, with numbers
+    check_model(small_model())
     # graphs need the device, and errors of products need numbers
-    monkeypatch.setattr(api, "GraphCache", lambda run: run)
+    monkeypatch.setattr(api, "GraphCache", lambda run, uncaptured=None: run)
     monkeypatch.setattr(api, "check_products", lambda model, packing, clips: ([], None))
     return FakeTensorMode()
 
@@ -68,7 +76,9 @@ def test_engine_stays_on_its_gpu(fake: FakeTensorMode, dtype: torch.dtype) -> No
             features = engine.encode_video(video)
             logits = engine.logits(features, texts)
             assert logits.shape == (2, 5)
-            assert {x.device for x in (*features, engine.embed_video(video), *texts[:2], logits)} == {GPU}
+            scores = engine(video, texts), engine.classify(video, texts)
+            assert [x.shape for x in scores] == [logits.shape] * 2
+            assert {x.device for x in (*features, engine.embed_video(video), *texts[:2], logits, *scores)} == {GPU}
 
 
 def test_layers_stay_on_their_gpu(fake: FakeTensorMode) -> None:

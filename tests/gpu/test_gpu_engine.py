@@ -49,7 +49,12 @@ def texts_for(model: XCLIP) -> Tensor:
 def answers(engine: Engine, video: Tensor, texts: Tensor) -> list[Tensor]:
     features = engine.encode_video(video)
     found = [features.video, features.patches, engine.embed_video(video)]
-    return copies([*found, engine.logits(features, engine.texts_of(texts))])
+    known = engine.texts_of(texts)
+    found.append(engine.logits(features, known))
+    # on a GPU the second call of each with this class set is one graph
+    for call in (engine, engine, engine.classify, engine.classify):
+        found.append(call(video, known))
+    return copies(found)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, FLOAT8], ids=str)
@@ -60,17 +65,20 @@ def test_parity(model: XCLIP, whole: bool, dtype: torch.dtype) -> None:
     truth = model.double()
     exact = video if whole else video.double()
     features = truth.encode_video(exact)
-    wanted = [features.video, features.patches, features.video, truth.logits(features, texts.double())]
+    logits = truth.logits(features, texts.double())
+    wanted = [features.video, features.patches, features.video, *[logits] * 3]
     engine = Engine(model.float(), dtype, DEVICE)
-    found = answers(engine, video, texts)
-    names = "video", "patches", "embedding", "logits"
+    # the softmax of these logits is theirs, and takes small errors for large ones
+    found = answers(engine, video, texts)[: len(wanted)]
+    names = "video", "patches", "embedding", "logits", "call", "its graph"
     if dtype == torch.float8_e4m3fn:
         for name, one, other in zip(names, found, wanted, strict=True):
             assert cosine_similarity(one.double(), other, dim=-1).min() >= 0.99, name
         return
     eager = copy.deepcopy(model).to(dtype)
     features = eager.encode_video(video if whole else video.to(dtype))
-    same = [features.video, features.patches, features.video, eager.logits(features, texts.to(dtype))]
+    logits = eager.logits(features, texts.to(dtype))
+    same = [features.video, features.patches, features.video, *[logits] * 3]
     for name, one, plain, other in zip(names, found, same, wanted, strict=True):
         limit = max(TOLERANCES[dtype].model, 2 * relative_error(plain, other))
         assert_within(one, other, limit, what=f"engine {name}")
@@ -92,6 +100,44 @@ def test_graphs_give_the_bits_of_plain_calls(model: XCLIP, batch: int, dtype: to
         if batch in (1, 4):
             # the library's products of a padded batch may sum in another order
             assert equal(replayed[index], plain[index])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8], ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_one_graph_of_video_and_classes_gives_the_bits_of_plain_calls(
+    model: XCLIP, batch: int, dtype: torch.dtype
+) -> None:
+    engine = Engine(model, dtype, DEVICE)
+    sets = [engine.texts_of(texts_for(model)) for _ in range(2)]
+    videos = [video_for(model, batch) for _ in range(2)]
+
+    def scores() -> list[Tensor]:
+        return copies([call(video, texts) for call in (engine, engine.classify) for texts in sets for video in videos])
+
+    first, replayed, again = scores(), scores(), scores()
+    if batch in (1, 4):
+        assert [len(engine._graphs[name]._graphs._values) for name in ("_logits", "_probabilities")] == [2, 2]
+    graphs, engine._graphs = engine._graphs, None
+    plain = scores()
+    engine._graphs = graphs
+    assert equal(replayed, again)
+    if batch in (1, 4):
+        assert equal(replayed, plain)
+        assert equal(first, plain)
+
+
+@needs_gpu
+def test_a_graph_outlives_its_class_set(model: XCLIP) -> None:
+    engine, video = Engine(model, torch.bfloat16, DEVICE), video_for(model, 2)
+    texts = engine.texts_of(texts_for(model))
+    wanted = [engine.classify(video, texts) for _ in range(2)]
+    kept = copies(wanted)
+    del texts
+    others = [engine.texts_of(texts_for(model)) for _ in range(20)]
+    for other in others:
+        engine.classify(video, other)
+    assert equal(wanted, kept)
 
 
 def test_results_outlive_the_next_call(model: XCLIP) -> None:

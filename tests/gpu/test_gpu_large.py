@@ -103,14 +103,14 @@ def test_layer_norm_backward() -> None:
 
 
 def test_quantize_rows() -> None:
-    need(12)
+    need(24)
     vector = made(768)
 
-    def run(x: Tensor) -> tuple[Tensor, ...]:
-        quantized, scale = quantize_rows_fwd(x, vector, vector, vector, EPS, None)
-        return quantized.view(torch.int8), scale
+    def run(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        quantized, scale, stream = quantize_rows_fwd(x, vector, vector, residual, vector, EPS, None)
+        return quantized.view(torch.int8), scale, stream
 
-    compare(run, made(PART, 768), largest=768)
+    compare(run, made(PART, 768), made(PART, 768), largest=768)
 
 
 def test_linear_quick_gelu() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_cases import DEVICE, ON_GPU, check, copies, equal, needs_gpu
+from numerics import relative_error
 from torch import Tensor
 
 from xclip_fast import _extension
 from xclip_fast.bench.inputs import Inputs
 from xclip_fast.ops import patch_embed
+from xclip_fast.ops._patch_contract import affine
+from xclip_fast.ops._patch_extension import pack_for_cuda
 
 REASON = _extension.cuda_refusal() if ON_GPU else "only a GPU has this"
 needs_cuda_extension = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -120,6 +123,31 @@ def test_graph_after_one_warm_up(shape: tuple[tuple[int, ...], int, int]) -> Non
     graph.replay()
     torch.cuda.synchronize()
     assert equal(results, wanted)
+
+
+@needs_cuda_extension
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE[0]], ids=str)
+@torch.inference_mode()
+def test_weights_packed_before_give_the_bits_of_a_call(shape: tuple[tuple[int, ...], int, int]) -> None:
+    inputs = arguments(*shape, "bfloat16")
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    wanted = patch_embed(**inputs, mean=mean, std=std, backend="extension")
+    weights = (inputs[name] for name in ("weight", "class_embedding", "positions"))
+    packed = pack_for_cuda(*weights, affine(mean, std))
+    found = patch_embed(**inputs, mean=mean, std=std, backend="extension", _packed=packed)
+    assert torch.equal(found, wanted)
+
+
+@needs_cuda_extension
+def test_changed_weights_are_packed_anew() -> None:
+    inputs = arguments(*SHAPES[0], "bfloat16", norm=False)
+    with torch.no_grad():
+        first = patch_embed(**inputs, backend="extension")
+        # no version counter tells of it
+        inputs["weight"].data.mul_(2)
+        inputs["class_embedding"].data.mul_(2)
+        inputs["positions"].data.mul_(2)
+        assert relative_error(patch_embed(**inputs, backend="extension"), 2 * first) < 1e-2
 
 
 @needs_cuda_extension

@@ -23,6 +23,8 @@ CASES: dict[str, Callable[..., Any]] = {
     "quantize_rows": partial(calls.quantize_rows, rows=9, width=40),
     "quantize_rows norm": partial(calls.quantize_rows, rows=6, width=33, norm=True),
     "quantize_rows constant": partial(calls.quantize_rows, rows=5, width=64, norm=True, constant=True),
+    "quantize_rows residual": partial(calls.quantize_rows, rows=9, width=40, norm=True, residual=True),
+    "quantize_rows both": partial(calls.quantize_rows, rows=6, width=33, norm=True, residual=True, constant=True),
     "quantize_rows activation": partial(calls.quantize_rows, rows=9, width=40, activation="quick_gelu"),
     "quantize_rows wide": partial(calls.quantize_rows, rows=3, width=1025, activation="gelu"),
     "linear_quick_gelu": partial(calls.linear_quick_gelu, rows=70, width=40, hidden=72, training=False),
@@ -77,7 +79,7 @@ def random_cases(launcher: str, count: int, longest: int) -> Iterator[Callable[.
             "layer_norm": {"rows": size(), "width": size(), "residual": flag(), "constant": flag()},
             "quantize_rows": draw.choice(
                 [
-                    {"norm": True, "constant": flag()},
+                    {"norm": True, "residual": flag(), "constant": flag()},
                     {"activation": draw.choice(["silu", "quick_gelu", "gelu"])},
                     {},
                 ]

@@ -22,7 +22,7 @@ MOST_PROGRAMS = 2**31 - 1
 # 2**33 elements in the largest tensor of each
 LARGEST: dict[str, Callable[[], Any]] = {
     "layer_norm": partial(calls.layer_norm, make, 2**28, 32, residual=True),
-    "quantize_rows": partial(calls.quantize_rows, make, 2**28, 32, norm=True, constant=True),
+    "quantize_rows": partial(calls.quantize_rows, make, 2**28, 32, norm=True, residual=True, constant=True),
     "linear_quick_gelu rows": partial(calls.linear_quick_gelu, make, 2**27, 64, 64, training=True),
     "linear_quick_gelu columns": partial(calls.linear_quick_gelu, make, 2**13, 64, 2**20, training=True),
     "mean_norm_over_frames": partial(calls.mean_norm_over_frames, make, 2**13, 8, 2**12, 32),

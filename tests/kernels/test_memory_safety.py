@@ -113,9 +113,12 @@ VECTORS = {width: torch.linspace(0.5, 2.0, width).half() for width in (16, 32, 6
 # called with a number of rows, frames or videos; of each, 64 numbers come out
 LONG = {
     "layer_norm": lambda count: layer_norm_fwd(repeated(count, 64), VECTORS[64], VECTORS[64], None, None, EPS)[0],
-    "quantize_rows": lambda count: quantize_rows_fwd(repeated(count, 64), *[VECTORS[64]] * 3, EPS, None)[0].view(
-        torch.int8
-    ),
+    "quantize_rows": lambda count: quantize_rows_fwd(
+        repeated(count, 64), *[VECTORS[64]] * 2, None, VECTORS[64], EPS, None
+    )[0].view(torch.int8),
+    "quantize_rows residual": lambda count: quantize_rows_fwd(
+        repeated(count, 64), *[VECTORS[64]] * 2, repeated(count, 64), None, EPS, None
+    )[2],
     "linear_quick_gelu": lambda count: linear_quick_gelu_fwd(
         repeated(count, 16), repeated(64, 16).contiguous(), VECTORS[64], False
     )[0],

@@ -16,7 +16,8 @@ from xclip_fast.ops._quantize_rows import quantize_rows, quantize_rows_ref
 pytestmark = pytest.mark.skipif(ON_GPU and torch.cuda.get_device_capability() < (8, 9), reason="no float8 on this GPU")
 
 WIDTHS = [1, 2, 3, 31, 64, 127, 128, 129, 512, 767, 768, 769, 1024, 1025, 3072]
-MODES = ["plain", "norm", "constant", "silu", "quick_gelu", "gelu"]
+MODES = ["plain", "norm", "constant", "residual", "both", "silu", "quick_gelu", "gelu"]
+NAMES = "x", "weight", "bias", "residual", "constant"
 ACTIVATIONS = {"silu": silu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": gelu}
 
 
@@ -42,9 +43,11 @@ def right_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(shape: tuple[int, ...], dtype: torch.dtype, mode: str, mean: float = 0.0) -> dict[str, Any]:
     found: dict[str, Any] = {"x": random(*shape, dtype=dtype, mean=mean, scale=3.0)}
-    if mode in ("norm", "constant"):
+    if mode in ("norm", "constant", "residual", "both"):
         found |= {"weight": random(shape[-1], dtype=dtype, mean=1.0), "bias": random(shape[-1], dtype=dtype)}
-    if mode == "constant":
+    if mode in ("residual", "both"):
+        found["residual"] = random(*shape, dtype=dtype, scale=2.0)
+    if mode in ("constant", "both"):
         found["constant"] = random(shape[-1], dtype=dtype)
     if mode in ACTIVATIONS:
         found["activation"] = mode
@@ -53,10 +56,10 @@ def arguments(shape: tuple[int, ...], dtype: torch.dtype, mode: str, mean: float
 
 def exact(inputs: dict[str, Any], dtype: torch.dtype) -> Tensor:
     """The rows that are quantised, by PyTorch in this dtype."""
-    x, weight, bias, constant = (
-        None if inputs.get(name) is None else inputs[name].cpu().to(dtype)
-        for name in ("x", "weight", "bias", "constant")
+    x, weight, bias, residual, constant = (
+        None if inputs.get(name) is None else inputs[name].cpu().to(dtype) for name in NAMES
     )
+    x = x if residual is None else x + residual
     x = x if constant is None else x + constant
     if weight is not None:
         return layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
@@ -65,8 +68,9 @@ def exact(inputs: dict[str, Any], dtype: torch.dtype) -> Tensor:
 
 def check(inputs: dict[str, Any], backend: str = "triton") -> None:
     """Scales and numbers are the nearest there are, but for what float32 itself errs in front of them."""
-    quantized, scale = quantize_rows(**inputs, backend=backend)
+    quantized, scale, stream = quantize_rows(**inputs, backend=backend)
     shape = inputs["x"].shape
+    check_stream(stream, inputs)
     assert (quantized.dtype, scale.dtype) == (torch.float8_e4m3fn, torch.float32)
     assert (quantized.shape, scale.shape) == (shape, (*shape[:-1], 1))
     assert quantized.is_contiguous()
@@ -80,6 +84,18 @@ def check(inputs: dict[str, Any], backend: str = "triton") -> None:
     half_step = torch.exp2(scaled.abs().mul(1 + 1e-5).log2().floor().clamp(min=-6) - 4)
     assert ((found - scaled).abs() <= 1.0001 * half_step + error / scale).all()
     assert (found.abs().amax(-1) == 448).all()
+
+
+def check_stream(stream: Tensor, inputs: dict[str, Any]) -> None:
+    """The sum is rounded once; without a residual the rows are given back as they are."""
+    x, residual = inputs["x"], inputs.get("residual")
+    if residual is None:
+        assert stream is x
+        return
+    wide = torch.promote_types(x.dtype, torch.float32)
+    assert stream.dtype is x.dtype
+    assert torch.equal(stream, (x.to(wide) + residual.to(wide)).to(x.dtype))
+    assert stream.data_ptr() not in (x.data_ptr(), residual.data_ptr())
 
 
 def step_of(quantized: Tensor) -> Tensor:
@@ -108,7 +124,9 @@ def test_shapes(shape: tuple[int, ...], mode: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_agrees_with_torch_but_for_ties(mode: str, dtype: torch.dtype) -> None:
     inputs = arguments((64, 257), dtype, mode)
-    (found, scale), (wanted, wanted_scale) = (quantize_rows(**inputs, backend=name) for name in ("triton", "torch"))
+    (found, scale, _), (wanted, wanted_scale, _) = (
+        quantize_rows(**inputs, backend=name) for name in ("triton", "torch")
+    )
     assert torch.allclose(scale, wanted_scale, rtol=1e-6, atol=0)
     steps = (step_of(found) - step_of(wanted)).abs()
     assert steps.max() <= 1
@@ -121,7 +139,7 @@ def test_norm_and_activation_are_not_rounded_between(mode: str, dtype: torch.dty
     inputs = arguments((64, 257), dtype, mode)
     check(inputs, backend="torch")
     stored = exact(inputs, torch.float64).to(dtype).double()
-    truth, (quantized, scale) = exact(inputs, torch.float64), quantize_rows(**inputs, backend="torch")
+    truth, (quantized, scale, _) = exact(inputs, torch.float64), quantize_rows(**inputs, backend="torch")
     largest = stored.abs().amax(-1, keepdim=True)
     rounded = (stored / largest * 448).float().to(torch.float8_e4m3fn).double() * largest / 448
     assert (quantized.cpu().double() * scale.cpu() - truth).norm() <= (rounded - truth).norm() * 1.0001
@@ -136,14 +154,33 @@ def test_mean_far_from_zero(mean: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "name", "dtype"),
-    covering(["offset", "padded", "strided", "transposed"], ["x", "weight", "constant"], KERNEL_DTYPES),
+    covering(["offset", "padded", "strided", "transposed"], ["x", "weight", "residual", "constant"], KERNEL_DTYPES),
     ids=str,
 )
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_layouts(name: str, layout: str, dtype: torch.dtype, backend: str) -> None:
-    inputs = arguments((6, 5, 40), dtype, "constant")
+    inputs = arguments((6, 5, 40), dtype, "both")
     inputs[name] = layouts(inputs[name])[layout]
     check(inputs, backend)
+
+
+@kernel_dtypes
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_residual_is_read_alone_and_may_be_the_rows(backend: str, dtype: torch.dtype) -> None:
+    inputs = arguments((6, 40), dtype, "both")
+    inputs["residual"] = inputs["x"]
+    kept = inputs["x"].clone()
+    check(inputs, backend)
+    assert torch.equal(inputs["x"], kept)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_norm_sees_the_sum_before_it_is_rounded(backend: str) -> None:
+    # beside 1024 a half-precision sum loses every part of the residual, which is all that the norm leaves
+    x, residual = torch.full((3, 40), 1024.0, device=DEVICE).half(), random(3, 40, dtype=torch.float16, scale=0.05)
+    inputs = {"x": x, "residual": residual, "weight": torch.ones_like(x[0]), "bias": torch.zeros_like(x[0])}
+    check(inputs, backend)
+    assert torch.equal(quantize_rows(**inputs, backend=backend)[2], x)
 
 
 def test_norm_in_float32_behind_half_precision() -> None:
@@ -155,8 +192,8 @@ def test_norm_in_float32_behind_half_precision() -> None:
     ("mode", "backend", "shape"), covering(MODES, ["reference", "torch", "triton"], [(0, 16), (3, 0, 16)]), ids=str
 )
 def test_empty(shape: tuple[int, ...], mode: str, backend: str) -> None:
-    quantized, scale = quantize_rows(**arguments(shape, torch.float32, mode), backend=backend)
-    assert quantized.shape == shape
+    quantized, scale, stream = quantize_rows(**arguments(shape, torch.float32, mode), backend=backend)
+    assert quantized.shape == stream.shape == shape
     assert scale.shape == (*shape[:-1], 1)
 
 
@@ -168,7 +205,7 @@ def test_empty(shape: tuple[int, ...], mode: str, backend: str) -> None:
 def test_bad_numbers_stay_in_their_row(bad: float, mode: str, backend: str) -> None:
     inputs = arguments((9, 70), torch.float32, mode)
     clean = [x.clone() for x in quantize_rows(**inputs, backend=backend)]
-    inputs["x"][4, 3] = bad
+    inputs["residual" if "residual" in inputs else "x"][4, 3] = bad
     spoiled = quantize_rows(**inputs, backend=backend)
     others = torch.arange(9) != 4
     for found, wanted in zip(spoiled, clean, strict=True):
@@ -181,7 +218,7 @@ def test_rows_of_zeros_tiny_and_huge_numbers(backend: str) -> None:
     x = random(6, 40, dtype=torch.float32)
     factors = [0.0, 1e-42, 1e-31, 1e-28, 1e30, 3e38]
     x = x / x.abs().amax(-1, keepdim=True) * torch.tensor(factors, device=DEVICE)[:, None]
-    quantized, scale = quantize_rows(x, backend=backend)
+    quantized, scale, _ = quantize_rows(x, backend=backend)
     found = quantized.double() * scale
     assert found.isfinite().all()
     assert scale[:3].flatten().tolist() == [1, 1, 1]
@@ -219,7 +256,7 @@ def test_inputs_are_left_as_they_are(backend: str) -> None:
 @pytest.mark.parametrize("shape", [(5, 40), (3, 2, 33)])
 def test_registered_op(mode: str, shape: tuple[int, ...]) -> None:
     inputs = arguments(shape, torch.float32, mode)
-    tensors = [inputs.get(name) for name in ("x", "weight", "bias", "constant")]
+    tensors = [inputs.get(name) for name in NAMES]
     torch.library.opcheck(torch.ops.xclip_fast.quantize_rows, (*tensors, 1e-5, inputs.get("activation")))
 
 
@@ -227,10 +264,11 @@ def test_registered_op(mode: str, shape: tuple[int, ...]) -> None:
 def test_registered_op_without_kernels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     inputs = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in arguments((5, 40), torch.bfloat16, mode).items()}
-    tensors = [inputs.get(name) for name in ("x", "weight", "bias", "constant")]
+    tensors = [inputs.get(name) for name in NAMES]
     found = torch.ops.xclip_fast.quantize_rows(*tensors, 1e-5, inputs.get("activation"))
-    wanted = quantize_rows(**inputs, backend="torch")
-    assert all(torch.equal(one.float(), other.float()) for one, other in zip(found, wanted, strict=True))
+    wanted = quantize_rows(**inputs, backend="torch")[: 3 if "residual" in inputs else 2]
+    assert found[2].numel() == inputs.get("residual", found[2]).numel()
+    assert all(torch.equal(one.float(), other.float()) for one, other in zip(found, wanted, strict=False))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -242,11 +280,11 @@ def test_definition(mode: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_compiles_whole(backend: str) -> None:
-    def call(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return quantize_rows(x, weight=weight, bias=bias, backend=backend)
+    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        return quantize_rows(x, weight=weight, bias=bias, residual=residual, backend=backend)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    args = list(arguments((4, 32), torch.float32, "norm").values())
+    args = list(arguments((4, 32), torch.float32, "residual").values())
     with torch.inference_mode():
         for found, wanted in zip(compiled(*args), call(*args), strict=True):
             assert torch.equal(found.float(), wanted.float())
@@ -254,7 +292,7 @@ def test_compiles_whole(backend: str) -> None:
 
 def test_there_is_no_backward_pass() -> None:
     x = random(3, 40, dtype=torch.float32).requires_grad_()
-    _, scale = quantize_rows(x, backend="triton")
+    _, scale, _ = quantize_rows(x, backend="triton")
     with pytest.raises(RuntimeError, match="quantize_rows"):
         scale.sum().backward()
 
@@ -263,7 +301,13 @@ def test_wrong_arguments_are_named() -> None:
     x, weight, bias, constant = (random(*shape, dtype=torch.float32) for shape in ((2, 8), (8,), (8,), (8,)))
     for wrong, said in [
         ({"weight": weight}, "weight and bias of the norm must be given together"),
-        ({"constant": constant}, "it needs weight and bias"),
+        ({"constant": constant}, "constant is added in front of a norm: it needs weight and bias"),
+        ({"residual": x}, "residual is added in front of a norm: it needs weight and bias"),
+        (
+            {"weight": weight, "bias": bias, "residual": x.half()},
+            r"residual must be torch.float32 \(2, 8\) like x, found torch.float16 \(2, 8\)",
+        ),
+        ({"weight": weight, "bias": bias, "residual": x[:1]}, r"like x, found torch.float32 \(1, 8\)"),
         ({"weight": weight, "bias": bias, "activation": "silu"}, "not both"),
         ({"weight": weight[:7], "bias": bias}, r"weight must have shape \(8,\) to fit x, found \(7,\)"),
         ({"activation": "relu"}, "unknown activation 'relu': choose one of silu, quick_gelu, gelu"),
@@ -292,5 +336,5 @@ def test_the_interpreter_is_refused_outside_these_tests(monkeypatch: pytest.Monk
     x = random(3, 40, dtype=torch.float32)
     with pytest.raises(ValueError, match="Triton's interpreter rounds float8 wrongly"):
         quantize_rows(x, backend="triton")
-    found, wanted = quantize_rows(x), quantize_rows_ref(x, None, None, None, 1e-5, None)
+    found, wanted = quantize_rows(x), quantize_rows_ref(x, *[None] * 4, 1e-5, None)
     assert torch.equal(found[0].float(), wanted[0].float())

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
@@ -19,7 +19,7 @@ from xclip_fast import processor
 from xclip_fast.engine.budget import ProductError, check_products
 from xclip_fast.engine.cpu import CpuTower
 from xclip_fast.engine.cuda import CudaTower
-from xclip_fast.engine.graphs import GraphCache
+from xclip_fast.engine.graphs import GraphCache, Pass
 from xclip_fast.engine.heads import Heads
 from xclip_fast.engine.models import check_model
 from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, Packing
@@ -143,9 +143,7 @@ class Engine:
             tower = TextTower(model, self._packing)
             encoder = b"" if folder is None else encoder_digest(model, self._packing)
             self._texts = KeptTexts(tower, self._heads.prepare, folder, encoder)
-        self._graphs = None
-        if self.device.type == "cuda":
-            self._graphs = GraphCache(self._features), GraphCache(lambda video: [self._embedding(video)])
+        self._graphs = self._by_graphs() if self.device.type == "cuda" else None
         for product in self._products:
             if product.fell_back:
                 _log.warning(
@@ -167,13 +165,13 @@ class Engine:
         """
         with torch.inference_mode(), self._quiet():
             video = self._checked(video)
-            return VideoFeatures(*(self._features(video) if self._graphs is None else self._graphs[0](video)))
+            return VideoFeatures(*self._run(self._features, video))
 
     def embed_video(self, video: Tensor) -> Tensor:
         """``encode_video(video).video`` (B, E) alone: the last block computes nothing but its class rows."""
         with torch.inference_mode(), self._quiet():
             video = self._checked(video)
-            return self._embedding(video) if self._graphs is None else self._graphs[1](video)[0]
+            return self._run(self._embedding, video)[0]
 
     def embed_files(self, paths: Iterable[str | os.PathLike[str]], **options: Any) -> Iterator[FileFeatures]:
         """Features of video files in their order, decoded in processes of their own; see ``throughput.embed_files``.
@@ -217,20 +215,23 @@ class Engine:
             return self._heads.prepare(features)
 
     def classify(self, video: Tensor, classes: EncodedTexts | Sequence[str] | Tensor) -> Tensor:
-        """Class probabilities, float32 (B, K): the softmax of ``logits``.
+        """Class probabilities, float32 (B, K): the softmax of the logits.
+
+        On a GPU, a class set that comes again with videos of the same shape is one CUDA graph with them.
 
         Args:
             video: as for ``encode_video``.
-            classes: what ``encode_texts`` returns or takes.
+            classes: what ``encode_texts`` returns or takes, or ``texts_of`` returns.
 
         Raises:
             InputError: another engine made the class set, or as ``encode_texts``.
             ValueError: as ``encode_video`` and ``encode_texts``.
         """
-        texts = classes if isinstance(classes, EncodedTexts) else self.encode_texts(classes)
-        self._check_own(texts)
-        with torch.inference_mode():
-            return self.logits(self.encode_video(video), texts).softmax(dim=-1)
+        return self._scored(self._probabilities, video, classes)
+
+    def __call__(self, video: Tensor, classes: EncodedTexts | Sequence[str] | Tensor) -> Tensor:
+        """Logits, float32 (B, K), as the model gives them for videos and class texts; all else as ``classify``."""
+        return self._scored(self._logits, video, classes)
 
     def logits(self, features: VideoFeatures, texts: EncodedTexts) -> Tensor:
         """Scaled cosine similarities, float32 (B, K), of encoded videos and an encoded class set.
@@ -241,10 +242,6 @@ class Engine:
         self._check_own(texts)
         with torch.inference_mode(), self._quiet():
             return self._heads.logits(features, texts)
-
-    def __call__(self, video: Tensor, tokens: Tensor) -> Tensor:
-        """Logits, float32 (B, K), of videos (see ``encode_video``) and class texts (K, L), as the model gives them."""
-        return self.logits(self.encode_video(video), self.encode_texts(tokens))
 
     def report(self, clips: Tensor | None = None, classes: Sequence[str] | Tensor | None = None) -> Report:
         """How far the engine is from its model in float32, product by product and as a whole.
@@ -304,15 +301,39 @@ class Engine:
                 "make it with encode_texts or texts_of of this one"
             )
 
+    def _scored(self, score: Pass, video: Tensor, classes: EncodedTexts | Sequence[str] | Tensor) -> Tensor:
+        texts = classes if isinstance(classes, EncodedTexts) else self.encode_texts(classes)
+        self._check_own(texts)
+        with torch.inference_mode(), self._quiet():
+            return self._run(score, self._checked(video), texts.features, texts.query)[0]
+
+    def _run(self, forward: Pass, video: Tensor, *texts: Tensor) -> list[Tensor]:
+        """One of the passes below, by its graphs where there are any."""
+        return forward(video, *texts) if self._graphs is None else self._graphs[forward.__name__](video, *texts)
+
+    def _by_graphs(self) -> dict[str, GraphCache]:
+        features = GraphCache(self._features)
+        graphs = {"_features": features, "_embedding": GraphCache(self._embedding)}
+        for score in (self._logits, self._probabilities):
+            graphs[score.__name__] = GraphCache(score, uncaptured=partial(score, encode=features))
+        return graphs
+
     def _features(self, video: Tensor) -> list[Tensor]:
         frame_features, tokens = self._tower(video, patches=True)
         frames = video.shape[1]
         integrated = self._heads.integrate(frame_features.view(-1, frames, frame_features.shape[1]))
         return [self._given(integrated), self._given(self._heads.project_patches(tokens, frames))]
 
-    def _embedding(self, video: Tensor) -> Tensor:
+    def _embedding(self, video: Tensor) -> list[Tensor]:
         frame_features, _ = self._tower(video, patches=False)
-        return self._given(self._heads.integrate(frame_features.view(-1, video.shape[1], frame_features.shape[1])))
+        return [self._given(self._heads.integrate(frame_features.view(-1, video.shape[1], frame_features.shape[1])))]
+
+    def _logits(self, video: Tensor, *texts: Tensor, encode: Pass | None = None) -> list[Tensor]:
+        encoded, (features, query) = VideoFeatures(*(encode or self._features)(video)), texts
+        return [self._heads.logits(encoded, EncodedTexts(features, query, self._heads.name))]
+
+    def _probabilities(self, video: Tensor, *texts: Tensor, encode: Pass | None = None) -> list[Tensor]:
+        return [logits.softmax(dim=-1) for logits in self._logits(video, *texts, encode=encode)]
 
     def _given(self, features: Tensor) -> Tensor:
         return features if self._packing.stored is None else features.to(self._packing.stored)

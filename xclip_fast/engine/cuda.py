@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,33 @@ from torch.nn.functional import scaled_dot_product_attention
 from xclip_fast.engine.cpu import first_message
 from xclip_fast.engine.packing import Packing, exact, place_of
 from xclip_fast.engine.products import Float8Product, Product
-from xclip_fast.ops import frame_attention, layer_norm, message_attention, message_key_value, patch_embed
+from xclip_fast.ops import (
+    _patch_extension,
+    frame_attention,
+    layer_norm,
+    message_attention,
+    message_key_value,
+    patch_embed,
+)
+from xclip_fast.ops._patch_contract import affine
 from xclip_fast.ops._quantize_rows import activate, quantize_rows
 from xclip_fast.reference.positions import spatial_positions
+
+
+class _Stream(NamedTuple):
+    """Tokens (B, T, S, D), contiguous, and a branch of them, rows (B T S, D), that the next norm adds on its way."""
+
+    tokens: Tensor
+    branch: Tensor | None = None
+
+    def class_tokens(self) -> Tensor:
+        """(B, T, D), the branch added."""
+        classes = self.tokens[:, :, 0]
+        return classes if self.branch is None else classes + self.branch.view(self.tokens.shape)[:, :, 0]
+
+    def whole(self) -> Tensor:
+        """The tokens, written over where there is a branch to add."""
+        return self.tokens if self.branch is None else self.tokens.add_(self.branch.view(self.tokens.shape))
 
 
 @dataclass
@@ -48,39 +72,49 @@ class _Block:
         messages = message_attention(class_tokens, **self.message)
         return message_key_value(messages, *self.norm_1, *self.message_kv, eps=self.eps).flatten(0, 1)
 
-    def __call__(self, tokens: Tensor, side: Side, class_row: bool) -> Tensor:
-        """Tokens (B, T, S, D), contiguous, to the same or to (B, T, 1, D); they may be written over."""
-        class_tokens = tokens[:, :, 0]
-        message_kv = side.begin(lambda: self.key_value(class_tokens))
-        rows = tokens.flatten(0, 2)
-        packed = self._behind_norm(self.qkv, rows, self.norm_1, self.lag_1)
-        packed = packed.view(-1, tokens.shape[2], 3 * tokens.shape[3])
+    def __call__(self, stream: _Stream, side: Side, class_row: bool) -> _Stream:
+        """The stream behind the block, of the same tokens or of (B, T, 1, D); that before it may be written over."""
+        # the side reads what the stream was: its tensors live as long as this call
+        message_kv = side.begin(lambda: self.key_value(stream.class_tokens()))
+        batch, frames, tokens, width = stream.tokens.shape
+        rows = stream.tokens.flatten(0, 2)
+        packed, rows = self._behind_norm(self.qkv, rows, stream.branch, self.norm_1, self.lag_1)
+        packed = packed.view(-1, tokens, 3 * width)
         message_kv = side.join(message_kv)
         if class_row:
             mixed = self._mix_class(packed, message_kv)
-            tokens = class_tokens.unsqueeze(2)
-            rows = class_tokens.flatten(0, 1).contiguous()
+            rows = rows[::tokens].contiguous()
         else:
             mixed = frame_attention(packed, message_kv, self.heads)
-        rows = self.out.add(rows, mixed.reshape(rows.shape))
-        return self._perceptron(rows).view(tokens.shape)
+        rows, branch = _added(self.out, rows, mixed.reshape(rows.shape))
+        rows, branch = self._perceptron(rows, branch)
+        return _Stream(rows.view(batch, frames, -1, width), branch)
 
-    def _behind_norm(self, product: Product, rows: Tensor, norm: tuple[Tensor, Tensor], lag: Tensor | None) -> Tensor:
+    def _behind_norm(
+        self, product: Product, rows: Tensor, branch: Tensor | None, norm: tuple[Tensor, Tensor], lag: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The product of the normed rows, and the rows with the branch added."""
+        weight, bias = norm
         if isinstance(product, Float8Product):
             # the normed rows are never stored in another precision
-            weight, bias = norm
-            return product.multiply(*quantize_rows(rows, weight=weight, bias=bias, constant=lag, eps=self.eps))
-        normed, _ = layer_norm(rows, *norm, constant=lag, eps=self.eps)
-        return product(normed)
+            quantized, scale, rows = quantize_rows(
+                rows, weight=weight, bias=bias, residual=branch, constant=lag, eps=self.eps
+            )
+            return product.multiply(quantized, scale), rows
+        normed, rows = layer_norm(rows, weight, bias, residual=branch, constant=lag, eps=self.eps)
+        return product(normed), rows
 
-    def _perceptron(self, rows: Tensor) -> Tensor:
-        if not isinstance(self.fc, Float8Product):
-            normed, _ = layer_norm(rows, *self.norm_2, constant=self.lag_2, eps=self.eps)
-            return self.projection.add(rows, self.fc.activated(normed))
-        hidden = self._behind_norm(self.fc, rows, self.norm_2, self.lag_2)
-        if isinstance(self.projection, Float8Product):
-            return rows.add_(self.projection.multiply(*quantize_rows(hidden, activation=self.fc.activation)))
-        return self.projection.add(rows, activate(hidden, self.fc.activation))
+    def _perceptron(self, rows: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self.fc, Float8Product):
+            hidden, rows = self._behind_norm(self.fc, rows, branch, self.norm_2, self.lag_2)
+            if isinstance(self.projection, Float8Product):
+                quantized, scale, _ = quantize_rows(hidden, activation=self.fc.activation)
+                return rows, self.projection.multiply(quantized, scale)
+            hidden = activate(hidden, self.fc.activation)
+        else:
+            normed, rows = layer_norm(rows, *self.norm_2, residual=branch, constant=self.lag_2, eps=self.eps)
+            hidden = self.fc.activated(normed)
+        return _added(self.projection, rows, hidden)
 
     def _mix_class(self, packed: Tensor, message_kv: Tensor) -> Tensor:
         query, key, value = packed.chunk(3, dim=-1)
@@ -88,6 +122,13 @@ class _Block:
         parts = query[:, :1], torch.cat([key, message_key], dim=1), torch.cat([value, message_value], dim=1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def _added(product: Product, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows with a product added in its own pass, or, of a float8 one, the rows and a branch that is not added yet."""
+    if isinstance(product, Float8Product):
+        return rows, product(x)
+    return product.add(rows, x), None
 
 
 class Side:
@@ -135,6 +176,7 @@ class CudaTower:
         self.config, self.packing, self.rewrites = config, packing, packing.rewrites
         self.positions = exact(visual.positional_embedding)
         self.grids: dict[tuple[int, int], Tensor] = {}
+        self.packed_patches: dict[tuple[int, int], _patch_extension.Packed] = {}
         self.patch = packing.tensor(visual.conv1.weight)
         self.class_embedding = packing.tensor(visual.class_embedding)
         self.norm_pre = packing.tensor(visual.ln_pre.weight), packing.tensor(visual.ln_pre.bias)
@@ -159,10 +201,11 @@ class CudaTower:
 
     def __call__(self, video: Tensor, *, patches: bool) -> tuple[Tensor, list[Tensor]]:
         """A checked video to frame features (B * T, E), and the tokens of its frames in one part (B, T, S, D)."""
-        tokens = self._embed(video)
+        stream = _Stream(self._embed(video))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, self.side, i == last and not patches and "class_row" in self.rewrites)
+            stream = block(stream, self.side, i == last and not patches and "class_row" in self.rewrites)
+        tokens = stream.whole()
         tokens = tokens if self.lag is None else tokens.add_(self.lag)
         classes, _ = layer_norm(tokens[:, :, 0], *self.norm_post, eps=self.eps_post)
         return self.projection(classes.flatten(0, 1)), [tokens]
@@ -170,19 +213,30 @@ class CudaTower:
     def _embed(self, video: Tensor) -> Tensor:
         height, width = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]
         grid = height // self.config.patch_size, width // self.config.patch_size
-        if grid not in self.grids:
-            self.grids[grid] = self.packing.tensor(spatial_positions(self.positions, grid))
-        whole = video.dtype == torch.uint8
+        positions = self.packing.once(
+            self.grids, grid, lambda: self.packing.tensor(spatial_positions(self.positions, grid))
+        )
+        frames, packed, mean, std = video.flatten(0, 1), None, None, None
+        if video.dtype == torch.uint8:
+            mean, std = self.config.pixel_mean, self.config.pixel_std
+            if _patch_extension.takes_packed(frames, self.patch):
+                weights = self.patch, self.class_embedding, positions
+                packed = self.packing.once(
+                    self.packed_patches, grid, lambda: _patch_extension.pack_for_cuda(*weights, affine(mean, std))
+                )
+        else:
+            frames = frames.to(self.packing.dtype)
         tokens = patch_embed(
-            video.flatten(0, 1) if whole else video.flatten(0, 1).to(self.packing.dtype),
+            frames,
             self.patch,
             self.class_embedding,
-            self.grids[grid],
+            positions,
             norm_weight=self.norm_pre[0],
             norm_bias=self.norm_pre[1],
             eps=self.eps_pre,
-            mean=self.config.pixel_mean if whole else None,
-            std=self.config.pixel_std if whole else None,
+            mean=mean,
+            std=std,
+            _packed=packed,
         )
         return tokens.unflatten(0, video.shape[:2]).contiguous()
 

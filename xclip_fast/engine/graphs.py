@@ -1,9 +1,14 @@
-"""CUDA graphs: one a batch bucket, frames and resolution, the least recently used out first. Never run on a GPU."""
+"""CUDA graphs: one a batch bucket, frames, resolution and class set, the least recently used out first.
+
+Never run on a GPU.
+"""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +17,11 @@ from torch import Tensor
 from xclip_fast.recent import Recent
 
 MAX_GRAPHS = 8
+MAX_PAIRS = 1 << 14  # of a video and a class in a graph: of more the buffers are large and the launches the least
 _TRIALS = 5  # of each way of running an odd batch
+_CAPTURE = threading.Lock()  # one at a time in a process: a capture begins by waiting for the whole device
+
+Pass = Callable[..., list[Tensor]]
 
 
 class Graph(Protocol):
@@ -64,62 +73,92 @@ class GraphCache:
     A batch that is no power of two is padded to the next one or run without a graph, whichever was faster when the
     shape was first seen.
 
+    A class set is captured as it lies in memory, and its graph keeps it alive. Most of those that are seen once never
+    come back: a set has a graph from its second call on with a shape of videos, and none with very many videos and
+    classes.
+
     Args:
-        run: the forward pass on a video (B, ...), giving tensors of B rows each.
-        capture: makes a graph of ``run`` for a video.
+        run: the forward pass on a video (B, ...) and the tensors (K, ...) of a class set, if it takes one; it gives
+            tensors of B rows each.
+        capture: makes a graph of a forward pass for a video.
         seconds: runs a function and says how long it took.
         capacity: graphs kept at most; each has buffers for a whole forward pass.
+        uncaptured: gives what ``run`` does where a class set has no graph; by default it is ``run``.
     """
 
     def __init__(
         self,
-        run: Callable[[Tensor], list[Tensor]],
-        capture: Callable[[Callable[[Tensor], list[Tensor]], Tensor], Graph] = CudaGraph,
+        run: Pass,
+        capture: Callable[[Pass, Tensor], Graph] = CudaGraph,
         seconds: Callable[[Callable[[], object]], float] | None = None,
         capacity: int = MAX_GRAPHS,
+        uncaptured: Pass | None = None,
     ) -> None:
-        self.run, self.capture = run, capture
+        self.run, self.capture, self.uncaptured = run, capture, uncaptured or run
         self.seconds = seconds or _cuda_seconds
-        self._graphs: Recent[tuple[Any, ...], Graph] = Recent(capacity)
+        self._graphs: Recent[tuple[Any, ...], tuple[Graph, tuple[Tensor, ...]]] = Recent(capacity)
+        self._seen: Recent[tuple[Any, ...], weakref.ref[Tensor]] = Recent(8 * capacity)
         self._padded: dict[tuple[Any, ...], bool] = {}
-        self._lock = threading.Lock()
 
-    def __call__(self, video: Tensor) -> list[Tensor]:
-        """What ``run`` gives for the video."""
+    def __call__(self, video: Tensor, *texts: Tensor) -> list[Tensor]:
+        """What ``run`` gives for the video and the class set."""
+        if texts and not self._comes_back(video, texts):
+            return self.uncaptured(video, *texts)
         batch = len(video)
         if bucket(batch) == batch:
-            return self._graph(video)(video)
-        key = video.dtype, *video.shape
-        with self._lock:
-            padded = self._padded.get(key)
+            return self._graph(video, texts)(video)
+        key = video.dtype, *video.shape, *(x.shape for x in texts)
+        padded = self._padded.get(key)
         if padded is None:
-            padded = self._faster_padded(video)
-            with self._lock:
-                padded = self._padded.setdefault(key, padded)
-        return self._run_padded(video) if padded else self.run(video)
+            padded = self._padded.setdefault(key, self._faster_padded(video, texts))
+        return self._run_padded(video, texts) if padded else self.uncaptured(video, *texts)
 
-    def _run_padded(self, video: Tensor) -> list[Tensor]:
+    def _comes_back(self, video: Tensor, texts: tuple[Tensor, ...]) -> bool:
+        if len(video) * len(texts[0]) > MAX_PAIRS:
+            return False
+        key = _key(video, texts)
+        if self._graphs.get(key) is not None:
+            return True
+        # where a set lies another may lie once it is gone
+        before = self._seen.get(key)
+        if before is not None and before() is texts[0]:
+            return True
+        self._seen.put(key, weakref.ref(texts[0]))
+        return False
+
+    def _run_padded(self, video: Tensor, texts: tuple[Tensor, ...]) -> list[Tensor]:
         # repeated videos, not zeros: no shape of numbers the model has not seen
         index = torch.arange(bucket(len(video)), device=video.device) % len(video)
         whole = video[index]
-        return [x[: len(video)] for x in self._graph(whole)(whole)]
+        return [x[: len(video)] for x in self._graph(whole, texts)(whole)]
 
-    def _faster_padded(self, video: Tensor) -> bool:
-        ways: tuple[Callable[[Tensor], object], ...] = self._run_padded, self.run
+    def _faster_padded(self, video: Tensor, texts: tuple[Tensor, ...]) -> bool:
+        ways = partial(self._run_padded, video, texts), partial(self.uncaptured, video, *texts)
         for way in ways:
-            way(video)
-        padded, plain = (min(self.seconds(lambda way=way: way(video)) for _ in range(_TRIALS)) for way in ways)  # type: ignore[misc]
+            way()
+        padded, plain = (min(self.seconds(way) for _ in range(_TRIALS)) for way in ways)
         return padded < plain
 
-    def _graph(self, video: Tensor) -> Graph:
-        key = video.dtype, *video.shape
-        with self._lock:
-            # capture is rare and must not meet another capture: it stays under the lock
-            graph = self._graphs.get(key)
-            if graph is None:
-                graph = self.capture(self.run, video)
-                self._graphs.put(key, graph)
-            return graph
+    def _graph(self, video: Tensor, texts: tuple[Tensor, ...]) -> Graph:
+        key = _key(video, texts)
+        kept = self._graphs.get(key)
+        if kept is None:
+            with _CAPTURE:
+                kept = self._graphs.get(key)
+                if kept is None:
+                    kept = self.capture(lambda video: self.run(video, *texts), video), texts
+                    self._graphs.put(key, kept)
+        return kept[0]
+
+
+def _key(video: Tensor, texts: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Of a graph: the shape of the videos in their bucket, and where and how the class set lies in memory."""
+    return (
+        video.dtype,
+        bucket(len(video)),
+        *video.shape[1:],
+        *((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in texts),
+    )
 
 
 def bucket(batch: int) -> int:

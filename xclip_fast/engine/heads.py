@@ -81,9 +81,9 @@ class Heads:
     def integrate(self, features: Tensor) -> Tensor:
         """Frame features (B, T, E) to video features (B, E)."""
         frames = features.shape[1]
-        if frames not in self.mit_lengths:
-            self.mit_lengths[frames] = self.packing.tensor(temporal_positions(self.mit_positions, frames)[0])
-        positions: Tensor | None = self.mit_lengths[frames]
+        positions: Tensor | None = self.packing.once(
+            self.mit_lengths, frames, lambda: self.packing.tensor(temporal_positions(self.mit_positions, frames)[0])
+        )
         x = features
         for arguments in self.mit_blocks[:-1]:
             x, positions = temporal_block(x, **arguments, positions=positions), None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ CPU_REWRITES = frozenset(REWRITES) - {"stream", "message_product"}
 # on a GPU kernels have these in other ways: norms read their vectors, MIT's last launch pools
 CUDA_REWRITES = frozenset(REWRITES) - {"norms", "silu", "scores", "message_product", "mit_mean"}
 PRODUCTS = ("qkv", "out", "fc", "projection")  # the large ones of a block, which may be narrow
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,16 @@ class Packing:
     def tensor(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy on the device, in the stream's dtype unless told otherwise."""
         return x.detach().to(self.device, dtype or self.dtype, copy=True).contiguous()
+
+    def once(self, values: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
+        """The value of a key, made once for all threads and streams: a captured graph reads its tensors in place."""
+        if key not in values:
+            made = make()
+            if self.device.type == "cuda":
+                # whoever finds it may read it on another stream
+                torch.cuda.current_stream(self.device).synchronize()
+            values.setdefault(key, made)
+        return values[key]
 
     def vectors(self, norm: Any, *, place: str = "") -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of a norm; nothing where they are in the product behind it, which has the place."""

@@ -245,23 +245,34 @@ class Float8Product:
         weight: (N, K) on the GPU, in any precision.
         bias, activation: as in ``PlainProduct``.
         dtype: of the rows and the results.
+        fast: sum within the tensor cores, which keep fewer bits than float32, instead of moving their sums to float32
+            registers every few steps.
     """
 
     name = "float8_e4m3fn"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> None:
-        self.weight, scale = quantize_rows(weight.float())
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype, *, fast: bool = True
+    ) -> None:
+        self.weight, scale, _ = quantize_rows(weight.float())
         self.scale = scale.t().contiguous()
         self.bias = None if bias is None else bias.to(dtype)
-        self.activation, self.dtype = activation, dtype
+        self.activation, self.dtype, self.fast = activation, dtype, fast
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.multiply(*quantize_rows(x))
+        quantized, scale, _ = quantize_rows(x)
+        return self.multiply(quantized, scale)
 
     def multiply(self, rows: Tensor, scale: Tensor) -> Tensor:
         """(M, N) from float8 rows (M, K) and their float32 scales (M, 1), as ``quantize_rows`` gives them."""
         return torch._scaled_mm(
-            rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=self.dtype
+            rows,
+            self.weight.t(),
+            scale_a=scale,
+            scale_b=self.scale,
+            bias=self.bias,
+            out_dtype=self.dtype,
+            use_fast_accum=self.fast,
         )
 
     def activated(self, x: Tensor) -> Tensor:

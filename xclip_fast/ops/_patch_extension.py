@@ -41,6 +41,11 @@ def refusal(frames: Tensor, weight: Tensor) -> str | None:
     return _extension.cuda_refusal()
 
 
+def takes_packed(frames: Tensor, weight: Tensor) -> bool:
+    """Whether the extension would serve a call by what ``pack_for_cuda`` makes."""
+    return frames.device.type == "cuda" and refusal(frames, weight) is None
+
+
 def serves_rows(frames: Tensor) -> bool:
     """Whether ``patch_rows`` below takes these frames."""
     return frames.device.type == "cpu" and _extension.refusal() is None
@@ -66,9 +71,19 @@ class Call(NamedTuple):
     save_embedded: bool
 
 
+class Packed(NamedTuple):
+    """Weights and table of one grid of patches, as ``csrc/patch_embed_cuda.h`` describes them."""
+
+    weight: Tensor
+    table: Tensor
+
+
 def patch_embed_fwd(call: Call) -> tuple[Tensor, Tensor]:
     """Tokens, and what they were before their norm if that is to be saved; see ``ops.patch_embed``."""
-    return _on_cuda(call) if call.frames.device.type == "cuda" else _on_cpu(call)
+    if call.frames.device.type != "cuda":
+        return _on_cpu(call)
+    # not kept for the next call: neither identity nor version of a tensor tells of a write through ``.data``
+    return on_cuda(call, pack_for_cuda(call.weight, call.class_embedding, call.positions, call.factors))
 
 
 def _on_cpu(call: Call) -> tuple[Tensor, Tensor]:
@@ -106,8 +121,8 @@ def _on_cpu(call: Call) -> tuple[Tensor, Tensor]:
     return tokens, embedded
 
 
-def _on_cuda(call: Call) -> tuple[Tensor, Tensor]:
-    packed, table = pack_for_cuda(call.weight, call.class_embedding, call.positions, call.factors)
+def on_cuda(call: Call, packed: Packed) -> tuple[Tensor, Tensor]:
+    """As ``patch_embed_fwd``, by what ``pack_for_cuda`` made of the weights of the call."""
     wide = torch.promote_types(call.weight.dtype, call.dtype)
     written = call.dtype if call.norm_weight is None else wide
     if written not in (torch.float16, torch.bfloat16):
@@ -116,8 +131,7 @@ def _on_cuda(call: Call) -> tuple[Tensor, Tensor]:
     with torch.cuda.device(call.frames.device):
         tokens = torch.ops.xclip_fast_native.patch_embed_cuda(
             channels_last(call.frames),
-            packed,
-            table,
+            *packed,
             call.weight.shape[-1],
             written,
             torch.cuda.current_stream().cuda_stream,
@@ -128,10 +142,8 @@ def _on_cuda(call: Call) -> tuple[Tensor, Tensor]:
     return normed.to(call.dtype), tokens.to(wide) if call.save_embedded else tokens.new_empty(0, dtype=wide)
 
 
-def pack_for_cuda(
-    weight: Tensor, class_embedding: Tensor, positions: Tensor, factors: list[list[float]]
-) -> tuple[Tensor, Tensor]:
-    """Weights and table as ``csrc/patch_embed_cuda.h`` describes them: the normalisation is folded into both."""
+def pack_for_cuda(weight: Tensor, class_embedding: Tensor, positions: Tensor, factors: list[list[float]]) -> Packed:
+    """What the CUDA operator reads: the normalisation is folded into weights and table."""
     width, _, patch, _ = weight.shape
     # factors stay numbers: a tensor of them would be copied from the host, which no CUDA graph can capture
     channels = list(zip(weight.float().unbind(1), *factors, strict=True))
@@ -143,7 +155,7 @@ def pack_for_cuda(
     sums = [channel.sum((1, 2)) * (PIXEL_CENTRE * scale + offset) for channel, scale, offset in channels]
     bias = sums[0] + sums[1] + sums[2]
     table = torch.cat([class_embedding.float()[None], bias.expand(len(positions) - 1, -1)]) + positions.float()
-    return packed.to(torch.float16).contiguous(), table
+    return Packed(packed.to(torch.float16).contiguous(), table)
 
 
 def _multiplies_bytes(frames: Tensor, weight: Tensor) -> bool:

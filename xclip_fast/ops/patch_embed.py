@@ -28,6 +28,7 @@ def patch_embed(
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    _packed: _patch_extension.Packed | None = None,
 ) -> Tensor:
     """The tokens of frames, from decoded bytes in one pass: normalise, project, prepend the class, add positions, norm.
 
@@ -66,6 +67,10 @@ def patch_embed(
         return patch_embed_ref(*tensors, eps, mean, std, dtype)
     if chosen == "torch":
         return _patch_embed_torch(*tensors, eps, mean, std, dtype)
+    if chosen == "extension" and _packed is not None:
+        # the engine packed these weights, which never change: no gradients there, and no operator between
+        call = _patch_extension.Call(*tensors, eps, affine(mean, std), dtype, save_embedded=False)
+        return _patch_extension.on_cuda(call, _packed)[0]
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     save_embedded = norm_weight is not None and wants_gradient
     return torch.ops.xclip_fast.patch_embed(*tensors, eps, mean, std, dtype, save_embedded, chosen == "extension")[0]

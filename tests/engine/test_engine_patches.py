@@ -1,0 +1,127 @@
+"""Patch weights packed once for bytes by the CUDA tower; the extension's CUDA operator is emulated."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import random_video, small_model
+from numerics import relative_error
+from torch import Tensor
+
+from xclip_fast import ops
+from xclip_fast.engine.cuda import CudaTower
+from xclip_fast.engine.packing import CUDA_REWRITES, Packing
+from xclip_fast.ops import _patch_extension, patch_embed
+from xclip_fast.ops._patch_contract import affine
+from xclip_fast.ops._patch_extension import PIXEL_CENTRE, STAGE_BYTES, WEIGHT_SCALE, Packed, pack_for_cuda
+from xclip_fast.reference import XCLIP
+
+HALF = Packing(torch.device("cpu"), torch.float16, CUDA_REWRITES)
+
+
+def emulated(frames: Tensor, weight: Tensor, table: Tensor, patch: int, dtype: torch.dtype, stream: int) -> Tensor:
+    """What ``patch_embed_cuda`` computes, from the packed weights and the table alone."""
+    columns = weight.transpose(1, 2).unflatten(-1, (STAGE_BYTES // 16, 2, 4, 2)).transpose(-3, -2)
+    rows = columns.flatten(2)[:, :, : 3 * patch]
+    count, height, width, _ = frames.shape
+    pixels = (frames.double() - PIXEL_CENTRE).view(count, height // patch, patch, width // patch, 3 * patch)
+    tokens = torch.einsum("fypxc,pdc->fyxd", pixels, rows.double()).flatten(1, 2) / WEIGHT_SCALE
+    return (torch.cat([torch.zeros_like(tokens[:, :1]), tokens], dim=1) + table).to(dtype)
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """The extension as on a GPU; what was packed for it, and the packed weights of each call of the operator."""
+    seen: dict[str, list[Any]] = {"packed": [], "used": []}
+
+    def pack(*arguments: Any) -> Packed:
+        seen["packed"].append(pack_for_cuda(*arguments))
+        return seen["packed"][-1]
+
+    def operator(frames: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        seen["used"].append(weight)
+        return emulated(frames, weight, *others)
+
+    monkeypatch.setattr(_patch_extension, "refusal", lambda frames, weight: None)
+    monkeypatch.setattr(_patch_extension, "takes_packed", lambda frames, weight: True)
+    monkeypatch.setattr(_patch_extension, "pack_for_cuda", pack)
+    monkeypatch.setattr(torch.ops.xclip_fast_native, "patch_embed_cuda", operator, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def model() -> XCLIP:
+    return small_model()
+
+
+@torch.inference_mode()
+def test_a_grid_is_packed_once(model: XCLIP, extension: dict[str, list[Any]]) -> None:
+    tower = CudaTower(model.visual, model.config, HALF)
+    for side in (32, 48, 32, 48, 32):
+        video = random_video(side=side)
+        found = tower._embed(video)
+        with ops.backend("torch"):
+            assert relative_error(found, tower._embed(video)) < 2e-3
+    assert [len(packed.table) for packed in extension["packed"]] == [1 + (side // 8) ** 2 for side in (32, 48)]
+    assert len(extension["used"]) == 5
+    assert {weight.data_ptr() for weight in extension["used"]} == {x.weight.data_ptr() for x in extension["packed"]}
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+@torch.inference_mode()
+def test_another_backend_is_respected(model: XCLIP, extension: dict[str, list[Any]], name: str) -> None:
+    tower = CudaTower(model.visual, model.config, HALF)
+    with ops.backend(name):
+        tower._embed(random_video())
+    assert not extension["used"]
+
+
+@torch.inference_mode()
+def test_normalised_frames_need_nothing_packed(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_patch_extension, "pack_for_cuda", lambda *_: pytest.fail("packed"))
+    tower = CudaTower(model.visual, model.config, HALF)
+    tower._embed(torch.randn(2, 4, 3, 32, 32))
+    # nor do bytes that the extension does not serve
+    tower._embed(random_video())
+
+
+@torch.inference_mode()
+def test_packed_weights_give_the_bits_of_the_op(model: XCLIP, extension: dict[str, list[Any]]) -> None:
+    frames = random_video()[0]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(size, generator=generator).half() for size in ((24, 3, 16, 16), (24,), (5, 24))]
+    norm = {"norm_weight": torch.ones(24).half(), "norm_bias": torch.ones(24).half()}
+    mean, std = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
+    packed = pack_for_cuda(*weights, affine(mean, std))
+    for options in ({}, norm):
+        call = _patch_extension.Call(
+            frames, *weights, *(norm.values() if options else (None, None)), 1e-5, affine(mean, std), torch.half, False
+        )
+        wanted, _ = _patch_extension.on_cuda(call, pack_for_cuda(*weights, call.factors))
+        found = patch_embed(frames, *weights, **options, mean=mean, std=std, _packed=packed)
+        assert torch.equal(found, wanted)
+
+
+def test_threads_share_what_was_made_first() -> None:
+    values: dict[str, Tensor] = {}
+    both = threading.Barrier(2)
+    found = []
+
+    def make() -> Tensor:
+        both.wait()
+        return torch.ones(1)
+
+    threads = [threading.Thread(target=lambda: found.append(HALF.once(values, "grid", make))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # a graph may have been captured on it already
+    assert found[0] is found[1] is values["grid"]
