@@ -22,6 +22,7 @@ Plan = list[tuple[Case, tuple[str, ...]]]
 FRAMES = {"L/14-336": 16}
 # those first that say most, should the time end: what the numbers to reach speak of, then the rest
 PRIMARY = [("B/16", 8), ("B/32", 8), ("L/14", 8), ("L/14", 32), ("B/32", 1), ("B/16", 1), ("L/14", 1)]
+BYTES = [("B/16", 8), ("B/32", 1)]  # from uint8 frames too, which the compiled extension embeds
 LATER = [("B/16", 32), ("B/32", 32), *(("L/14-336", batch) for batch in (8, 1, 32))]
 TRAINED = [("B/16", 8), ("B/32", 8), ("L/14", 8), ("L/14-336", 8)]
 FIRST = ("hf-sdpa", "engine", "engine-float8")
@@ -43,11 +44,13 @@ def plan(direction: str, dry: bool) -> Plan:
         memory = ((case, (f"layers {MEMORY}",)),) if direction == "train" else ()
         return [(case, ("hf-sdpa", "layers")), *memory]
 
-    def group(order: list[tuple[str, int]], providers: tuple[str, ...], *, apart: bool = False) -> Plan:
+    def group(
+        order: list[tuple[str, int]], providers: tuple[str, ...], *, apart: bool = False, input: str = "normalised"
+    ) -> Plan:
         made: Plan = []
         for variant, batch in order:
             frames = FRAMES.get(variant, 8)
-            case = Case("model", variant, frames, batch, 400, "bfloat16", direction, "normalised", "cuda")
+            case = Case("model", variant, frames, batch, 400, "bfloat16", direction, input, "cuda")
             made += [(case, (provider,)) for provider in providers] if apart else [(case, providers)]
         return made
 
@@ -55,14 +58,17 @@ def plan(direction: str, dry: bool) -> Plan:
         kept = tuple(f"{provider} {MEMORY}" for provider in ("hf-sdpa", *OURS, *STRONGEST))
         return [
             *group(TRAINED, ("hf-sdpa", *OURS)),
+            *group(TRAINED[:3], (*STRONGEST, "layers-compile"), apart=True),
             *group(TRAINED, kept[:3], apart=True),
-            *group(TRAINED[:3], (*STRONGEST, *kept[3:]), apart=True),
-            *group(TRAINED, OTHERS, apart=True),
-            *group(TRAINED[3:], (*STRONGEST, *kept[3:]), apart=True),
+            *group(TRAINED[:3], kept[3:], apart=True),
+            *group(TRAINED[3:], (*STRONGEST, "layers-compile", *kept[3:]), apart=True),
+            *group(TRAINED, ("hf-compile",), apart=True),
         ]
     return [
         *group(PRIMARY, FIRST),
         *group(PRIMARY, STRONGEST, apart=True),
+        *group(BYTES, FIRST, input="uint8"),
+        *group(BYTES, STRONGEST, apart=True, input="uint8"),
         *group(PRIMARY, OURS),
         *group(LATER, (*FIRST, *OURS)),
         *group(LATER, STRONGEST, apart=True),
@@ -72,7 +78,7 @@ def plan(direction: str, dry: bool) -> Plan:
 
 def name_of(case: Case, provider: str) -> str:
     """Of a case in the journal."""
-    return f"{case.variant} x{case.batch} {provider}"
+    return f"{case.variant} x{case.batch}{' uint8' if case.input == 'uint8' else ''} {provider}"
 
 
 def main(journal: Journal, out: Path, dry: bool, direction: str = "forward") -> bool:
@@ -178,7 +184,7 @@ def kept_memory(case: Case, provider: str) -> dict[str, float]:
 def describe(row: Row) -> str:
     """A line of a log."""
     case = row.case
-    head = f"{case.name} {case.variant} x{case.batch} {case.dtype} {case.direction} {row.provider}"
+    head = f"{case.name} {case.variant} x{case.batch} {case.dtype} {case.direction} {case.input} {row.provider}"
     if row.timing is None:
         return f"{head}: {row.status}: {row.reason}"
     found = row.timing

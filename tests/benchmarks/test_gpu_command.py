@@ -20,6 +20,7 @@ from benchmarks.gpu.candidates import CHOICES, MOST
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.prepare import run as run_command
 from xclip_fast import tuning
+from xclip_fast.bench import models
 from xclip_fast.bench.cases import OPS, Load, config_of
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case, Row, Run, Timing
@@ -159,6 +160,17 @@ def test_the_matrix_names_providers_that_exist_and_the_most_telling_cases_first(
     assert {(case.variant, case.batch) for case, _ in found} == {
         (one, batch) for one in variants for batch in (1, 8, 32)
     }
+    by_bytes = {
+        (case.variant, case.batch): {provider for other, group in found if other == case for provider in group}
+        for case, _ in found
+        if case.input == "uint8"
+    }
+    assert by_bytes == {shape: {*e2e.FIRST, *e2e.STRONGEST} for shape in e2e.BYTES}
+    # a training step is at its best captured, and compiled, on both sides
+    for variant in variants:
+        trained = {one for case, group in e2e.plan("train", dry=False) if case.variant == variant for one in group}
+        assert {"hf-sdpa", *e2e.STRONGEST, "hf-compile", *goals.TRAINED} <= trained
+    assert models.methods_of(e2e.plan("train", dry=False)[0][0]) == ("graph", "wall")
     # what the numbers to reach compare is there before anything else is measured
     needed = {*e2e.FIRST, *e2e.STRONGEST}
     head = found[: len(e2e.PRIMARY) * (1 + len(e2e.STRONGEST))]
@@ -258,9 +270,19 @@ def test_goals_are_read_from_what_the_parts_record(tmp_path: Path) -> None:
         "B/16 x8 engine-float8": {"rows": [{"timing": None}]},
         "B/16 x1 engine": {"status": "failed"},
     }
+    forward["B/32 x1 uint8 engine"] = {"rows": [timed(4.0)]}
+    forward["B/32 x1 uint8 hf-compile"] = {"rows": [timed(2.0)]}
     write("e2e", forward)
     kept = {"layers": 5.0, "hf-compile-max-flash": 10.0}
-    write("train", {f"B/16 x8 {name} memory": {"memory": {"kept_mb": size}} for name, size in kept.items()})
+    trained = {f"B/16 x8 {name} memory": {"memory": {"kept_mb": size}} for name, size in kept.items()}
+    for name, captured, seen in (
+        ("layers", 1.5, 1.9),
+        ("layers-compile", 1.8, 1.7),
+        ("hf-compile-max-flash", 1.5, 1.2),
+        ("hf-compile", 1.2, 1.5),
+    ):
+        trained[f"B/16 x8 {name}"] = {"rows": [timed(captured), timed(seen, "wall")]}
+    write("train", trained)
     times = {"flash": 3.0, "cudnn": 2.8, "triton": 2.0}
     write("questions", {"ifa B/16 x8": {"rows": [{"contender": key, "median_ms": t} for key, t in times.items()]}})
     rows = [{"what": "extension", "ratio": 1.2}, {"what": "reference", "ratio": 0.3}, {"what": "torch"}]
@@ -269,6 +291,9 @@ def test_goals_are_read_from_what_the_parts_record(tmp_path: Path) -> None:
     assert {name: round(goal.found or 0, 3) for name, goal in found.items()} == {
         "B/16 x8 engine over the best compiled": 1.267,
         "B/16 x8 engine over eager, as a user sees it": 2.0,
+        "B/32 x1 engine from bytes over the best compiled": 2.0,
+        "B/16 x8 training step over the best compiled, captured": 1.2,
+        "B/16 x8 training step over the best compiled, as a user sees it": 1.267,
         "B/16 x8 activations kept, of the compiled one's": 0.5,
         "B/16 x8 attention over SDPA on joined keys": 1.4,
         "B/16 x8 patch embedding over the eager chain": 4.0,

@@ -7,10 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from gpu_cases import copies, equal, forward_and_backward, inputs_of, needs_gpu
+from numerics import relative_error
 from torch import Tensor
 
 from xclip_fast.bench.cases import OPS, find_op
 from xclip_fast.bench.inputs import Inputs
+from xclip_fast.bench.models import prepared, step
+from xclip_fast.bench.providers import PROVIDERS
+from xclip_fast.bench.record import Case
+from xclip_fast.bench.setting import inputs_of as model_inputs
+from xclip_fast.bench.setting import setting_of
+from xclip_fast.bench.timing import _captured
 
 CASES = [("B/16", 2), ("B/32", 1), ("L/14", 1)]
 
@@ -66,3 +73,28 @@ def test_forward(op: str, variant: str, batch: int, dtype: str) -> None:
 def test_forward_and_backward(op: str, variant: str, batch: int) -> None:
     inputs = inputs_of(op, variant, "bfloat16", batch=batch)
     check(forward_and_backward(op, inputs), inputs, warm_ups=3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("provider", ["hf-sdpa", "layers"])
+def test_training_step_as_it_is_timed(provider: str) -> None:
+    case = Case("model", "B/32", 8, 2, 400, "bfloat16", "train", "normalised", "cuda")
+    setting = setting_of(case)
+    module = prepared(PROVIDERS[provider].build(setting), case)
+    assert isinstance(module, torch.nn.Module)
+    run = step(module, model_inputs(setting), True)
+    replay = _captured(run)
+    # those that the graph writes
+    grads = [x.grad for x in module.parameters() if x.grad is not None]
+    for factor in (1.0, 0.5):
+        with torch.no_grad():
+            for x in module.parameters():
+                x.mul_(factor)
+        for grad in grads:
+            grad.fill_(float("nan"))
+        replay()
+        torch.cuda.synchronize()
+        found = copies(grads)
+        run()
+        wanted = [x.grad for x in module.parameters() if x.grad is not None]
+        assert all(relative_error(one, other) < 2e-2 for one, other in zip(found, wanted, strict=True))

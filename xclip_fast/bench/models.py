@@ -78,7 +78,7 @@ def _measured(
     inputs = inputs_of(setting)
     truth = truth_of(setting, inputs)
     name, baseline, torch_error = baseline_of(setting, inputs, truth)
-    methods = ("wall",) if case.device == "cpu" else ("graph", "wall")
+    methods = methods_of(case)
     bases = {
         method: Base(name, timed(name, baseline, inputs, case, method, effort), case, effort) for method in methods
     }
@@ -96,6 +96,8 @@ def _measured(
                     None if provider == name else timed(provider, built, inputs, case, method, effort)
                 )
                 yield replace(row_of(case, provider, check, timing, ceilings), memory_mb=memory)
+                # a graph keeps the memory of a whole step
+                _free(case)
         except UnavailableError as error:
             yield Row(case, provider, UNAVAILABLE, str(error))
         except Exception as error:
@@ -107,8 +109,17 @@ def _measured(
             _free(case)
 
 
+def methods_of(case: Case) -> tuple[str, ...]:
+    """How a case is timed: on a GPU by replays of a graph of one step, forward or training, and as a user sees it."""
+    return ("wall",) if case.device == "cpu" else ("graph", "wall")
+
+
 def step(classify: Classify, inputs: tuple[Tensor, Tensor], train: bool) -> Callable[[], Tensor]:
-    """One call as it is timed: logits, or forward and backward of all parameters."""
+    """One call as it is timed: logits, or forward and backward of all parameters.
+
+    A training step begins without gradients, so that one that is captured into a graph makes them in the graph's own
+    memory, and writes all of them at each replay.
+    """
     video, text = inputs
     if not train:
 

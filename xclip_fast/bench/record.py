@@ -123,7 +123,8 @@ class Amdahl:
 class Row:
     """One provider in one case.
 
-    ``reason`` says why there is no timing; ``memory_mb`` is the peak of a step, as ``memory.peak_memory`` says.
+    ``reason`` says why there is no timing; ``launches`` is what one call launches on a GPU where
+    ``launches.launches_of`` counts it; ``memory_mb`` is the peak of a step, as ``memory.peak_memory`` says.
     """
 
     case: Case
