@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -37,37 +36,27 @@ def tasks(lane: str, desk: Desk) -> dict[str, Task]:
     """The cases of a lane."""
     if lane == "kernels":
         return _kernel_tasks(desk)
+    # what is built and compiled is not interrupted by who measures: the lanes measure behind one another, at the end
+    desk.turns.stay()
     direction = "train" if lane.startswith("train ") else "forward"
     sizes = lane.removeprefix("train ")
     variant, _, batch = sizes.partition(" x")
-    case = case_of(variant, int(batch), direction=direction)
-    name = name_of(case)
-    if direction == "train":
-        return {
-            f"build {name}": Task(90, partial(contest.build, desk, case, TRAINED)),
-            f"compile {name}": Task(200, partial(contest.build, desk, case, COMPILED_TRAINING)),
-            name: Task(240, partial(contest.measure, desk, case, ("graph", "wall"))),
-        }
-    methods = ("graph", "wall") if sizes in AS_USED else ("graph",)
-    found = {
-        f"build {name}": Task(90, partial(contest.build, desk, case, OURS)),
-        f"compile {name}": Task(200, partial(contest.build, desk, case, (COMPILED,))),
-        name: Task(240, partial(contest.measure, desk, case, methods)),
-    }
-    if sizes in AS_USED:
-        whole = case_of(variant, int(batch), "uint8")
-        found[f"build {name_of(whole)}"] = Task(120, partial(contest.build, desk, whole, OURS))
-        found[name_of(whole)] = Task(240, partial(contest.measure, desk, whole, methods))
-    if sizes in STRONGEST_OF:
-        found[f"{name} {STRONGEST}"] = Task(390, partial(_strongest, desk, case, methods))
+    methods = ("graph", "wall") if sizes in AS_USED or direction == "train" else ("graph",)
+    inputs = ("normalised", "uint8") if sizes in AS_USED and direction == "forward" else ("normalised",)
+    cases = [case_of(variant, int(batch), input, direction) for input in inputs]
+    ours, compiled = (TRAINED, COMPILED_TRAINING) if direction == "train" else (OURS, (COMPILED,))
+    found = {f"build {name_of(case)}": Task(90, partial(contest.build, desk, case, ours)) for case in cases}
+    found[f"compile {name_of(cases[0])}"] = Task(200, partial(contest.build, desk, cases[0], compiled))
+    found |= {name_of(case): Task(240, partial(contest.measure, desk, case, methods)) for case in cases}
+    if sizes in STRONGEST_OF and direction == "forward":
+        found[f"{name_of(cases[0])} {STRONGEST}"] = Task(390, partial(_strongest, desk, cases[0], methods))
     return found
 
 
 def _strongest(desk: Desk, case: Case, methods: tuple[str, ...]) -> Found:
     """Every template of products tried, alone on the GPU, when no other lane has anything left to do; then all again."""
     contest.forget(desk, case)
-    while not desk.alone_in_window():
-        time.sleep(0.5)
+    desk.wait_while(lambda running: True)
     built = contest.build(desk, case, (*OURS, STRONGEST))
     found = contest.measure(desk, case, methods)
     right = built["status"] in (PASSED, RAN)
@@ -84,13 +73,17 @@ def _kernel_tasks(desk: Desk) -> dict[str, Task]:
 
 
 def _ceilings(desk: Desk) -> Found:
+    # whole models are built first: who waits to be alone keeps others from beginning
+    desk.wait_while(lambda running: running.startswith(("imports", "build", "compile")))
     with desk.turns.alone():
-        rates = ceilings("cuda", ("bfloat16",), 0.2) if desk.judged else {}
-    return {"status": desk.verdict(True), "rates": rates, "machine": facts("cuda")}
+        rates = desk.keep(CEILINGS, lambda: ceilings("cuda", ("bfloat16",), 0.2) if desk.judged else {})
+    machine = facts("cuda") | {"commit": desk.commit}
+    return {"status": desk.verdict(True), "rates": rates, "machine": machine}
 
 
 def _ask(desk: Desk, bench: Bench, ask: Callable[..., Rows], variant: str, batch: int) -> Found:
     with desk.turns.alone():
-        rows: list[dict[str, Any]] = ask(bench, variant, batch)
+        of_copy = [desk.keep(CEILINGS, dict).get("copy_gbs")] if ask is questions.ifa else []
+        rows: list[dict[str, Any]] = ask(bench, variant, batch, *of_copy)
     failed = [row for row in rows if row["status"] == "failed"]
     return {"status": FAILED if failed else desk.verdict(True), "rows": rows}

@@ -38,6 +38,7 @@ class Desk:
     Attributes:
         folder: of the window, where the lanes' records and locks are.
         record: of this lane.
+        commit: of the code.
         tiny: the smallest shapes, to try the code itself.
         judged: whether numbers mean something; on the stand-in nothing is computed.
         turns: who has the GPU.
@@ -45,6 +46,7 @@ class Desk:
 
     folder: Path
     record: Path
+    commit: str
     tiny: bool
     judged: bool
     turns: Turns
@@ -65,11 +67,18 @@ class Desk:
             self._kept.pop(name, None)
         torch.cuda.empty_cache()
 
-    def alone_in_window(self) -> bool:
-        """Whether every other lane has finished or is not there."""
-        me = self.record.name
-        others = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.lane.json") if path.name != me]
-        return all(other["complete"] or not other.get("running") for other in others)
+    def wait_while(self, busy: Callable[[str], bool]) -> None:
+        """Wait until no other lane runs a case of which this is true; its own time goes on."""
+        while any(busy(name) for name in self._running_elsewhere()):
+            time.sleep(0.2)
+
+    def _running_elsewhere(self) -> list[str]:
+        found = []
+        for path in self.folder.glob("*.lane.json"):
+            if path != self.record:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                found += [content["running"]] if content.get("running") else []
+        return found
 
     def verdict(self, right: bool) -> str:
         """The status of a case that has run to its end."""
@@ -94,9 +103,9 @@ def main() -> int:
     options = parser.parse_args()
     folder: Path = options.folder
     rehearsed = standin.in_force()
-    record = record_of(folder, options.lane)
-    desk = Desk(folder, record, options.tiny, not rehearsed, Turns(folder))
     given = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    record = record_of(folder, options.lane)
+    desk = Desk(folder, record, given["facts"]["commit"], options.tiny, not rehearsed, Turns(folder))
     journal = Journal(record, given["facts"], given["end"] - time.time())
     journal.start("imports", 60 * (PATIENCE if rehearsed else 1))
     start = time.monotonic()
@@ -116,6 +125,7 @@ def main() -> int:
         compiled.clear()
         if rehearsed:
             found["counted"] = {what: count - before[what] for what, count in standin.counts().items()}
+            found["counted"]["captured"] = standin.counts()["captured"]
         journal.add(name, found)
         leave_if_lost()
     journal.finish(tasks)

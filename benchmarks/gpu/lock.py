@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -16,16 +16,29 @@ class Turns:
 
     def __init__(self, folder: Path) -> None:
         self.gate, self.gpu = folder / "gate.lock", folder / "gpu.lock"
+        self._kept = ExitStack()
+        self._staying = False
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Work beside others that share, and beside nobody who measures."""
+        if self._staying:
+            yield
+            return
         with self._held(fcntl.LOCK_SH):
             yield
+
+    def stay(self) -> None:
+        """Share from now on until this process asks to be alone, so that nobody measures in the midst of what it builds."""
+        if not self._staying:
+            self._kept.enter_context(self._held(fcntl.LOCK_SH))
+            self._staying = True
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Measure: nobody else has the GPU."""
+        self._kept.close()
+        self._staying = False
         with self._held(fcntl.LOCK_EX):
             yield
 

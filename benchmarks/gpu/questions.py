@@ -167,7 +167,9 @@ def _joined(given: dict[str, Any], chosen: SDPBackend | None) -> Call:
 
 
 def _backends(bench: Bench) -> list[tuple[str, SDPBackend | None]]:
-    return [("sdpa", None)] if bench.dry else [("flash", FLASH), ("cudnn", CUDNN)]
+    if bench.dry:
+        return [("sdpa", None)]
+    return [("flash", FLASH), *([("cudnn", CUDNN)] if torch.backends.cudnn.enabled else [])]
 
 
 def sdpa(bench: Bench, variant: str, batch: int) -> Rows:

@@ -51,6 +51,7 @@ def by_provider(content: dict[str, Any]) -> dict[str, Any]:
             continue
         said = [row["case"] for row in rows][0]
         shape = f"{said['variant']} x{said['batch']}{' uint8' * (said['input'] == 'uint8')}"
+        shape += " train" * (said["direction"] == "train")
         for row in rows:
             entry = found.setdefault(f"{shape} {row['provider']}", {"rows": [], "mfu": {}})
             entry["rows"].append(row)

@@ -89,7 +89,12 @@ def run(window: str, out: Path, *, dry: bool = False, tiny: bool = False, second
         content = _merge(out / f"{window}.json", lanes, head)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(verdict.table(out, content), flush=True)
+    try:
+        print(verdict.table(out, content), flush=True)
+    except (KeyError, TypeError, ValueError) as error:
+        # the figures are worth more than their table
+        print(f"error: no table of {out / window}.json: {type(error).__name__}: {error}", flush=True)
+        return 1
     return 0 if verdict.sound(content) else 1
 
 

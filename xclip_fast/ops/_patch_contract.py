@@ -25,6 +25,11 @@ def affine(mean: Sequence[float], std: Sequence[float]) -> list[list[float]]:
     return [[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
 
 
+def vector(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor that the device fills by itself: no CUDA graph can capture a copy from the host."""
+    return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
+
+
 def pixel_statistics(
     frames: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:

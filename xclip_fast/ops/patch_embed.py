@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from xclip_fast.ops import _patch_extension
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
 from xclip_fast.ops._dtypes import autocast_dtype, exact_dtype
-from xclip_fast.ops._patch_contract import affine, channels_last, check, pixel_statistics
+from xclip_fast.ops._patch_contract import affine, channels_last, check, pixel_statistics, vector
 
 
 def patch_embed(
@@ -92,7 +92,8 @@ def patch_embed_ref(
     pixels = channels_last(frames)
     if frames.dtype == torch.uint8:
         exact = exact_dtype(weight.dtype)
-        pixels = (pixels.to(exact) / 255 - pixels.new_tensor(mean, dtype=exact)) / pixels.new_tensor(std, dtype=exact)
+        shift, scale = (vector(numbers, exact, pixels.device) for numbers in (mean, std))
+        pixels = (pixels.to(exact) / 255 - shift) / scale
     pixels = pixels.permute(0, 3, 1, 2).to(weight.dtype)
     patches = torch.nn.functional.conv2d(pixels, weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
     classes = class_embedding.to(weight.dtype).expand(len(frames), 1, -1)
@@ -152,7 +153,7 @@ def _rows_torch(frames: Tensor, patch: int, mean: Sequence[float], std: Sequence
     count, height, width, _ = pixels.shape
     if frames.dtype == torch.uint8:
         exact = exact_dtype(dtype)
-        scale, offset = pixels.new_tensor(affine(mean, std), dtype=exact).unbind(0)
+        scale, offset = (vector(numbers, exact, pixels.device) for numbers in affine(mean, std))
         pixels = torch.addcmul(offset, pixels.to(exact), scale)
     grid = pixels.to(dtype).view(count, height // patch, patch, width // patch, patch, 3)
     return grid.permute(0, 1, 3, 5, 2, 4).reshape(count * (height // patch) * (width // patch), 3 * patch * patch)

@@ -65,7 +65,7 @@ def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> 
     q, k = (_split(x.to(exact_dtype(query.dtype)), heads) for x in (query, key))
     lse = torch.logsumexp(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
     out = _prompt_attention_torch(query, key, value, heads).contiguous()
-    return out, lse.expand(key.shape[0], -1, -1) / torch.log(lse.new_tensor(2.0))
+    return out, lse.expand(key.shape[0], -1, -1) / torch.log(lse.new_full((), 2.0))
 
 
 @register_fake("xclip_fast::prompt_attention")

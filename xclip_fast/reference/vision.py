@@ -14,7 +14,11 @@ from xclip_fast.reference.transformer import SelfAttention, mlp
 def normalise_pixels(frames: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """Bytes (..., H, W, 3) as normalised (..., 3, H, W), rounded to a dtype at the end."""
     exact = torch.promote_types(dtype, torch.float32)
-    shift, scale = (torch.tensor(values, dtype=exact, device=frames.device) for values in (mean, std))
+    # filled by the device: no CUDA graph can capture a copy from the host
+    shift, scale = (
+        torch.stack([torch.full((), value, dtype=exact, device=frames.device) for value in values])
+        for values in (mean, std)
+    )
     return ((frames.to(exact) / 255 - shift) / scale).movedim(-1, -3).to(dtype)
 
 
