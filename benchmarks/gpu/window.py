@@ -40,6 +40,7 @@ LANES = {
 }
 TINY = {"check": ("tiny", "ops 1", "extension"), "figures": ("tiny x1", "kernels", "train tiny x1")}
 RESTARTS = 8  # of one lane
+WIDTH = max(3, os.cpu_count() or 1)  # lanes at once: each has a core, and a machine of few has little memory too
 POLL = 0.1
 GRACE = 5.0  # of the whole, for the table
 
@@ -106,7 +107,9 @@ def _watch(
     try:
         while time.time() < end and not all(lane.finished for lane in lanes):
             for lane in lanes:
-                _look_after(window, lane, settings, tiny)
+                running = sum(one.process is not None for one in lanes)
+                if lane.process is not None or running < WIDTH:
+                    _look_after(window, lane, settings, tiny)
             changed = max((lane.record.stat().st_mtime for lane in lanes if lane.record.exists()), default=0.0)
             if changed > written:
                 written = changed
