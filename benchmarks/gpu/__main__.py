@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu``: a window on a borrowed GPU, or the parts of ``make gpu``, each with its own deadline."""
+"""``python -m benchmarks.gpu``: a window on a borrowed GPU, or the parts of ``make gpu``, each with a deadline."""
 
 from __future__ import annotations
 

@@ -155,7 +155,9 @@ def _extension_tasks(desk: Desk) -> dict[str, Task]:
         for op in IN_EXTENSION:
             if op == "patch_embed":
                 arguments = op, variant, batch, False, dtype, "extension"
-                found[f"extension {op} {variant} x{batch} {_name(dtype)}"] = Task(30, partial(_check_op, desk, *arguments))
+                found[f"extension {op} {variant} x{batch} {_name(dtype)}"] = Task(
+                    30, partial(_check_op, desk, *arguments)
+                )
     if not desk.tiny:
         # one-hot pixels on every path and tile, large batches, graphs: as its tests have them
         found["extension tests"] = Task(60, partial(_extension_tests, desk))
@@ -227,7 +229,12 @@ def _check_engine(desk: Desk, variant: str, dtype: torch.dtype) -> Found:
             check = {"what": "logits", "error": error, "allowance": allowed, "passed": error <= allowed}
         else:
             cosine = cosine_similarity(found.double(), truth, dim=-1).min().item()
-            check = {"what": "1 - cosine of logits", "error": 1 - cosine, "allowance": 1 - COSINE, "passed": cosine >= COSINE}
+            check = {
+                "what": "1 - cosine of logits",
+                "error": 1 - cosine,
+                "allowance": 1 - COSINE,
+                "passed": cosine >= COSINE,
+            }
         report = engine.report()
     fell_back = [str(product) for product in report.products if product.fell_back]
     return _judged(desk, [check]) | {
@@ -265,7 +272,9 @@ def _check_calls(desk: Desk, variant: str, dtype: torch.dtype) -> Found:
                            "passed": close <= limit})  # fmt: skip
             probabilities = engine.classify(video, texts)
             total = (probabilities.sum(-1) - 1).abs().max().item()
-            checks.append({"what": f"x{batch} probabilities", "error": total, "allowance": 1e-4, "passed": total <= 1e-4})
+            checks.append(
+                {"what": f"x{batch} probabilities", "error": total, "allowance": 1e-4, "passed": total <= 1e-4}
+            )
         checks.append(_yes("4 threads", _threads(engine, texts, videos)))
         found: Found = {"dtype": _name(dtype)}
         if not desk.judged:

@@ -1,4 +1,4 @@
-"""``--window figures``: whole models beside compiled ones, training, the kernels' own figures, in the order of worth."""
+"""``--window figures``: whole models beside compiled ones, training, then the kernels' own figures."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ CEILINGS = "ceilings"
 ASKED: tuple[tuple[Callable[..., Rows], str, int], ...] = (
     *((ask, variant, 8) for ask in (questions.fc1, questions.ifa) for variant in ("B/16", "L/14")),
     *((questions.patch, variant, 8) for variant in ("B/16", "B/32", "L/14")),
-    *((ask, variant, 8) for ask in (questions.float8, questions.norm) for variant in ("B/16", "L/14")),
+    *((ask, variant, 8) for ask in (questions.products, questions.norm) for variant in ("B/16", "L/14")),
     *((questions.side, variant, batch) for variant, batch in (("B/16", 8), ("B/32", 1))),
-    *((questions.products, variant, 8) for variant in ("B/16", "L/14")),
     (questions.sdpa, "B/16", 8),
 )
 
@@ -54,7 +53,7 @@ def tasks(lane: str, desk: Desk) -> dict[str, Task]:
 
 
 def _strongest(desk: Desk, case: Case, methods: tuple[str, ...]) -> Found:
-    """Every template of products tried, alone on the GPU, when no other lane has anything left to do; then all again."""
+    """Every template of products tried when no other lane has anything left to do; then all of them again."""
     contest.forget(desk, case)
     desk.wait_while(lambda running: True)
     built = contest.build(desk, case, (*OURS, STRONGEST))

@@ -41,8 +41,8 @@ def goals(folder: Path) -> list[Goal]:
 
 def goals_of(cases: Cases) -> list[Goal]:
     """All of them, from the cases of a window, those of whole models by provider."""
-    return [*_forward(cases), *_train({name.replace(" train ", " "): case for name, case in cases.items() if " train " in name}),
-            *_kernels(cases, {})]  # fmt: skip
+    train = {name.replace(" train ", " "): case for name, case in cases.items() if " train " in name}
+    return [*_forward(cases), *_train(train), *_kernels(cases, {})]
 
 
 def _forward(cases: Cases) -> Iterator[Goal]:

@@ -20,6 +20,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from benchmarks.gpu.prepare import ROOT, build_extension, run
 KIT = ROOT / "build" / "gpu-kit.tar.xz"
 CACHE = ROOT / "build" / "triton"  # where kernels are unpacked, unless TRITON_CACHE_DIR names another folder
 EXTENSION = ("xclip_fast/_native.so", "xclip_fast/_native.so.sources")
+WINDOWS = ("check", "figures")
 MANIFEST = "manifest.json"
 MOST_BYTES = 40 << 20
 GROUP = "__grp__"  # how Triton names its list of the files of a kernel, with the folder they are in
@@ -43,13 +45,13 @@ def versions() -> dict[str, str]:
     if spec is None or not spec.submodule_search_locations:
         return dict.fromkeys(VERSIONS, "missing")
     home = Path(next(iter(spec.submodule_search_locations)))
-    version = re.search(r"__version__ = '(.*)'", (home / "__init__.py").read_text(encoding="utf-8"))
+    said = re.search(r"__version__ = '(.*)'", (home / "__init__.py").read_text(encoding="utf-8"))
     library = hashlib.sha256((home / "_C" / "libtriton.so").read_bytes()).hexdigest()
-    said = run([str(home / "backends" / "nvidia" / "bin" / "ptxas"), "--version"], 20)["output"]
+    assembler = run([str(home / "backends" / "nvidia" / "bin" / "ptxas"), "--version"], 20)["output"]
     return {
-        "triton": version[1] if version else "unknown",
+        "triton": said[1] if said else "unknown",
         "libtriton": library[:16],
-        "ptxas": " ".join(re.findall(r"V[\d.]+", said)),
+        "ptxas": " ".join(re.findall(r"V[\d.]+", assembler)),
     }
 
 
@@ -78,12 +80,12 @@ def prepare(path: Path = KIT, *, build: bool = True) -> dict[str, Any]:
             else:
                 unpacked = _unpack(archive, cache)
             _carry_extension(archive)
-        said.append(f"kit of {manifest['facts']['commit']}: {unpacked} kernels unpacked")
+        said.append(f"kit of {manifest['commit']}: {unpacked} kernels unpacked")
     gpu, capability = _gpu()
     if capability not in (None, TARGET):
         said.append(f"the kit is for compute capability {TARGET}, {gpu} has {capability}: kernels are compiled here")
     link = ROOT / "xclip_fast" / "kernels"
-    if find_spec("__editable___xclip_fast_0_1_0_finder") is None and not link.exists():
+    if not link.exists() and not _is_installed():
         # the folder as a part of the package: what an install maps, without an installer
         link.symlink_to(Path("..") / "kernels", target_is_directory=True)
     facts = {"commit": _commit(), "python": sys.version.split()[0], "gpu": gpu} | here
@@ -100,22 +102,21 @@ def entries(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir()} if cache.exists() else set()
 
 
-def pack(records: Sequence[Path], path: Path, cache: Path) -> dict[str, Any]:
+def pack(records: Sequence[Path], path: Path, cache: Path, checkout: Path = ROOT) -> dict[str, Any]:
     """Pack a filled cache, and the extension where there is one; returns the manifest.
 
     Args:
         records: of the rehearsed windows, which say what each kernel is for.
         path: of the kit, replaced in one step.
         cache: Triton's folder.
+        checkout: where the extension was built.
 
     Raises:
         ValueError: the kit is larger than ``MOST_BYTES``.
     """
     wanted: dict[str, dict[str, Any]] = {}
-    facts: dict[str, Any] = {}
     for record in records:
         content = json.loads(record.read_text(encoding="utf-8"))
-        facts = content["facts"]
         for case, found in content["cases"].items():
             for kernel in found.get("kernels", []):
                 entry = wanted.setdefault(_key(kernel["hash"]), {"kernel": kernel["kernel"], "for": []})
@@ -132,10 +133,16 @@ def pack(records: Sequence[Path], path: Path, cache: Path) -> dict[str, Any]:
                 packed[key] = wanted.get(key, {"kernel": sorted(files)[0].split(".")[0], "for": ["torch.compile"]})
             for name, data in files.items():
                 _add(archive, f"triton/{key}/{name}", data)
-        carried = [name for name in EXTENSION if (ROOT / name).exists()]
+        carried = [name for name in EXTENSION if (checkout / name).exists()]
         for name in carried:
-            _add(archive, name, (ROOT / name).read_bytes())
-        manifest = {"versions": versions(), "facts": facts, "target": TARGET, "extension": carried, "entries": packed}
+            _add(archive, name, (checkout / name).read_bytes())
+        manifest = {
+            "versions": versions(),
+            "commit": _commit(),
+            "target": TARGET,
+            "extension": carried,
+            "entries": packed,
+        }
         _add(archive, MANIFEST, json.dumps(manifest, indent=1).encode())
     if buffer.tell() > MOST_BYTES:
         raise ValueError(f"the kit has {buffer.tell() >> 20} MiB, more than {MOST_BYTES >> 20}")
@@ -202,6 +209,14 @@ def _key(hexadecimal: str) -> str:
     return base64.b32encode(bytes.fromhex(hexadecimal)).decode().rstrip("=")
 
 
+def _is_installed() -> bool:
+    try:
+        version("xclip_fast")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def _gpu() -> tuple[str | None, str | None]:
     """Name and compute capability of the GPU; nothing is imported for it."""
     asked = run(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"], 20)
@@ -217,29 +232,44 @@ def _commit() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rehearse both windows with this Python and pack what they launch; 0 when the kit is found whole afterwards."""
+    """Rehearse both windows with this Python and pack what they launch; 0 when a kit was written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kit", description=__doc__)
     parser.add_argument("--out", type=Path, default=KIT, help="the file to write")
+    parser.add_argument("--tiny", action="store_true", help="of windows of the smallest shapes")
     parser.add_argument("--seconds", type=float, default=3600.0, help="of each rehearsal")
     options = parser.parse_args(arguments)
     folder = ROOT / "build" / "gpu-kit"
     # nothing of an older kit, nor of older sources
     shutil.rmtree(folder, ignore_errors=True)
     options.out.unlink(missing_ok=True)
-    cache, records = folder / "triton", []
-    settings = os.environ | {"TRITON_CACHE_DIR": str(cache)}
-    for window in ("check", "figures"):
+    checkout, cache = folder / "checkout", folder / "triton"
+    _copy(checkout)
+    settings = os.environ | {"TRITON_CACHE_DIR": str(cache), "COMMIT": _commit()}
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--force"]
+    built = run(build, 600, {"XCLIP_FAST_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": f"{TARGET}a"}, cwd=checkout)
+    if built["code"] != 0:
+        print(f"without the extension: {built['output'][-500:]}", flush=True)
+    for window in WINDOWS:
         command = [sys.executable, "-m", "benchmarks.gpu", "--window", window, "--dry-run", "--out", str(folder)]
-        # every process is given the time that two cores take for what sixteen do
-        done = subprocess.run([*command, "--seconds", str(options.seconds)], cwd=ROOT, env=settings)
+        command += ["--tiny"] if options.tiny else []
+        # this machine may have two cores for what has sixteen on a GPU's
+        done = subprocess.run([*command, "--seconds", str(options.seconds)], cwd=checkout, env=settings)
         if done.returncode not in (0, 1):
             return done.returncode
-        records.append(folder / f"{window}.json")
-    manifest = pack(records, options.out, cache)
+    manifest = pack([folder / f"{window}.json" for window in WINDOWS], options.out, cache, checkout)
     size = options.out.stat().st_size / 2**20
-    print(f"{options.out}: {len(manifest['entries'])} entries, {size:.1f} MiB, "
-          f"{'with' if manifest['extension'] else 'without'} the extension")  # fmt: skip
+    how = "with" if manifest["extension"] else "WITHOUT"
+    print(f"{options.out}: {len(manifest['entries'])} entries, {size:.1f} MiB, {how} the extension")
     return 0
+
+
+def _copy(folder: Path) -> None:
+    """What travels to another machine: the files that git has or would have."""
+    listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], 60, said=None)["output"]
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
 
 
 if __name__ == "__main__":

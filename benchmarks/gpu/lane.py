@@ -1,8 +1,8 @@
-"""One lane of a window in this process: ``python -m benchmarks.gpu.lane WINDOW LANE FOLDER``.
+"""One lane of a window in this process: ``python -m benchmarks.gpu.lane MODULE LANE FOLDER``.
 
 A lane is a list of cases that share what they build: a model, an engine. Each is recorded before it starts, with the
-time it may take, and as soon as it ends; whoever started the lane ends it when that time has passed, and starts it again
-behind the case.
+time it may take, and as soon as it ends; whoever started the lane ends it when that time has passed, and starts it
+again behind the case.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Task:
 def main() -> int:
     """Run what no earlier process of this lane has finished."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.lane", description=__doc__)
-    parser.add_argument("window")
+    parser.add_argument("module", help="with a function tasks(lane, desk)")
     parser.add_argument("lane")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiny", action="store_true")
@@ -111,7 +111,7 @@ def main() -> int:
     start = time.monotonic()
     if rehearsed:
         standin.enter()
-    tasks: dict[str, Task] = import_module(f"benchmarks.gpu.{options.window}").tasks(options.lane, desk)
+    tasks: dict[str, Task] = import_module(options.module).tasks(options.lane, desk)
     compiled = _watch_triton()
     journal.content["imports"] = round(time.monotonic() - start, 1)
     for name in journal.todo(tasks):
@@ -141,7 +141,7 @@ def last_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # compilers say what is wrong at the end, others at the start
-    said = (lines[0] if len(lines) < 4 else f"{lines[0]} ... {lines[-1]}") if lines else ""
+    said = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
     return f"{type(error).__name__}: {said}"[:400]
 
 

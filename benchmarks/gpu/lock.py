@@ -29,7 +29,7 @@ class Turns:
             yield
 
     def stay(self) -> None:
-        """Share from now on until this process asks to be alone, so that nobody measures in the midst of what it builds."""
+        """Share until this process asks to be alone, so that nobody measures in the midst of what it builds."""
         if not self._staying:
             self._kept.enter_context(self._held(fcntl.LOCK_SH))
             self._staying = True

@@ -17,9 +17,13 @@ ASK = "import json; from xclip_fast import _extension as x; print(json.dumps([x.
 
 
 def run(
-    command: list[str], deadline: float, environment: dict[str, str] | None = None, cwd: Path = ROOT
+    command: list[str],
+    deadline: float,
+    environment: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+    said: int | None = 4000,
 ) -> dict[str, Any]:
-    """Run a command to its end or its deadline: exit code (None: killed), seconds, the end of what it said."""
+    """Run a command to its end or its deadline: exit code (None: killed), seconds, the end of what it said or all."""
     start = time.monotonic()
     settings = os.environ | (environment or {})
     try:
@@ -44,7 +48,11 @@ def run(
         os.killpg(child.pid, 9)
         output, _ = child.communicate()
         code = None
-    return {"code": code, "seconds": round(time.monotonic() - start, 1), "output": output[-4000:]}
+    return {
+        "code": code,
+        "seconds": round(time.monotonic() - start, 1),
+        "output": output if said is None else output[-said:],
+    }
 
 
 def make_importable() -> dict[str, Any]:

@@ -6,8 +6,7 @@
 4. ``side``: the engine with cross-frame attention on a stream of its own against the same on one stream.
 5. ``sdpa``: PyTorch's attention backends at 198 and 258 keys.
 6. ``patch``: patches of decoded bytes by the extension, by the Triton kernel and by PyTorch's operators.
-7. ``float8``: the product of rows in e4m3 with fast and with exact sums, and in bfloat16.
-8. ``norm``: bytes a second of the layer norm, with its residual, beside PyTorch's own.
+7. ``norm``: bytes a second of the layer norm, with its residual, beside PyTorch's own.
 """
 
 from __future__ import annotations
@@ -226,23 +225,6 @@ def patch(bench: Bench, variant: str, batch: int) -> Rows:
     return bench.compare(calls)
 
 
-def float8(bench: Bench, variant: str, batch: int) -> Rows:
-    """The first product of a perceptron: bfloat16 is the baseline."""
-    from xclip_fast.engine.products import Float8Product
-    from xclip_fast.ops._quantize_rows import quantize_rows
-
-    load = bench.load(variant, batch)
-    width, hidden = load.config.vision_width, load.config.vision_mlp_width
-    x, weight, bias = bench.draw(load.tokens, width), bench.draw.weight(hidden, width), bench.draw(hidden)
-    calls: dict[str, Call] = {"bfloat16": partial(functional.linear, x, weight, bias)}
-    if not bench.dry:
-        rows = quantize_rows(x)
-        for name, fast in (("fast sums", True), ("exact sums", False)):
-            calls[name] = partial(Float8Product(weight, bias, "silu", x.dtype, fast=fast).multiply, *rows[:2])
-    flops = 2 * load.tokens * width * hidden
-    return [row | _rate(row, flops, "tflops", 1e12) for row in bench.compare(calls)]
-
-
 def norm(bench: Bench, variant: str, batch: int) -> Rows:
     """A residual added and normed: two passes by PyTorch are the baseline, which write the sum and read it again."""
     from xclip_fast.ops import layer_norm as fused
@@ -254,7 +236,10 @@ def norm(bench: Bench, variant: str, batch: int) -> Rows:
     def plain() -> Tensor:
         return functional.layer_norm(given["x"] + given["residual"], given["x"].shape[-1:], *vectors)
 
-    calls: dict[str, Call] = {"torch": plain, "triton": partial(fused, **given, backend="torch" if bench.dry else "triton")}
+    calls: dict[str, Call] = {
+        "torch": plain,
+        "triton": partial(fused, **given, backend="torch" if bench.dry else "triton"),
+    }
     moved = 4 * given["x"].nbytes
     return [row | _rate(row, moved, "gbs", 1e9) for row in bench.compare(calls)]
 
@@ -267,7 +252,7 @@ def _rate(row: dict[str, Any], work: float, name: str, unit: float) -> dict[str,
     return {key: round(work / (row[time] * 1e-3) / unit, 2) for key, time in times.items()}
 
 
-QUESTIONS = (products, fc1, ifa, side, sdpa, patch, float8, norm)
+QUESTIONS = (products, fc1, ifa, side, sdpa, patch, norm)
 
 
 def questions(dry: bool) -> dict[str, tuple[Callable[..., Rows], str, int]]:
@@ -281,7 +266,6 @@ def questions(dry: bool) -> dict[str, tuple[Callable[..., Rows], str, int]]:
         side: [("B/16", 8), ("B/32", 1), ("L/14", 8), ("B/16", 1), ("B/32", 8), ("L/14", 1)],
         sdpa: [("B/16", 8), ("L/14", 8), ("B/16", 32), ("L/14", 32)],
         patch: [("B/16", 8), ("L/14", 8), ("B/32", 8), ("B/32", 1)],
-        float8: [("B/16", 8), ("L/14", 8), ("B/16", 32), ("L/14", 32)],
         norm: [("B/16", 8), ("L/14", 8), ("B/32", 8)],
     }
     order = ((ask, shapes[index]) for index in range(6) for ask, shapes in asked.items() if index < len(shapes))

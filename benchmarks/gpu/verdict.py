@@ -49,7 +49,7 @@ def by_provider(content: dict[str, Any]) -> dict[str, Any]:
         if not rows or "provider" not in rows[0]:
             found[name] = case
             continue
-        said = [row["case"] for row in rows][0]
+        said = rows[0]["case"]
         shape = f"{said['variant']} x{said['batch']}{' uint8' * (said['input'] == 'uint8')}"
         shape += " train" * (said["direction"] == "train")
         for row in rows:
@@ -83,7 +83,7 @@ def _failures(content: dict[str, Any]) -> list[str]:
     for name, case in content["cases"].items():
         if case["status"] not in (FAILED, WRONG):
             continue
-        said = [line for line in (_check(check) for check in case.get("checks", []) if not check["passed"])]
+        said = [_check(check) for check in case.get("checks", []) if not check["passed"]]
         said += [f"{_who(row)}: {row['reason']}" for row in case.get("rows", []) if row.get("reason")]
         said += [case["reason"]] if case.get("reason") else []
         found.append(f"{name} {case['status']}: {'; '.join(said)[:REASON]}")
@@ -125,7 +125,9 @@ def _figures(content: dict[str, Any]) -> Iterator[str]:
 def _profiles(content: dict[str, Any]) -> Iterator[str]:
     for name, case in content["cases"].items():
         for provider, rows in case.get("profile", {}).items():
-            yield f"{name} {provider}: " + ", ".join(f"{row['kernel'][:36]} {row['us']} us/{row['calls']}" for row in rows[:6])
+            yield f"{name} {provider}: " + ", ".join(
+                f"{row['kernel'][:36]} {row['us']} us/{row['calls']}" for row in rows[:6]
+            )
 
 
 def _lanes(content: dict[str, Any]) -> list[str]:
@@ -133,5 +135,7 @@ def _lanes(content: dict[str, Any]) -> list[str]:
     for name, lane in content["lanes"].items():
         if not lane["complete"] or lane["restarts"]:
             log = lane["log"].strip().splitlines()[-1:] if lane["log"] else []
-            found.append(f"{name}: {'complete' if lane['complete'] else 'UNFINISHED'}, {lane['restarts']} restarts {log}")
+            found.append(
+                f"{name}: {'complete' if lane['complete'] else 'UNFINISHED'}, {lane['restarts']} restarts {log}"
+            )
     return found

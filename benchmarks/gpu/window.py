@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,6 +25,7 @@ from benchmarks.gpu.journal import give_up, write_json
 from benchmarks.gpu.lane import FACTS, record_of
 from benchmarks.gpu.prepare import ROOT
 
+MODULES = {"check": "benchmarks.gpu.check", "figures": "benchmarks.gpu.figures"}
 # seconds of a whole window, from the first line to the table
 SECONDS = {"check": 170.0, "figures": 400.0}
 # the first get the cores first, should there be few of them
@@ -100,7 +102,14 @@ def run(window: str, out: Path, *, dry: bool = False, tiny: bool = False, second
 
 
 def _watch(
-    window: str, lanes: list[_Lane], out: Path, head: dict[str, Any], settings: dict[str, str], end: float, *, tiny: bool
+    window: str,
+    lanes: list[_Lane],
+    out: Path,
+    head: dict[str, Any],
+    settings: dict[str, str],
+    end: float,
+    *,
+    tiny: bool,
 ) -> None:
     """Keep the lanes running until all are finished or the time is over; the record is written as they go on."""
     written = 0.0
@@ -123,7 +132,7 @@ def _watch(
 
 
 def _look_after(window: str, lane: _Lane, settings: dict[str, str], tiny: bool) -> None:
-    """Start a lane, end a case of it that takes too long, start it again behind one that ended its process."""
+    """Start a lane; end a case that takes too long, and start the lane again behind one that ended its process."""
     if lane.finished:
         return
     if lane.process is None or lane.process.poll() is not None:
@@ -137,7 +146,7 @@ def _look_after(window: str, lane: _Lane, settings: dict[str, str], tiny: bool) 
             print(f"  {lane.name}: a process ended with code {code}", flush=True)
             give_up(lane.record, f"the process ended with code {code}")
             lane.restarts += 1
-        command = [sys.executable, "-m", "benchmarks.gpu.lane", window, lane.name, str(lane.record.parent)]
+        command = [sys.executable, "-m", "benchmarks.gpu.lane", MODULES[window], lane.name, str(lane.record.parent)]
         command += ["--tiny"] if tiny else []
         log = lane.record.with_suffix(".log").open("ab")
         lane.process = subprocess.Popen(
@@ -155,10 +164,8 @@ def _look_after(window: str, lane: _Lane, settings: dict[str, str], tiny: bool) 
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

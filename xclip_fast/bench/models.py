@@ -185,7 +185,9 @@ def _error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return max(relative_error(found[name], exact) for name, exact in truth.items())
 
 
-def baseline_of(setting: Setting, inputs: tuple[Tensor, Tensor], truth: dict[str, Tensor]) -> tuple[str, Classify, float]:
+def baseline_of(
+    setting: Setting, inputs: tuple[Tensor, Tensor], truth: dict[str, Tensor]
+) -> tuple[str, Classify, float]:
     train = setting.case.direction == "train"
     for name in BASELINES:
         try:

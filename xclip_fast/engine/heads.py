@@ -105,7 +105,7 @@ class Heads:
             if seen == frames:
                 videos.append(mean.to(patches.dtype))
                 mean, seen = 0.0, 0
-        means = torch.cat(videos)
+        means = _joined(videos, dim=0)
         return self._project(means) if "patch_mean" in self.rewrites else means
 
     def _mean(self, patches: Tensor) -> Tensor:
@@ -119,10 +119,11 @@ class Heads:
 
     def prepare(self, features: Tensor) -> EncodedTexts:
         """Text features (K, E) with what the first prompt layer asks for them: it depends on them alone."""
-        features = features.to(self.packing.device, self.prompt_dtype)
+        # as the cosines take them: it is done once
+        features = features.to(self.packing.device, exact_dtype(self.packing.dtype))
         if "prompt_query" not in self.rewrites:
             return EncodedTexts(features, features[:, :0], self.name)
-        return EncodedTexts(features, self.layers[0].query(self.layers[0].norm_1(features)), self.name)
+        return EncodedTexts(features, self._first_query(features), self.name)
 
     def logits(self, features: VideoFeatures, texts: EncodedTexts) -> Tensor:
         """float32 logits (B, K); at no time are all videos held with all classes."""
@@ -133,8 +134,8 @@ class Heads:
         columns = []
         for some in self._parts(texts, len(video)):
             prompts = self._prompts(some, key_value).to(wide)
-            columns.append(clip_logits(video.to(wide), some.features.to(wide), prompts, self.alpha, self.logit_scale))
-        return torch.cat(columns, dim=1)
+            columns.append(clip_logits(video.to(wide), some.features, prompts, self.alpha, self.logit_scale))
+        return _joined(columns, dim=1)
 
     def _parts(self, texts: EncodedTexts, videos: int) -> Iterator[EncodedTexts]:
         classes, width = texts.features.shape
@@ -144,17 +145,26 @@ class Heads:
     def _prompts(self, texts: EncodedTexts, key_value: Tensor) -> Tensor:
         """What the prompts add to texts, before ``alpha``: (B, K, E)."""
         videos, (classes, width) = len(key_value), texts.features.shape
-        rows = texts.features
+        query = texts.query if "prompt_query" in self.rewrites else self._first_query(texts.features)
+        # a copy for each video, in one pass: the products write over it
+        rows = texts.features.expand(videos, -1, -1)
+        rows = rows.to(self.prompt_dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
         for i, layer in enumerate(self.layers):
-            kept = i == 0 and "prompt_query" in self.rewrites
-            query = texts.query if kept else layer.query(layer.norm_1(rows))
+            if i:
+                query = layer.query(layer.norm_1(rows))
             key, value = key_value[:, :, i].unbind(2)
             mixed = prompt_attention(query.view(videos if i else 1, classes, width), key, value, self.heads)
-            if i == 0:
-                rows = rows.repeat(videos, 1)
             rows = layer.out.add(rows, mixed.reshape(rows.shape))
             rows = layer.projection.add(rows, layer.fc.activated(layer.norm_3(rows)))
         return rows.view(videos, classes, width)
+
+    def _first_query(self, features: Tensor) -> Tensor:
+        return self.layers[0].query(self.layers[0].norm_1(features.to(self.prompt_dtype)))
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """The parts in one tensor; a single one as it is, for even one would be copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _behind(norm: Any, weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
