@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# the machine with a GPU: what decides whether kernels that were compiled here are found there
+GPU_VENV := build/gpu-venv
+GPU_INSTALLED := $(GPU_VENV)/.installed
+GPU_PACKAGES := torch==2.11.0 triton==3.6.0 transformers==5.17.0
 
-.PHONY: demo test ext lint kernels-report tables gpu gpu-dry-run clean
+.PHONY: demo test ext lint kernels-report tables gpu gpu-kit gpu-dry-run clean
 
 demo: $(INSTALLED)
 	$(BIN)/xclip-fast demo
@@ -32,8 +36,23 @@ tables: $(INSTALLED)
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(if $(DEADLINE),--deadline $(DEADLINE)) $(PART)
 
-gpu-dry-run: $(INSTALLED)
+# what a borrowed GPU's first minutes would go to, made without a GPU: PYTHON is of the version that machine has
+gpu-kit: $(GPU_INSTALLED)
+	PATH="$(CURDIR)/$(GPU_VENV)/bin:$$PATH" $(GPU_VENV)/bin/python -m benchmarks.gpu.kit
+
+# everything of benchmarks/gpu without a GPU: both windows on a stand-in driver, the parts in tiny shapes on the CPU
+gpu-dry-run: $(INSTALLED) $(GPU_INSTALLED)
+	for window in check figures; do \
+		$(GPU_VENV)/bin/python -m benchmarks.gpu --window $$window --dry-run --seconds 3600 --out build/gpu-dry-run || exit 1; \
+	done
 	$(BIN)/python -m benchmarks.gpu --dry-run --out build/gpu-dry-run $(PART)
+
+$(GPU_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet $(GPU_PACKAGES) einops ninja pybind11 pytest pytest-timeout regex ftfy \
+		rich safetensors setuptools wheel 'numpy<2.4'
+	XCLIP_FAST_BUILD_EXT=0 $(GPU_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
 
 $(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "xclip_fast needs Python 3.10 or newer: make PYTHON=...")'

@@ -1,6 +1,7 @@
 """Every launch of one launcher, with nothing compared: ``python -m benchmarks.gpu.launches LAUNCHER``, for sanitizers.
 
-Awkward small shapes in two dtypes, then those of the models, whose tiles are larger.
+Awkward small shapes in two dtypes, then those of the models, whose tiles are larger; with ``--small`` behind the name
+the small ones in bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -37,18 +38,19 @@ def maker(dtype: torch.dtype, device: str) -> calls.Make:
     return make
 
 
-def launch(launcher: str, device: str) -> int:
+def launch(launcher: str, device: str, *, small: bool = False) -> int:
     """Make the launches, and return how many calls it were; of the models' shapes none on a CPU, which is too slow."""
     sys.path.insert(0, str(ROOT / "tests" / "kernels"))
     from launcher_cases import CASES
 
     found = 0
-    for dtype in (torch.float16,) if device == "cpu" else (torch.bfloat16, torch.float32):
+    dtypes = (torch.bfloat16,) if small else (torch.bfloat16, torch.float32)
+    for dtype in (torch.float16,) if device == "cpu" else dtypes:
         for name, call in CASES.items():
             if name.split()[0] == launcher:
                 call(maker(dtype, device))
                 found += 1
-    if device != "cpu":
+    if device != "cpu" and not small:
         with patch.object(production, "make", maker(torch.bfloat16, device)):
             for case in production.cases():
                 # the name goes on with what is special
@@ -62,4 +64,4 @@ def launch(launcher: str, device: str) -> int:
 
 if __name__ == "__main__":
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{launch(sys.argv[1], where)} calls of {sys.argv[1]}", flush=True)
+    print(f"{launch(sys.argv[1], where, small='--small' in sys.argv)} calls of {sys.argv[1]}", flush=True)

@@ -22,6 +22,7 @@ FOUND = 9  # exit code of a process in which the tool found something
 WORKERS = 8
 # parts of the names of this project's kernels, and of the planted one
 NAMES = ("_fwd_kernel", "_bwd_kernel", "_bwd_key_kernel", "_bwd_query_kernel", "patch_embed_kernel")
+FILTERS = [option for name in NAMES for option in ("--kernel-name", f"kns={name}")]
 EXTENSION = "tests/gpu/test_gpu_patch_extension.py"
 CONTROL = "planted fault"
 PASSED, FAILED = "passed", "failed"
@@ -50,7 +51,7 @@ def names_of(dry: bool) -> list[str]:
 
 def controls(journal: Journal) -> list[str]:
     """The options that restrict the tools to our kernels; none where the planted faults are not found with them."""
-    filters = [option for name in NAMES for option in ("--kernel-name", f"kns={name}")]
+    filters = FILTERS
     if not all(f"{tool} {CONTROL}" in journal.cases for tool in TOOLS):
         with TemporaryDirectory() as folder:
             program = str(Path(folder) / "planted")
@@ -64,6 +65,16 @@ def controls(journal: Journal) -> list[str]:
                 journal.add(f"{tool} {CONTROL}", found)
                 print(f"  {tool} {CONTROL}: {'found' if caught else 'NOT found'}", flush=True)
     return filters if all(journal.cases[f"{tool} {CONTROL}"]["filtered"] for tool in TOOLS) else []
+
+
+def check_small(tool: str, what: str, deadline: float, *, rehearsed: bool = False) -> dict[str, Any]:
+    """A tool over the small launches of one launcher, or of the extension; rehearsed, the launches without the tool."""
+    command = [sys.executable, "-m", "benchmarks.gpu.launches", what, "--small"]
+    if what == "extension":
+        command = [sys.executable, "-m", "pytest", EXTENSION, "-p", "no:cacheprovider", "-k", "parity and not large"]
+        command += ["--collect-only"] if rehearsed else []
+    settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return _found(run(command if rehearsed else [*_tool(tool, FILTERS), *command], deadline, settings))
 
 
 def _tool(tool: str, filters: list[str]) -> list[str]:

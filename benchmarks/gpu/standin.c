@@ -512,6 +512,7 @@ CUresult cuPointerGetAttribute(void* found, CUpointer_attribute which, CUdevicep
   *(CUdeviceptr*)found = p;
   return CUDA_SUCCESS;
 }
+CUresult cuCtxGetDevice(CUdevice* device) { *device = 0; return CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext* context) { *context = (CUcontext)1; return CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice* device, int index) { *device = index; return CUDA_SUCCESS; }

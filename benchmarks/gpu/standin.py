@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -24,6 +25,7 @@ REPORT = "STANDIN_REPORT"
 # those that torch calls of libraries that are stood in for; each other function of theirs is a stub
 USERS = ("c10_cuda", "torch_python", "torch_cuda", "torch_cuda_linalg")
 STOOD_IN = ("@libcudart.", "@libcublas.", "@libcublasLt.")
+DRIVER = re.compile(r"\b(cu[A-Z]\w*)\(")  # in the source of Triton's driver
 NOT_SUPPORTED = 801  # what the runtime says of a function that it lacks
 
 
@@ -49,7 +51,10 @@ def build(folder: Path = ROOT / "build" / "standin") -> Path:
     _run("cc", *options, str(SOURCE), "-o", str(unfinished), "-ldl", "-lpthread")
     there = {line.split()[-1] for line in _run("nm", "-D", "--defined-only", str(unfinished)).splitlines()}
     called = [line.split()[-1] for path in used for line in _run("nm", "-D", "-u", str(path)).splitlines()]
-    lacking = sorted({name.split("@")[0] for name in called if any(at in name for at in STOOD_IN)} - there)
+    wanted = {name.split("@")[0] for name in called if any(at in name for at in STOOD_IN)}
+    for part in ("driver.c", "driver.py"):
+        wanted |= set(DRIVER.findall((packages / "triton" / "backends" / "nvidia" / part).read_text()))
+    lacking = sorted(wanted - there)
     stubs = [f"int {name}(void) {{ return {0 if name.startswith('cublas') else NOT_SUPPORTED}; }}" for name in lacking]
     rest = target.with_name(f"stubs.{os.getpid()}.c")
     rest.write_text("\n".join(stubs) + "\n")
