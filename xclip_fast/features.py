@@ -61,7 +61,7 @@ def save_features(path: str | Path, names: Sequence[str], video: Array, patches:
         InputError: the file cannot be written, see ``check_features_path``.
         ValueError: names and rows do not match.
     """
-    from xclip_fast.checkpoints.files import replacing
+    from xclip_fast.files import replacing
 
     check_features_path(path)
     arrays = {"video": video} if patches is None else {"video": video, "patches": patches}

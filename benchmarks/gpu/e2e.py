@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.goals import BYTES, MEMORY, STRONGEST
 from benchmarks.gpu.journal import Journal, leave_if_lost
 from xclip_fast.bench.machine import ceilings, facts
 from xclip_fast.bench.models import Effort, measure_model, prepared, roof_of
@@ -22,18 +23,15 @@ Plan = list[tuple[Case, tuple[str, ...]]]
 FRAMES = {"L/14-336": 16}
 # those first that say most, should the time end: what the numbers to reach speak of, then the rest
 PRIMARY = [("B/16", 8), ("B/32", 8), ("L/14", 8), ("L/14", 32), ("B/32", 1), ("B/16", 1), ("L/14", 1)]
-BYTES = [("B/16", 8), ("B/32", 1)]  # from uint8 frames too, which the compiled extension embeds
 LATER = [("B/16", 32), ("B/32", 32), *(("L/14-336", batch) for batch in (8, 1, 32))]
 TRAINED = [("B/16", 8), ("B/32", 8), ("L/14", 8), ("L/14-336", 8)]
 FIRST = ("hf-sdpa", "engine", "engine-float8")
 OURS = ("layers", "optimized")
-STRONGEST = ("hf-compile-max-flash", "hf-compile-max-cudnn")
 OTHERS = ("hf-compile", "layers-compile")
 EFFORT = Effort(blocks=8, block=0.05, memory=False)
 COMPILE_SECONDS = 75.0  # with less time left none is begun
 PEAK_TFLOPS = 989.4  # dense bfloat16 of an H100, by its data sheet
 CEILINGS = "ceilings"
-MEMORY = "memory"  # a provider's name with this behind it: what its training step keeps
 PARTS = ("train", "e2e")
 
 

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from xclip_fast.checkpoints.files import replacing
+from xclip_fast.files import replacing
 
 LOST = 3  # exit code of a process whose CUDA context is of no more use
 PATIENCE = 2  # a case that was killed for want of time as often is not begun again

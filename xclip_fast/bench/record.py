@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xclip_fast.checkpoints.files import replacing
 from xclip_fast.errors import InputError
+from xclip_fast.files import replacing
 
 SCHEMA = 1
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from xclip_fast.bench.record import Run
-from xclip_fast.checkpoints.files import replacing
 from xclip_fast.errors import InputError
+from xclip_fast.files import replacing
 
 
 def write_report(run: Run, path: Path) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -209,26 +206,3 @@ def _torch_load(path: Path, where: str, *, mmap: bool) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"{where} holds {type(content).__name__}, not a state dict: {_TO_SAFETENSORS}")
     return content
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of ``path`` that takes its place when the block ends without an exception.
-
-    Raises:
-        InputError: the file can't be written.
-    """
-    temporary = path.with_name(f".{uuid4().hex}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
-        yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save and safetensors report a full disk by exceptions of their own
-        raise InputError(f"cannot write {str(path)!r}: {one_line(error)}: make room or choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -71,7 +71,7 @@ def bench(
     from xclip_fast.bench.operators import BACKENDS
     from xclip_fast.bench.record import to_csv
     from xclip_fast.bench.run import MODEL, Job, effort_of, make_case, run
-    from xclip_fast.checkpoints.files import replacing
+    from xclip_fast.files import replacing
 
     if names is None:
         names = (BACKENDS if full else BACKENDS[:-1]) if op else tuple(registry.PROVIDERS) if full else registry.QUICK

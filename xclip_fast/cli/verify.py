@@ -41,7 +41,7 @@ def verify(
 
     from xclip_fast.bench.verify import BACKENDS, DTYPES, FAILED, PASSED
     from xclip_fast.bench.verify import verify as check
-    from xclip_fast.checkpoints.files import replacing
+    from xclip_fast.files import replacing
 
     if device != "cpu":
         from xclip_fast.bench.run import check_device

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from xclip_fast.checkpoints.files import replacing
 from xclip_fast.errors import InputError
+from xclip_fast.files import replacing
 
 _RATE = 20  # frames a second
 _QUALITY = "12"  # the constant rate factor of x264: visibly lossless

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from xclip_fast.checkpoints import save_model
-from xclip_fast.checkpoints.files import replacing
 from xclip_fast.demo.clips import CLASSES, FRAMES, PAIRS, SAMPLED, TRAINING, VALIDATION, make_clip
 from xclip_fast.demo.models import CONFIG, FOLDER, MODELS, build_model, load_trained, weights_path
 from xclip_fast.demo.scores import score
+from xclip_fast.files import replacing
 from xclip_fast.reference import XCLIP
 from xclip_fast.text import get_tokenizer
 from xclip_fast.video.sampling import segment_indices, uniform_indices

@@ -70,7 +70,7 @@ class TextFolder:
     def _write(self, file: Path, key: bytes, features: Tensor) -> None:
         from safetensors.torch import save_file
 
-        from xclip_fast.checkpoints.files import replacing
+        from xclip_fast.files import replacing
 
         kept = features.detach().cpu().contiguous()
         try:
