@@ -21,7 +21,7 @@ from xclip_fast.bench.cases import IN_EXTENSION, OPS, Load, config_of, find_op
 from xclip_fast.bench.inputs import Inputs
 from xclip_fast.bench.parity import compare, floating, run_op, same_bits
 from xclip_fast.bench.providers import PROVIDERS
-from xclip_fast.bench.record import Case
+from xclip_fast.bench.record import Case, finite
 from xclip_fast.bench.setting import inputs_of, setting_of
 from xclip_fast.engine import Engine
 from xclip_fast.numerics import TOLERANCES, model_allowance, relative_error
@@ -84,7 +84,13 @@ def _check_op(
         function, wanted = find_op(op), floating(inputs) if gradients else []
         ceiling = TOLERANCES[dtype].ceiling * OPS[op].conditioning
         checks = [
-            {"what": row.name, "error": row.error, "allowance": row.allowance, "passed": row.passed}
+            {
+                "what": row.name,
+                "error": finite(row.error),
+                "torch_error": finite(row.torch_error),
+                "allowance": row.allowance,
+                "passed": row.passed,
+            }
             for row in compare(function, inputs, backend, gradients=gradients, ceiling=ceiling)
         ]
         first = run_op(function, inputs, wanted, backend, gradients)

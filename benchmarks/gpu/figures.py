@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.gpu import contest, questions
 from benchmarks.gpu.contest import case_of, name_of
-from benchmarks.gpu.lane import FAILED, PASSED, RAN, Desk, Found, Task
+from benchmarks.gpu.lane import FAILED, IMPORTS, PASSED, RAN, Desk, Found, Task
 from benchmarks.gpu.questions import Bench, Rows
 from xclip_fast.bench.machine import ceilings, facts
 from xclip_fast.bench.record import Case
@@ -55,7 +55,7 @@ def tasks(lane: str, desk: Desk) -> dict[str, Task]:
 def _strongest(desk: Desk, case: Case, methods: tuple[str, ...]) -> Found:
     """Every template of products tried when no other lane has anything left to do; then all of them again."""
     contest.forget(desk, case)
-    desk.wait_while(lambda running: True)
+    desk.wait_while(lambda name: True)
     built = contest.build(desk, case, (*OURS, STRONGEST))
     found = contest.measure(desk, case, methods)
     right = built["status"] in (PASSED, RAN)
@@ -73,7 +73,7 @@ def _kernel_tasks(desk: Desk) -> dict[str, Task]:
 
 def _ceilings(desk: Desk) -> Found:
     # whole models are built first: who waits to be alone keeps others from beginning
-    desk.wait_while(lambda running: running.startswith(("imports", "build", "compile")))
+    desk.wait_while(lambda name: name.startswith((IMPORTS, "build", "compile")))
     with desk.turns.alone():
         rates = desk.keep(CEILINGS, lambda: ceilings("cuda", ("bfloat16",), 0.2) if desk.judged else {})
     machine = facts("cuda") | {"commit": desk.commit}

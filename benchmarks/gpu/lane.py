@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +23,8 @@ from benchmarks.gpu.journal import Journal, leave_if_lost
 from benchmarks.gpu.lock import Turns
 
 FACTS = "facts.json"  # of the run: its commit and machine, written by whoever starts the lanes
+IMPORTS = "imports"  # what a lane is at before its first case
+OVER = "over"  # of a lane that is not started again
 KERNELS = "kernels"  # what a case has asked Triton for: names and keys, compiled or found
 PASSED, WRONG, FAILED, RAN = "passed", "wrong", "failed", "ran"
 PATIENCE = 60  # a rehearsal compiles on few cores what sixteen do on a GPU's machine: that many times as long
@@ -39,6 +41,7 @@ class Desk:
         folder: of the window, where the lanes' records and locks are.
         record: of this lane.
         commit: of the code.
+        lanes: all that the window has.
         tiny: the smallest shapes, to try the code itself.
         judged: whether numbers mean something; on the stand-in nothing is computed.
         turns: who has the GPU.
@@ -47,6 +50,7 @@ class Desk:
     folder: Path
     record: Path
     commit: str
+    lanes: tuple[str, ...]
     tiny: bool
     judged: bool
     turns: Turns
@@ -68,17 +72,17 @@ class Desk:
         torch.cuda.empty_cache()
 
     def wait_while(self, busy: Callable[[str], bool]) -> None:
-        """Wait until no other lane runs a case of which this is true; its own time goes on."""
-        while any(busy(name) for name in self._running_elsewhere()):
+        """Wait until no other lane is at a case of which this is true, or yet to begin; its own time goes on."""
+        while any(busy(name) for name in self._elsewhere()):
             time.sleep(0.2)
 
-    def _running_elsewhere(self) -> list[str]:
-        found = []
-        for path in self.folder.glob("*.lane.json"):
-            if path != self.record:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                found += [content["running"]] if content.get("running") else []
-        return found
+    def _elsewhere(self) -> Iterator[str]:
+        """What each other lane is at, one that has not begun at its imports; those that are over are left out."""
+        for lane in self.lanes:
+            path = record_of(self.folder, lane)
+            content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if path != self.record and not content.get(OVER):
+                yield content.get("running", IMPORTS)
 
     def verdict(self, right: bool) -> str:
         """The status of a case that has run to its end."""
@@ -105,9 +109,10 @@ def main() -> int:
     rehearsed = standin.in_force()
     given = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     record = record_of(folder, options.lane)
-    desk = Desk(folder, record, given["facts"]["commit"], options.tiny, not rehearsed, Turns(folder))
+    lanes = tuple(given["lanes"])
+    desk = Desk(folder, record, given["facts"]["commit"], lanes, options.tiny, not rehearsed, Turns(folder))
     journal = Journal(record, given["facts"], given["end"] - time.time())
-    journal.start("imports", 60 * (PATIENCE if rehearsed else 1))
+    journal.start(IMPORTS, 60 * (PATIENCE if rehearsed else 1))
     start = time.monotonic()
     if rehearsed:
         standin.enter()
@@ -128,6 +133,7 @@ def main() -> int:
             found["counted"]["captured"] = standin.counts()["captured"]
         journal.add(name, found)
         leave_if_lost()
+    journal.content[OVER] = True
     journal.finish(tasks)
     return 0
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.gpu import kit, standin, verdict
 from benchmarks.gpu.journal import give_up, write_json
-from benchmarks.gpu.lane import FACTS, record_of
+from benchmarks.gpu.lane import FACTS, IMPORTS, OVER, record_of
 from benchmarks.gpu.prepare import ROOT
 
 MODULES = {"check": "benchmarks.gpu.check", "figures": "benchmarks.gpu.figures"}
@@ -42,7 +42,7 @@ LANES = {
 }
 TINY = {"check": ("tiny", "ops 1", "extension"), "figures": ("tiny x1", "kernels", "train tiny x1")}
 RESTARTS = 8  # of one lane
-WIDTH = max(3, os.cpu_count() or 1)  # lanes at once: each has a core, and a machine of few has little memory too
+WIDTH = max(4, os.cpu_count() or 1)  # lanes at once: each has a core, and a machine of few has little memory too
 POLL = 0.1
 GRACE = 5.0  # of the whole, for the table
 
@@ -82,9 +82,11 @@ def run(window: str, out: Path, *, dry: bool = False, tiny: bool = False, second
         for line in prepared["said"]:
             print(line, flush=True)
         head = {"facts": prepared["facts"], "window": window, "rehearsed": dry, "kit": prepared, "limit_s": end - start}
-        (folder / FACTS).write_text(json.dumps({"facts": prepared["facts"], "end": end - GRACE}), encoding="utf-8")
-        before = kit.entries(Path(settings["TRITON_CACHE_DIR"]))
         names = (TINY if tiny else LANES)[window]
+        (folder / FACTS).write_text(
+            json.dumps({"facts": prepared["facts"], "end": end - GRACE, "lanes": names}), encoding="utf-8"
+        )
+        before = kit.entries(Path(settings["TRITON_CACHE_DIR"]))
         lanes = [_Lane(name, record_of(folder, name)) for name in names]
         _watch(window, lanes, out, head, os.environ | settings, end - GRACE, tiny=tiny)
         head["kit"]["compiled_here"] = len(kit.entries(Path(settings["TRITON_CACHE_DIR"])) - before)
@@ -138,9 +140,10 @@ def _look_after(window: str, lane: _Lane, settings: dict[str, str], tiny: bool) 
     if lane.process is None or lane.process.poll() is not None:
         code = None if lane.process is None else lane.process.returncode
         # one that could not even begin will not begin the next time
-        hopeless = "imports" in _read(lane.record).get("cases", {})
+        hopeless = IMPORTS in _read(lane.record).get("cases", {})
         if code == 0 or hopeless or lane.restarts > RESTARTS:
             lane.finished, lane.process = True, None
+            write_json(lane.record, _read(lane.record) | {OVER: True})
             return
         if code is not None:
             print(f"  {lane.name}: a process ended with code {code}", flush=True)

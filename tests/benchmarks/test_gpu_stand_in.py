@@ -190,7 +190,7 @@ def test_a_rehearsal_in_another_folder_finds_every_kernel(library: Path, tmp_pat
 def test_the_questions_of_figures_are_rehearsed(library: Path, tmp_path: Path) -> None:
     settings = os.environ | standin.environment(library) | {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
     settings.pop("TRITON_INTERPRET", None)
-    (tmp_path / "facts.json").write_text(json.dumps({"facts": {"commit": "abc"}, "end": 2**40}))
+    (tmp_path / "facts.json").write_text(json.dumps({"facts": {"commit": "abc"}, "end": 2**40, "lanes": ["kernels"]}))
     command = [
         sys.executable,
         "-m",
