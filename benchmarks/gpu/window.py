@@ -83,9 +83,7 @@ def run(window: str, out: Path, *, dry: bool = False, tiny: bool = False, second
             print(line, flush=True)
         head = {"facts": prepared["facts"], "window": window, "rehearsed": dry, "kit": prepared, "limit_s": end - start}
         names = (TINY if tiny else LANES)[window]
-        (folder / FACTS).write_text(
-            json.dumps({"facts": prepared["facts"], "end": end - GRACE, "lanes": names}), encoding="utf-8"
-        )
+        write_json(folder / FACTS, {"facts": prepared["facts"], "end": end - GRACE, "lanes": names})
         before = kit.entries(Path(settings["TRITON_CACHE_DIR"]))
         lanes = [_Lane(name, record_of(folder, name)) for name in names]
         _watch(window, lanes, out, head, os.environ | settings, end - GRACE, tiny=tiny)

@@ -14,7 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import kit, standin
+from benchmarks.gpu import kit, questions, standin
+from benchmarks.gpu.lane import record_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,21 +188,28 @@ def test_a_rehearsal_in_another_folder_finds_every_kernel(library: Path, tmp_pat
     assert not [path for key in new for path in (tmp_path / "there" / key).glob("*.cubin")]
 
 
-def test_the_questions_of_figures_are_rehearsed(library: Path, tmp_path: Path) -> None:
-    settings = os.environ | standin.environment(library) | {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+def lane(library: Path, folder: Path, module: str, name: str, **options: Any) -> dict[str, Any]:
+    """The cases of one tiny lane, rehearsed."""
+    settings = os.environ | standin.environment(library, **options) | {"TRITON_CACHE_DIR": str(folder / "triton")}
     settings.pop("TRITON_INTERPRET", None)
-    (tmp_path / "facts.json").write_text(json.dumps({"facts": {"commit": "abc"}, "end": 2**40, "lanes": ["kernels"]}))
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu.lane",
-        "benchmarks.gpu.figures",
-        "kernels",
-        str(tmp_path),
-        "--tiny",
-    ]
+    (folder / "facts.json").write_text(json.dumps({"facts": {"commit": "abc"}, "end": 2**40, "lanes": [name]}))
+    command = [sys.executable, "-m", "benchmarks.gpu.lane", module, name, str(folder), "--tiny"]
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    cases = json.loads((tmp_path / "kernels.lane.json").read_text())["cases"]
-    assert len(cases) == 8
+    content: dict[str, Any] = json.loads(record_of(folder, name).read_text())
+    assert content["over"]
+    cases: dict[str, Any] = content["cases"]
+    return cases
+
+
+def test_the_questions_of_figures_are_rehearsed(library: Path, tmp_path: Path) -> None:
+    cases = lane(library, tmp_path, "benchmarks.gpu.figures", "kernels")
+    assert len(cases) == 1 + len(questions.QUESTIONS)
     assert {case["status"] for case in cases.values()} == {"ran"}, cases
+
+
+def test_a_case_that_the_memory_is_too_small_for_says_so(library: Path, tmp_path: Path) -> None:
+    cases = lane(library, tmp_path, "benchmarks.gpu.check", "ops 1", memory=1 << 20)
+    too_large = cases["op frame_attention tiny x1 bfloat16 and gradients"]
+    assert too_large["status"] == "failed"
+    assert too_large["reason"].startswith("OutOfMemoryError: CUDA out of memory. Tried to allocate")

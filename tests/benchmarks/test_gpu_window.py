@@ -230,3 +230,33 @@ def test_a_kit_that_is_too_large_is_not_written(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ValueError, match="more than 0"):
         kit.pack([], tmp_path / "kit.tar.xz", tmp_path / "here")
     assert not (tmp_path / "kit.tar.xz").exists()
+
+
+def test_results_are_made_of_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dataclasses import asdict
+
+    from benchmarks.gpu import results
+    from benchmarks.gpu.figures import STRONGEST
+    from xclip_fast.bench.record import Case, Row, Run, Timing
+
+    case = Case("model", "B/16", 8, 8, 400, "bfloat16", "forward", "normalised", "cuda")
+    timing = Timing("graph", "warm", 5.0, 5.0, 5.0, 0.1, "hf-sdpa", 1.9, 1.9, 1.9, 0.01, "faster", 5)
+    rows = {name: asdict(Row(case, name, "timed", timing=timing)) for name in ("hf-sdpa", "engine", STRONGEST)}
+    machine = {"gpu": "a GPU", "commit": "abc1234"}
+    cases = {
+        "ceilings": {"status": PASSED, "rates": {"bfloat16_tflops": 800.0, "copy_gbs": 3000.0}, "machine": machine},
+        "B/16 x8": {"status": PASSED, "rows": [rows["hf-sdpa"], rows["engine"]]},
+        f"B/16 x8 {STRONGEST}": {"status": PASSED, "rows": list(rows.values())},
+        "fc1 B/16 x8": {"status": PASSED, "rows": [{"contender": "triton", "median_ms": 1.0}]},
+    }
+    figures, out = tmp_path / "figures.json", tmp_path / "gpu.json"
+    figures.write_text(json.dumps(record(cases)))
+    assert results.main([str(figures), str(out)]) == 0
+    found = Run.load(out)
+    assert [row.provider for row in found.rows] == ["hf-sdpa", "engine", STRONGEST]
+    assert found.facts["commit"] == "abc1234"
+    assert all(row.roof is not None and 0 < row.roof.achieved < 1 for row in found.rows)
+    for wrong in (record(cases, rehearsed=True), record({}), {}):
+        figures.write_text(json.dumps(wrong))
+        assert results.main([str(figures), str(out)]) == 1
+    assert capsys.readouterr().err.count("holds no results") == 3
