@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.e2e import PEAK_TFLOPS, peak_share
+from benchmarks.gpu.e2e import PEAK_TFLOPS, memory_of_step, peak_share
+from benchmarks.gpu.goals import MEMORY
 from benchmarks.gpu.lane import FAILED, Desk, Found, last_line
 from xclip_fast.bench import models
 from xclip_fast.bench.cases import config_of
@@ -117,6 +118,14 @@ def measure(desk: Desk, case: Case, methods: Sequence[str], effort: Effort = EFF
     statuses = {row.status for row in rows}
     status = FAILED if FAILED in statuses else desk.verdict(WRONG not in statuses)
     return {"status": status, "rows": [asdict(row) for row in rows], "mfu": shares}
+
+
+def memory(desk: Desk, case: Case) -> Found:
+    """What a training step of each that was built keeps; see ``e2e.memory_of_step``."""
+    contest: _Contest = desk.keep(f"contest {case}", lambda: _begin(case))
+    with desk.turns.together(), exact_float32():
+        found = {name: memory_of_step(module, contest.inputs, case) for name, module in contest.built.items()}
+    return {"status": desk.verdict(True), MEMORY: found}
 
 
 def forget(desk: Desk, case: Case) -> None:

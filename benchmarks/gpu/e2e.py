@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.goals import BYTES, MEMORY, STRONGEST
 from benchmarks.gpu.journal import Journal, leave_if_lost
@@ -161,8 +162,12 @@ def kept_memory(case: Case, provider: str) -> dict[str, float]:
     On a CPU the step runs, and nothing is said of it.
     """
     setting = setting_of(case)
-    module: Any = prepared(PROVIDERS[provider].build(setting), case)
-    video, text = inputs_of(setting)
+    return memory_of_step(prepared(PROVIDERS[provider].build(setting), case), inputs_of(setting), case)
+
+
+def memory_of_step(module: Any, inputs: tuple[Tensor, Tensor], case: Case) -> dict[str, float]:
+    """As ``kept_memory``, of a module that is there."""
+    video, text = inputs
     # the first step compiles, and makes what every later one finds
     module(video, text).float().square().mean().backward()
     module.zero_grad(set_to_none=True)

@@ -14,10 +14,10 @@ from xclip_fast.bench.machine import ceilings, facts
 from xclip_fast.bench.record import Case
 
 OURS = ("hf-sdpa", "engine", "engine-float8")
-TRAINED = ("hf-sdpa", "layers")
 # products by cuBLAS, everything else tuned: minutes less of compiling than with products in Triton
 COMPILED = "hf-compile-max-cublas"
-COMPILED_TRAINING = (COMPILED, "layers-compile")
+# a lane compiles one model: the compiler starts anew for the next
+TRAINED = {"train": (("hf-sdpa", "layers"), COMPILED), "train layers": (("hf-sdpa",), "layers-compile")}
 STRONGEST = "hf-compile-max-flash"
 AS_USED = ("B/16 x8", "B/32 x1", "tiny x1")  # timed as a user sees it too, and from bytes
 STRONGEST_OF = ("B/16 x8", "tiny x1")  # compiled with all there is, when nothing else is left to do
@@ -35,21 +35,36 @@ def tasks(lane: str, desk: Desk) -> dict[str, Task]:
     """The cases of a lane."""
     if lane == "kernels":
         return _kernel_tasks(desk)
-    # what is built and compiled is not interrupted by who measures: the lanes measure behind one another, at the end
-    desk.turns.stay()
-    direction = "train" if lane.startswith("train ") else "forward"
-    sizes = lane.removeprefix("train ")
+    kind, _, sizes = lane.rpartition(": ")
     variant, _, batch = sizes.partition(" x")
-    methods = ("graph", "wall") if sizes in AS_USED or direction == "train" else ("graph",)
-    inputs = ("normalised", "uint8") if sizes in AS_USED and direction == "forward" else ("normalised",)
-    cases = [case_of(variant, int(batch), input, direction) for input in inputs]
-    ours, compiled = (TRAINED, COMPILED_TRAINING) if direction == "train" else (OURS, (COMPILED,))
-    found = {f"build {name_of(case)}": Task(90, partial(contest.build, desk, case, ours)) for case in cases}
-    found[f"compile {name_of(cases[0])}"] = Task(200, partial(contest.build, desk, cases[0], compiled))
+    used = sizes in AS_USED
+    if kind:
+        return _training_tasks(desk, kind, case_of(variant, int(batch), direction="train"))
+    methods = ("graph", "wall") if used else ("graph",)
+    cases = [case_of(variant, int(batch), input) for input in (("normalised", "uint8") if used else ("normalised",))]
+    found = {f"build {name_of(case)}": Task(90, partial(_build, desk, case, OURS)) for case in cases}
+    found[f"compile {name_of(cases[0])}"] = Task(200, partial(_build, desk, cases[0], (COMPILED,)))
     found |= {name_of(case): Task(240, partial(contest.measure, desk, case, methods)) for case in cases}
-    if sizes in STRONGEST_OF and direction == "forward":
+    if sizes in STRONGEST_OF:
         found[f"{name_of(cases[0])} {STRONGEST}"] = Task(390, partial(_strongest, desk, cases[0], methods))
     return found
+
+
+def _training_tasks(desk: Desk, kind: str, case: Case) -> dict[str, Task]:
+    ours, compiled = TRAINED[kind]
+    name = f"{name_of(case)} {compiled}"
+    return {
+        f"build {name}": Task(90, partial(_build, desk, case, ours)),
+        f"compile {name}": Task(200, partial(_build, desk, case, (compiled,))),
+        f"memory {name}": Task(60, partial(contest.memory, desk, case)),
+        name: Task(240, partial(contest.measure, desk, case, ("graph", "wall"))),
+    }
+
+
+def _build(desk: Desk, case: Case, providers: tuple[str, ...]) -> Found:
+    # nobody measures between what a lane builds and what it compiles: the lanes measure behind one another, at the end
+    desk.turns.stay()
+    return contest.build(desk, case, providers)
 
 
 def _strongest(desk: Desk, case: Case, methods: tuple[str, ...]) -> Found:

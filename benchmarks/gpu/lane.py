@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -140,7 +141,7 @@ def main() -> int:
 
 def record_of(folder: Path, lane: str) -> Path:
     """The file of a lane."""
-    return folder / f"{lane.replace('/', '').replace(' ', '-')}.lane.json"
+    return folder / f"{re.sub('[^A-Za-z0-9]+', '-', lane)}.lane.json"
 
 
 def last_line(error: BaseException) -> str:

@@ -46,6 +46,9 @@ def by_provider(content: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, case in content["cases"].items():
         rows = case.get("rows", [])
+        for provider, kept in case.get("memory", {}).items():
+            # of "memory B/16 x8 train ...", what a step of each keeps
+            found[f"{' '.join(name.split()[1:3])} train {provider} memory"] = {"memory": kept}
         if not rows or "provider" not in rows[0]:
             found[name] = case
             continue

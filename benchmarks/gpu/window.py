@@ -37,10 +37,13 @@ LANES = {
     ),
     "figures": (
         *("B/16 x8", "B/32 x1", "L/14 x8", "B/16 x1", "B/32 x8"),
-        *("kernels", "train B/16 x8", "B/16 x32", "B/32 x32"),
+        *("kernels", "train: B/16 x8", "train layers: B/16 x8", "B/16 x32", "B/32 x32"),
     ),
 }
-TINY = {"check": ("tiny", "ops 1", "extension"), "figures": ("tiny x1", "kernels", "train tiny x1")}
+TINY = {
+    "check": ("tiny", "ops 1", "extension"),
+    "figures": ("tiny x1", "kernels", "train: tiny x1", "train layers: tiny x1"),
+}
 RESTARTS = 8  # of one lane
 WIDTH = max(4, os.cpu_count() or 1)  # lanes at once: each has a core, and a machine of few has little memory too
 POLL = 0.1
