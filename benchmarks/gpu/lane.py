@@ -122,12 +122,13 @@ def main() -> int:
     journal.content["imports"] = round(time.monotonic() - start, 1)
     for name in journal.todo(tasks):
         journal.start(name, tasks[name].seconds * (PATIENCE if rehearsed else 1))
-        start, before = time.monotonic(), standin.counts() if rehearsed else {}
+        start, busy, before = time.monotonic(), time.process_time(), standin.counts() if rehearsed else {}
         try:
             found = tasks[name].run()
         except Exception as error:
             found = {"status": FAILED, "reason": last_line(error)}
-        found |= {"seconds": round(time.monotonic() - start, 2), KERNELS: list(compiled)}
+        found |= {"seconds": round(time.monotonic() - start, 2), "cpu_s": round(time.process_time() - busy, 2)}
+        found[KERNELS] = list(compiled)
         compiled.clear()
         if rehearsed:
             found["counted"] = {what: count - before[what] for what, count in standin.counts().items()}

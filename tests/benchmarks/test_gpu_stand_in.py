@@ -16,6 +16,10 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu import kit, questions, standin
 from benchmarks.gpu.lane import record_of
+from xclip_fast import _extension
+from xclip_fast.bench.cases import TINY
+from xclip_fast.bench.launches import launches_of
+from xclip_fast.bench.record import Case
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,6 +175,10 @@ def test_a_rehearsal_in_another_folder_finds_every_kernel(library: Path, tmp_pat
     assert sum(one["captures"] for one in counted) > 15
     assert not any(one["refused"] or one["strays"] for one in counted)
     assert first["kit"]["compiled_here"] > 20
+    # what the engine's graph has captured is what is counted on meta tensors
+    case = Case("model", "tiny", TINY.frames, 1, 400, "bfloat16", "forward", "uint8", "cuda")
+    extension = _extension.cuda_refusal() is None
+    assert first["cases"]["engine tiny bfloat16 calls"]["nodes"] == launches_of(case, "engine") or not extension
     checkout = tmp_path / "checkout"
     kit._copy(checkout)
     for name in kit.EXTENSION:
