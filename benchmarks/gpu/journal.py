@@ -64,6 +64,10 @@ class Journal:
         ``seconds`` is what it may take at most; whoever watches ends it then.
         """
         self.content["running"] = name
+        self.clock(seconds)
+
+    def clock(self, seconds: float | None) -> None:
+        """Give the case that runs so many seconds from now on, or all there are."""
         self.content["until"] = None if seconds is None else time.time() + seconds
         self.write()
 

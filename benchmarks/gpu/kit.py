@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.prepare import ROOT, build_extension, run
+from benchmarks.gpu.prepare import ROOT, build_extension, other_sources, run
 
 KIT = ROOT / "build" / "gpu-kit.tar.xz"
 CACHE = ROOT / "build" / "triton"  # where kernels are unpacked, unless TRITON_CACHE_DIR names another folder
@@ -68,18 +68,24 @@ def prepare(path: Path = KIT, *, build: bool = True) -> dict[str, Any]:
     start, said, unpacked = time.monotonic(), [], 0
     here, cache = versions(), Path(os.environ.get("TRITON_CACHE_DIR") or CACHE)
     cache.mkdir(parents=True, exist_ok=True)
+    carried: list[str] = []
     if not path.exists():
         said.append(f"no kit at {path}: every kernel is compiled here")
     else:
-        with tarfile.open(path) as archive:
-            manifest = json.loads(_member(archive, MANIFEST))
-            differing = [f"{name} {manifest['versions'].get(name)} there, {here[name]} here"
-                         for name in VERSIONS if manifest["versions"].get(name) != here[name]]  # fmt: skip
-            if differing:
-                said.append(f"the kit is of another machine ({'; '.join(differing)}): kernels are compiled here")
-            else:
-                unpacked = _unpack(archive, cache)
-            _carry_extension(archive)
+        files = _read(path)
+        manifest = json.loads(files.pop(MANIFEST))
+        differing = [
+            f"{name} {manifest['versions'].get(name)} there, {here[name]} here"
+            for name in VERSIONS
+            if manifest["versions"].get(name) != here[name]
+        ]
+        if differing:
+            said.append(f"the kit is of another machine ({'; '.join(differing)}): kernels are compiled here")
+        else:
+            unpacked = _unpack(files, cache)
+        carried = [name for name in manifest["extension"] if not (ROOT / name).exists()]
+        for name in carried:
+            (ROOT / name).write_bytes(files[name])
         said.append(f"kit of {manifest['commit']}: {unpacked} kernels unpacked")
     gpu, capability = _gpu()
     if capability not in (None, TARGET):
@@ -89,8 +95,11 @@ def prepare(path: Path = KIT, *, build: bool = True) -> dict[str, Any]:
         # the folder as a part of the package: what an install maps, without an installer
         link.symlink_to(Path("..") / "kernels", target_is_directory=True)
     facts = {"commit": _commit(), "python": sys.version.split()[0], "gpu": gpu} | here
-    if build:
-        found = build_extension(capability or "9.0")
+    if carried and capability == TARGET and other_sources() is None:
+        # a loader would import torch to say the same; the lanes find out
+        said.append("extension: carried")
+    elif build:
+        found = build_extension(capability or TARGET)
         how = f"built, for {found['built']}" if "built" in found else found["output"]
         said.append(f"extension: {how if found['code'] == 0 else found['output'][-300:]} ({found['seconds']} s)")
     seconds = round(time.monotonic() - start, 1)
@@ -166,36 +175,32 @@ def _launched(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def _unpack(archive: tarfile.TarFile, cache: Path) -> int:
+def _read(path: Path) -> dict[str, bytes]:
+    """The files of a kit by name, in one pass: whoever seeks in it unpacks it from the start again."""
+    found = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            data = archive.extractfile(member)
+            if data is not None:
+                found[member.name] = data.read()
+    return found
+
+
+def _unpack(files: dict[str, bytes], cache: Path) -> int:
     """Put the entries that are not there yet into Triton's folder, and the folder into their lists."""
     before, new = entries(cache), set()
-    for member in archive:
-        parts = Path(member.name).parts
-        if parts[0] != "triton" or len(parts) != 3 or not member.isfile() or parts[1] in before:
+    for name, data in files.items():
+        parts = Path(name).parts
+        if parts[0] != "triton" or len(parts) != 3 or parts[1] in before:
             continue
-        data = _member(archive, member.name)
         folder = cache / parts[1]
         folder.mkdir(parents=True, exist_ok=True)
         if parts[2].startswith(GROUP):
-            names = json.loads(data)["child_paths"]
-            data = json.dumps({"child_paths": {name: str(folder / name) for name in names}}).encode()
+            children = json.loads(data)["child_paths"]
+            data = json.dumps({"child_paths": {child: str(folder / child) for child in children}}).encode()
         (folder / parts[2]).write_bytes(data)
         new.add(parts[1])
     return len(new)
-
-
-def _carry_extension(archive: tarfile.TarFile) -> None:
-    """The packed library, where this checkout has none."""
-    names = archive.getnames()
-    for name in EXTENSION:
-        if name in names and not (ROOT / name).exists():
-            (ROOT / name).write_bytes(_member(archive, name))
-
-
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    found = archive.extractfile(name)
-    assert found is not None, name
-    return found.read()
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

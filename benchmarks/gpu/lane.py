@@ -73,9 +73,11 @@ class Desk:
         torch.cuda.empty_cache()
 
     def wait_while(self, busy: Callable[[str], bool]) -> None:
-        """Wait until no other lane is at a case of which this is true, or yet to begin; its own time goes on."""
+        """Wait until no other lane is at a case of which this is true; one that has not begun is at its imports."""
+        self.turns.waiting(True)
         while any(busy(name) for name in self._elsewhere()):
             time.sleep(0.2)
+        self.turns.waiting(False)
 
     def _elsewhere(self) -> Iterator[str]:
         """What each other lane is at, one that has not begun at its imports; those that are over are left out."""
@@ -92,7 +94,7 @@ class Desk:
 
 @dataclass(frozen=True)
 class Task:
-    """A case: how many seconds it may take, the wait for its turn counted in, and what it does."""
+    """A case: how many seconds it may take, the wait for its turn not counted, and what it does."""
 
     seconds: float
     run: Callable[[], Found]
@@ -111,17 +113,21 @@ def main() -> int:
     given = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     record = record_of(folder, options.lane)
     lanes = tuple(given["lanes"])
-    desk = Desk(folder, record, given["facts"]["commit"], lanes, options.tiny, not rehearsed, Turns(folder))
     journal = Journal(record, given["facts"], given["end"] - time.time())
-    journal.start(IMPORTS, 60 * (PATIENCE if rehearsed else 1))
+    # whoever waits for others has its whole time when they are done; a cold disk is no fault of the imports
+    limits: dict[str, float] = {}
+    turns = Turns(folder, lambda begins: journal.clock(None if begins else limits.get(journal.content["running"])))
+    desk = Desk(folder, record, given["facts"]["commit"], lanes, options.tiny, not rehearsed, turns)
+    journal.start(IMPORTS)
     start = time.monotonic()
     if rehearsed:
         standin.enter()
     tasks: dict[str, Task] = import_module(options.module).tasks(options.lane, desk)
     compiled = _watch_triton()
     journal.content["imports"] = round(time.monotonic() - start, 1)
+    limits |= {name: task.seconds * (PATIENCE if rehearsed else 1) for name, task in tasks.items()}
     for name in journal.todo(tasks):
-        journal.start(name, tasks[name].seconds * (PATIENCE if rehearsed else 1))
+        journal.start(name, limits[name])
         start, busy, before = time.monotonic(), time.process_time(), standin.counts() if rehearsed else {}
         try:
             found = tasks[name].run()

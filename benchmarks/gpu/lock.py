@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,10 +12,14 @@ class Turns:
     """Locks in a folder. Who asks waits at the gate behind who asked before, so that nobody waits for ever.
 
     The system frees what a process held that has died.
+
+    Args:
+        folder: of the locks.
+        waiting: told when this process begins to wait, and when it has its turn.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.gate, self.gpu = folder / "gate.lock", folder / "gpu.lock"
+    def __init__(self, folder: Path, waiting: Callable[[bool], None] = lambda begins: None) -> None:
+        self.gate, self.gpu, self.waiting = folder / "gate.lock", folder / "gpu.lock", waiting
         self._kept = ExitStack()
         self._staying = False
 
@@ -45,7 +49,9 @@ class Turns:
     @contextmanager
     def _held(self, how: int) -> Iterator[None]:
         with self.gpu.open("a") as gpu:
+            self.waiting(True)
             with self.gate.open("a") as gate:
                 fcntl.flock(gate, fcntl.LOCK_EX)
                 fcntl.flock(gpu, how)
+            self.waiting(False)
             yield

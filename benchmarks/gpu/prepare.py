@@ -86,16 +86,21 @@ def build_extension(architecture: str) -> dict[str, Any]:
     return run(command, EXTENSION_DEADLINE, settings) | {"built": reason}
 
 
+def other_sources() -> str | None:
+    """Why the library that is there, if one is, is not of these sources; nothing where it is."""
+    if not SOURCES.exists():
+        return f"there is no {SOURCES.name} that says what a library was built of"
+    stale = run(["sha256sum", "--check", "--strict", "--quiet", str(SOURCES)], 30)
+    return f"it is of other sources: {stale['output'].strip()}" if stale["code"] != 0 else None
+
+
 def lack_of_extension(architecture: str) -> str | None:
     """Why the library that is there, if one is, is none for this GPU; nothing where it is.
 
     It is asked in a process of its own: one that has loaded it could load no other.
     """
-    if not SOURCES.exists():
-        return f"there is no {SOURCES.name} that says what a library was built of"
-    stale = run(["sha256sum", "--check", "--strict", "--quiet", str(SOURCES)], 30)
-    if stale["code"] != 0:
-        return f"it is of other sources: {stale['output'].strip()}"
+    if stale := other_sources():
+        return stale
     asked = run([sys.executable, "-c", ASK], 120)
     if asked["code"] != 0:
         return f"its loader fails: {asked['output'].strip()}"
