@@ -97,6 +97,9 @@ def model_allowance(torch_error: float, dtype: torch.dtype, *, gradients: bool =
     """
     tolerance = TOLERANCES[dtype]
     limit = tolerance.gradients if gradients else tolerance.model
+    if not math.isfinite(torch_error):
+        # where torch is broken nothing else may be
+        return limit
     return min(2 * max(torch_error, limit / 4) + tolerance.rounding, max(limit, torch_error))
 
 

@@ -8,6 +8,7 @@ again behind the case.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -63,6 +64,10 @@ class Desk:
             self._kept[name] = make()
         found: Made = self._kept[name]
         return found
+
+    def kept(self, name: str) -> Any:
+        """What was made under this name in this process, or None."""
+        return self._kept.get(name)
 
     def drop(self, *names: str) -> None:
         """Free what was kept."""
@@ -139,6 +144,7 @@ def main() -> int:
         if rehearsed:
             found["counted"] = {what: count - before[what] for what, count in standin.counts().items()}
             found["counted"]["captured"] = standin.counts()["captured"]
+        found["reserved_gb"] = round(_freed() / 1e9, 2)
         journal.add(name, found)
         leave_if_lost()
     journal.content[OVER] = True
@@ -157,6 +163,23 @@ def last_line(error: BaseException) -> str:
     # compilers say what is wrong at the end, others at the start
     said = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
     return f"{type(error).__name__}: {said}"[:400]
+
+
+def _freed() -> int:
+    """The most memory that a case has held, in bytes; what it holds no longer is there for other lanes."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return 0
+    try:
+        held = torch.cuda.max_memory_reserved()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    except RuntimeError:
+        # the GPU is lost to this process, which the next step finds out
+        return 0
+    return held
 
 
 def _watch_triton() -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.figures import CEILINGS, STRONGEST
+from benchmarks.gpu.figures import CEILINGS, MACHINE
 from xclip_fast.bench.models import roof_of
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import SCHEMA, Row, Run
@@ -21,19 +21,23 @@ def results_of(content: dict[str, Any]) -> Run:
     """The rows of whole models with their floors.
 
     Raises:
-        InputError: the record is of a rehearsal, or its ceilings were not measured.
+        InputError: the record is of a rehearsal, or does not say of which machine.
     """
     if content["rehearsed"]:
         raise InputError("these figures were rehearsed without a GPU: they mean nothing")
-    head = content["cases"].get(CEILINGS, {})
-    if "machine" not in head:
-        raise InputError("these figures have no ceilings: the window ended before they were measured")
-    rows = []
-    for name, case in content["cases"].items():
+    machine = content["cases"].get(MACHINE, {}).get(MACHINE)
+    if machine is None:
+        raise InputError("these figures are of no machine: the window ended before it was asked")
+    rates = content["cases"].get(CEILINGS, {}).get("rates", {})
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for case in content["cases"].values():
         found = [row for row in case.get("rows", []) if "provider" in row]
-        # the others were measured again beside it, and are there already
-        rows += [row for row in found if not name.endswith(STRONGEST) or row["provider"] == STRONGEST]
-    run = Run.from_dict({"schema": SCHEMA, "facts": head["machine"], "ceilings": head["rates"], "rows": rows})
+        for row in found:
+            # what was measured again, beside another, is there already
+            method = row["timing"] and row["timing"]["method"]
+            rows.setdefault((*row["case"].values(), row["provider"], method), row)
+    content = {"schema": SCHEMA, "facts": machine, "ceilings": rates, "rows": list(rows.values())}
+    run = Run.from_dict(content)
     run.rows = [_with_floor(row, run.ceilings) for row in run.rows]
     return run
 

@@ -66,10 +66,10 @@ def ceilings(device: str, dtypes: tuple[str, ...], seconds: float = 0.5) -> dict
     side = 8192 if on_gpu else 2048
     found = {}
     for dtype in dtypes:
-        left, right = (torch.randn(side, side).to(device, getattr(torch, dtype)) for _ in range(2))
+        left, right = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
         out = torch.empty_like(left)
         found[f"{dtype}_tflops"] = 2 * side**3 / _best(_product(left, right, out), device, seconds) / 1e12
-    source = torch.randn((1 << 30 if on_gpu else 1 << 28) // 4).to(device)
+    source = torch.randn((1 << 30 if on_gpu else 1 << 28) // 4, device=device)
     target = torch.empty_like(source)
     found["copy_gbs"] = 2 * source.nbytes / _best(lambda: target.copy_(source), device, seconds) / 1e9
     return found
