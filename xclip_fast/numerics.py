@@ -147,8 +147,8 @@ def exact_float32() -> Iterator[None]:
     """Products and convolutions of float32 in float32 while it is active, whatever the settings: no TF32, no bfloat16.
 
     PyTorch convolves in TF32 unless it is told otherwise, and multiplies in it when it is told to: an error of 1e-3,
-    which is no float32. The settings are the whole process's: one thread at a time has them, and all are as they were
-    afterwards.
+    which is no float32. The settings are the whole process's: one thread at a time sets them, others compute under them
+    meanwhile, and all are as they were afterwards.
     """
     backends: Any = torch.backends
     convolutions = backends.cudnn
@@ -171,7 +171,10 @@ def exact_float32() -> Iterator[None]:
                 torch.set_float32_matmul_precision(older[0])
                 convolutions.allow_tf32 = older[1]
             for setting, precision in zip(newer, precisions, strict=True):
-                setting.fp32_precision = precision
+                # what was inherited is again, and follows later changes of the setting above it
+                setting.fp32_precision = "none"
+                if setting.fp32_precision != precision:
+                    setting.fp32_precision = precision
 
 
 @contextmanager

@@ -22,10 +22,11 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.prepare import ROOT, build_extension, other_sources, run
+from benchmarks.gpu.prepare import ROOT, other_sources, run
 
 KIT = ROOT / "build" / "gpu-kit.tar.xz"
 CACHE = ROOT / "build" / "triton"  # where kernels are unpacked, unless TRITON_CACHE_DIR names another folder
@@ -55,12 +56,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def prepare(path: Path = KIT, *, build: bool = True) -> dict[str, Any]:
-    """Make this checkout ready: kernels unpacked, package importable, extension there.
+def prepare(path: Path = KIT, *, carry: bool = True) -> dict[str, Any]:
+    """Make this checkout ready: kernels unpacked, package importable, extension there. Nothing is compiled.
 
     Args:
         path: the kit; there need be none.
-        build: build the extension where the carried one does not serve.
+        carry: put the kit's extension into this checkout, where it has none of the kit's sources.
 
     Returns:
         "cache" (Triton's folder), "facts" of the run, "said" (lines for people), "unpacked" (kernels), "seconds".
@@ -68,10 +69,7 @@ def prepare(path: Path = KIT, *, build: bool = True) -> dict[str, Any]:
     start, said, unpacked = time.monotonic(), [], 0
     here, cache = versions(), Path(os.environ.get("TRITON_CACHE_DIR") or CACHE)
     cache.mkdir(parents=True, exist_ok=True)
-    carried: list[str] = []
-    if not path.exists():
-        said.append(f"no kit at {path}: every kernel is compiled here")
-    else:
+    try:
         files = _read(path)
         manifest = json.loads(files.pop(MANIFEST))
         differing = [
@@ -79,29 +77,27 @@ def prepare(path: Path = KIT, *, build: bool = True) -> dict[str, Any]:
             for name in VERSIONS
             if manifest["versions"].get(name) != here[name]
         ]
-        if differing:
-            said.append(f"the kit is of another machine ({'; '.join(differing)}): kernels are compiled here")
-        else:
+        if not differing:
             unpacked = _unpack(files, cache)
-        carried = [name for name in manifest["extension"] if not (ROOT / name).exists()]
-        for name in carried:
-            (ROOT / name).write_bytes(files[name])
         said.append(f"kit of {manifest['commit']}: {unpacked} kernels unpacked")
+        said += [f"the kit is of another machine ({'; '.join(differing)}): kernels are compiled here"] * bool(differing)
+        if carry:
+            _carry(files)
+    except FileNotFoundError:
+        said.append(f"no kit at {path}: every kernel is compiled here")
+    except (OSError, tarfile.TarError, LZMAError, EOFError, ValueError, KeyError) as error:
+        said.append(f"{path} is no kit ({type(error).__name__}: {error}): every kernel is compiled here")
     gpu, capability = _gpu()
     if capability not in (None, TARGET):
         said.append(f"the kit is for compute capability {TARGET}, {gpu} has {capability}: kernels are compiled here")
+    # whether it loads, and for which GPU, the lanes find out
+    lacking = other_sources()
+    said.append(f"no extension: {lacking}: Triton embeds the patches" if lacking else "the extension is there")
     link = ROOT / "xclip_fast" / "kernels"
     if not link.exists() and not _is_installed():
         # the folder as a part of the package: what an install maps, without an installer
         link.symlink_to(Path("..") / "kernels", target_is_directory=True)
     facts = {"commit": _commit(), "python": sys.version.split()[0], "gpu": gpu} | here
-    if carried and capability == TARGET and other_sources() is None:
-        # a loader would import torch to say the same; the lanes find out
-        said.append("extension: carried")
-    elif build:
-        found = build_extension(capability or TARGET)
-        how = f"built, for {found['built']}" if "built" in found else found["output"]
-        said.append(f"extension: {how if found['code'] == 0 else found['output'][-300:]} ({found['seconds']} s)")
     seconds = round(time.monotonic() - start, 1)
     return {"cache": str(cache), "facts": facts, "said": said, "unpacked": unpacked, "seconds": seconds}
 
@@ -203,6 +199,15 @@ def _unpack(files: dict[str, bytes], cache: Path) -> int:
     return len(new)
 
 
+def _carry(files: dict[str, bytes]) -> None:
+    """The packed extension, where this checkout has none of the same sources."""
+    library, sources = (ROOT / name for name in EXTENSION)
+    packed = files.get(EXTENSION[1])
+    if packed is not None and not (library.exists() and sources.exists() and sources.read_bytes() == packed):
+        for name in EXTENSION:
+            (ROOT / name).write_bytes(files[name])
+
+
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
@@ -225,7 +230,8 @@ def _is_installed() -> bool:
 def _gpu() -> tuple[str | None, str | None]:
     """Name and compute capability of the GPU; nothing is imported for it."""
     asked = run(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"], 20)
-    name, _, capability = asked["output"].strip().splitlines()[0].partition(",") if asked["code"] == 0 else ("", "", "")
+    lines = asked["output"].strip().splitlines() if asked["code"] == 0 else []
+    name, _, capability = lines[0].partition(",") if lines else ("", "", "")
     return name.strip() or None, capability.strip() or None
 
 
@@ -275,6 +281,8 @@ def _copy(folder: Path) -> None:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    # its own kernels, whatever an installed package maps
+    (folder / "xclip_fast" / "kernels").symlink_to(Path("..") / "kernels", target_is_directory=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ IMPORTS = "imports"  # what a lane is at before its first case
 OVER = "over"  # of a lane that is not started again
 KERNELS = "kernels"  # what a case has asked Triton for: names and keys, compiled or found
 PASSED, WRONG, FAILED, RAN = "passed", "wrong", "failed", "ran"
+TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer, and the lanes that run them
+UNAVAILABLE = "unavailable"  # a tool that this machine does not let work
 PATIENCE = 60  # a rehearsal compiles on few cores what sixteen do on a GPU's machine: that many times as long
 
 Found = dict[str, Any]

@@ -33,7 +33,7 @@ LANES = {
     "check": (
         *("B/16", "B/32", "L/14"),
         *("ops 1", "ops 2", "ops 3", "ops 4"),
-        *("extension", "compile", "sanitize"),
+        *("extension", "compile", "memcheck", "racecheck"),
     ),
     "figures": (
         *("B/16 x8", "B/32 x1", "L/14 x8", "B/16 x1", "B/32 x8"),
@@ -47,6 +47,7 @@ TINY = {
 RESTARTS = 8  # of one lane
 WIDTH = max(4, os.cpu_count() or 1)  # lanes at once: each has a core, and a machine of few has little memory too
 POLL = 0.1
+PATIENCE = 5.0  # seconds for a killed process to go: one whose kernel hangs may stay in the driver
 GRACE = 5.0  # of the whole, for the table
 
 
@@ -80,7 +81,7 @@ def run(window: str, out: Path, *, dry: bool = False, tiny: bool = False, second
     folder = Path(mkdtemp(prefix=f"{window}-"))
     try:
         settings |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-        prepared = kit.prepare(build=not dry)
+        prepared = kit.prepare(carry=not dry)
         settings["TRITON_CACHE_DIR"] = prepared.pop("cache")
         for line in prepared["said"]:
             print(line, flush=True)
@@ -168,9 +169,26 @@ def _look_after(window: str, lane: _Lane, settings: dict[str, str], tiny: bool) 
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """End a process and all that it has started, also what has a session of its own."""
+    for one in _family(process.pid)[::-1]:
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(PATIENCE)
+
+
+def _family(process: int) -> list[int]:
+    """A process and its descendants, parents first."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # the name in front may hold anything
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = [process]
+    for one in found:
+        found += children.get(one, [])
+    return found
 
 
 def _merge(path: Path, lanes: list[_Lane], head: dict[str, Any]) -> dict[str, Any]:

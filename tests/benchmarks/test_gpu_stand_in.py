@@ -212,7 +212,7 @@ def lane(library: Path, folder: Path, module: str, name: str, **options: Any) ->
 
 def test_the_questions_of_figures_are_rehearsed(library: Path, tmp_path: Path) -> None:
     cases = lane(library, tmp_path, "benchmarks.gpu.figures", "kernels")
-    assert len(cases) == 1 + len(questions.QUESTIONS)
+    assert len(cases) == 2 + len(questions.QUESTIONS)
     assert {case["status"] for case in cases.values()} == {"ran"}, cases
 
 
@@ -221,3 +221,26 @@ def test_a_case_that_the_memory_is_too_small_for_says_so(library: Path, tmp_path
     too_large = cases["op frame_attention tiny x1 bfloat16 and gradients"]
     assert too_large["status"] == "failed"
     assert too_large["reason"].startswith("OutOfMemoryError: CUDA out of memory. Tried to allocate")
+
+
+def test_a_lane_that_begins_again_builds_what_it_measures(library: Path, tmp_path: Path) -> None:
+    script = f"""
+import json, pathlib
+from benchmarks.gpu import contest
+from benchmarks.gpu.lane import Desk
+from benchmarks.gpu.lock import Turns
+folder = pathlib.Path({str(tmp_path)!r})
+desk = Desk(folder, folder / "a.json", "abc", ("a",), True, False, Turns(folder))
+case = contest.case_of("tiny", 1)
+# nothing was built in this process
+found = contest.measure(desk, case, ("hf-sdpa", "layers"), ("graph",))
+print(found["status"], [row["provider"] for row in found["rows"] if row["timing"]])
+# a baseline that is broken makes nothing right
+desk.kept(f"contest {{case}}").torch_error = float("inf")
+found = contest.build(desk, case, ("layers",))
+print([check["passed"] for check in found["checks"]][0])
+# and what cannot be built is no success
+contest.PROVIDERS["gone"] = None
+print(contest.measure(desk, contest.case_of("tiny", 2), ("gone",), ("graph",))["status"])
+"""
+    assert rehearse(library, script) == ["ran ['hf-sdpa', 'layers']", "False", "failed"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -87,7 +89,6 @@ def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captu
     monkeypatch.setitem(os.environ, "PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setitem(os.environ, "TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(kit, "KIT", tmp_path / "none.tar.xz")
-    monkeypatch.setattr(kit, "build_extension", lambda capability: {"code": 0, "seconds": 0.0, "output": "carried"})
     code = window.run("faulty", tmp_path, seconds=150)
     content: dict[str, Any] = json.loads((tmp_path / "faulty.json").read_text())
     return content | {"code": code, "said": capsys.readouterr().out}
@@ -105,6 +106,7 @@ def test_a_case_that_goes_wrong_costs_itself_alone(faulty: dict[str, Any]) -> No
         "measures": PASSED,
         "imports": FAILED,
     }
+    assert all("cpu_s" in cases[name] for name in ("good", "wrong"))
     assert "code 11" in cases["crashes"]["reason"]
     assert "longer" in cases["hangs"]["reason"]
     assert cases["fails"]["reason"] == "ValueError: the first line ... the last one"
@@ -135,11 +137,21 @@ def timed(provider: str, ratio: float, method: str = "graph", batch: int = 8) ->
 def test_the_table_fits_into_the_end_of_a_log_and_says_what_it_leaves_out(tmp_path: Path) -> None:
     check = {"what": "output 0", "error": None, "allowance": 0.01, "passed": False}
     cases = {f"op x{i}": {"status": WRONG, "checks": [check]} for i in range(500)}
+    rows = [{"contender": f"{i} {'long name ' * 12}", "median_ms": 1.0, "ratio": 1.0} for i in range(200)]
+    cases |= {"fc1 B/16 x8": {"status": PASSED, "rows": rows}}
     said = verdict.table(tmp_path, record(cases))
     assert len(said) <= verdict.MOST
     assert said.splitlines()[-1].endswith(f"more lines: see {tmp_path}/check.json")
     assert "op x0 wrong: output 0 errs not finite, 1.00e-02 allowed" in said
+    # failures leave room for figures
+    assert f"{500 - verdict.FAILURES} more failed or wrong" in said
+    assert "fc1 B/16 x8 0 long name" in said
     assert not verdict.sound(record(cases))
+    # sanitizers are slow, and may not come to their end
+    lanes = {name: {"complete": name == "a", "restarts": 0, "log": ""} for name in ("a", "memcheck", "b")}
+    assert not verdict.sound(record({}, lanes=lanes))
+    del lanes["b"]
+    assert verdict.sound(record({}, lanes=lanes))
 
 
 def test_figures_stand_beside_their_goals(tmp_path: Path) -> None:
@@ -191,13 +203,13 @@ def test_a_kit_is_found_in_another_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(manifest["versions"]) == set(kit.VERSIONS)
     assert "FAILED" not in manifest["entries"]
     monkeypatch.setenv("TRITON_CACHE_DIR", str(there))
-    prepared = kit.prepare(path, build=False)
+    prepared = kit.prepare(path, carry=False)
     assert prepared["unpacked"] == 3
     found = json.loads((there / kit._key(digest) / f"{kit.GROUP}some_kernel.json").read_text())["child_paths"]
     # what a launch reads, where it is now
     assert sorted(found) == ["some_kernel.cubin", "some_kernel.json"]
     assert all(Path(file).read_text() == name for name, file in found.items())
-    assert kit.prepare(path, build=False)["unpacked"] == 0
+    assert kit.prepare(path, carry=False)["unpacked"] == 0
 
 
 @pytest.mark.parametrize("name", kit.VERSIONS)
@@ -211,15 +223,65 @@ def test_a_kit_of_another_machine_is_named_and_not_used(
     kit.pack([], path, cache)
     monkeypatch.setattr(kit, "versions", lambda: versions)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "there"))
-    prepared = kit.prepare(path, build=False)
+    prepared = kit.prepare(path, carry=False)
     assert prepared["unpacked"] == 0
     assert any(f"{name} another there, {versions[name]} here" in line for line in prepared["said"])
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"\xfd7zXZ\x00cut off"])
+def test_a_damaged_kit_is_named_and_not_used(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "there"))
+    path = tmp_path / "kit.tar.xz"
+    path.write_bytes(content)
+    prepared = kit.prepare(path, carry=False)
+    assert prepared["unpacked"] == 0
+    assert f"{path} is no kit" in prepared["said"][0]
+
+
+def test_a_carried_extension_takes_the_place_of_one_of_other_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kit, "ROOT", tmp_path)
+    (tmp_path / "xclip_fast").mkdir()
+    library, sources = (tmp_path / name for name in kit.EXTENSION)
+    packed = {kit.EXTENSION[0]: b"new", kit.EXTENSION[1]: b"sums"}
+    kit._carry({})
+    assert not library.exists()
+    kit._carry(packed)
+    assert (library.read_bytes(), sources.read_bytes()) == (b"new", b"sums")
+    library.write_bytes(b"built here, of the same sources")
+    kit._carry(packed)
+    assert library.read_bytes() == b"built here, of the same sources"
+    sources.write_bytes(b"older sums")
+    kit._carry(packed)
+    assert library.read_bytes() == b"new"
+
+
+def test_a_process_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
+    # a session of its own, and a name that looks like the fields behind it
+    script = "import subprocess, sys, time; p = subprocess.Popen(['sh', '-c', 'exec sleep 60'], start_new_session=True)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"{script}; print(p.pid, flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert child in window._family(parent.pid)
+    window._kill(parent)
+    assert parent.poll() is not None
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{child}").exists()
 
 
 def test_another_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kit, "_gpu", lambda: ("NVIDIA B200", "10.0"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "there"))
-    said = kit.prepare(tmp_path / "none.tar.xz", build=False)["said"]
+    said = kit.prepare(tmp_path / "none.tar.xz", carry=False)["said"]
     assert said[0].startswith("no kit at ")
     assert "NVIDIA B200 has 10.0" in said[1]
 
@@ -244,7 +306,8 @@ def test_results_are_made_of_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
     rows = {name: asdict(Row(case, name, "timed", timing=timing)) for name in ("hf-sdpa", "engine", STRONGEST)}
     machine = {"gpu": "a GPU", "commit": "abc1234"}
     cases = {
-        "ceilings": {"status": PASSED, "rates": {"bfloat16_tflops": 800.0, "copy_gbs": 3000.0}, "machine": machine},
+        "machine": {"status": PASSED, "machine": machine},
+        "ceilings": {"status": PASSED, "rates": {"bfloat16_tflops": 800.0, "copy_gbs": 3000.0}},
         "B/16 x8": {"status": PASSED, "rows": [rows["hf-sdpa"], rows["engine"]]},
         f"B/16 x8 {STRONGEST}": {"status": PASSED, "rows": list(rows.values())},
         "fc1 B/16 x8": {"status": PASSED, "rows": [{"contender": "triton", "median_ms": 1.0}]},
@@ -256,6 +319,10 @@ def test_results_are_made_of_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [row.provider for row in found.rows] == ["hf-sdpa", "engine", STRONGEST]
     assert found.facts["commit"] == "abc1234"
     assert all(row.roof is not None and 0 < row.roof.achieved < 1 for row in found.rows)
+    del cases["ceilings"]
+    figures.write_text(json.dumps(record(cases)))
+    assert results.main([str(figures), str(out)]) == 0
+    assert [row.roof for row in Run.load(out).rows] == [None] * 3
     for wrong in (record(cases, rehearsed=True), record({}), {}):
         figures.write_text(json.dumps(wrong))
         assert results.main([str(figures), str(out)]) == 1

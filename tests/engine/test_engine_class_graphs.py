@@ -69,6 +69,48 @@ def test_a_class_set_is_captured_when_it_comes_again(log: list[str]) -> None:
     assert log[6:8] == ["capture 4", "replay"]
 
 
+@pytest.mark.parametrize("sets", [3, 4, 6, 20])
+def test_sets_that_take_turns_are_not_captured_at_every_call(sets: int, log: list[str]) -> None:
+    graphs, all_of_them = cache(log, capacity=3), [class_set() for _ in range(sets)]
+    calls = 50 * sets
+    for call in range(calls):
+        video, texts = torch.randn(2, 3), all_of_them[call % sets]
+        assert torch.equal(graphs(video, *texts)[0], score(video, *texts)[0])
+    captures = log.count("capture 2")
+    # those that fit in are captured once; of more the captures become rare
+    assert captures == 3 if sets == 3 else 3 <= captures <= 0.2 * calls
+    rest = len(log)
+    for call in range(4 * sets):
+        graphs(torch.randn(2, 3), *all_of_them[call % sets])
+    assert log[rest:].count("capture 2") <= sets
+
+
+def test_a_set_that_the_memory_is_too_small_for_is_computed_without_a_graph(log: list[str]) -> None:
+    def full(run: Pass, video: Tensor) -> Any:
+        log.append("full")
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graphs, texts = cache(log), class_set()
+    graphs.capture = full
+    for _ in range(5):
+        video = torch.randn(2, 3)
+        assert torch.equal(graphs(video, *texts)[0], score(video, *texts)[0])
+    # it is tried once
+    assert log == ["uncaptured", "full"] + ["uncaptured"] * 4
+    # without a class set there is no other way
+    with pytest.raises(torch.OutOfMemoryError):
+        GraphCache(lambda video: [video], full)(torch.randn(2, 3))
+
+
+def test_the_pairs_of_a_graph_are_those_of_its_bucket(log: list[str]) -> None:
+    graphs, texts = cache(log), class_set(MAX_PAIRS // 4)
+    for batch in (4, 5):
+        for _ in range(3):
+            graphs(torch.randn(batch, 3), *texts)
+    assert "capture 4" in log
+    assert "capture 8" not in log
+
+
 def test_sets_seen_once_push_nothing_out(log: list[str]) -> None:
     graphs, texts = cache(log, capacity=1), class_set()
     for _ in range(2):

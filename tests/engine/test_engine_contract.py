@@ -125,7 +125,7 @@ def test_what_is_no_tensor_is_refused(model: XCLIP, engine: Engine, thing: Any) 
 
 
 def test_int8_needs_a_product_of_bytes(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xclip_fast.engine.api.int8_product", lambda: None)
+    monkeypatch.setattr("xclip_fast.engine.precision.int8_product", lambda: None)
     with pytest.raises(InputError, match="use bfloat16"):
         Engine(model, torch.int8)
 

@@ -11,7 +11,7 @@ from engine_cases import random_tokens, random_video, small_model
 from numerics import relative_error
 
 from xclip_fast import processor
-from xclip_fast.engine import Engine, api
+from xclip_fast.engine import Engine, precision
 from xclip_fast.processor import FEATURES
 from xclip_fast.reference import XCLIP
 
@@ -26,7 +26,7 @@ def model() -> XCLIP:
 @pytest.fixture
 def without_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "multiplies", lambda dtype: False)
-    api._say_once.cache_clear()
+    precision._say_once.cache_clear()
 
 
 def tensors(part: Any, seen: set[int]) -> list[torch.Tensor]:
@@ -93,7 +93,7 @@ def test_weights_beyond_the_range_of_float16_stay_in_float32() -> None:
 
 
 def test_int8_streams_in_float32_where_bfloat16_is_slow(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    if api.int8_product() is None:
+    if precision.int8_product() is None:
         pytest.skip("this PyTorch multiplies no bytes on this processor")
     for native, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(processor, "multiplies", lambda dtype, native=native: native)

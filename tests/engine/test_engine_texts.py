@@ -22,6 +22,7 @@ from torch import Tensor
 from xclip_fast import Engine, InputError
 from xclip_fast.engine import texts
 from xclip_fast.reference import XCLIP
+from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.text import TextCache
 
 TOKENS = random_tokens()
@@ -101,6 +102,25 @@ def test_class_sets_of_its_own_are_taken_for_ever(tmp_path: Path) -> None:
     torch.testing.assert_close(engine.classify(video, known), wanted)
     some = made._replace(features=made.features[:2], query=made.query[:2])
     torch.testing.assert_close(engine.classify(video, some).argmax(-1), wanted[:, :2].argmax(-1))
+
+
+def test_a_class_set_is_its_own_whatever_becomes_of_the_features() -> None:
+    engine, video = Engine(small_model()), random_video()
+    features = torch.randn(5, engine.config.embed_dim)
+    made = engine.texts_of(features)
+    wanted = engine(video, made)
+    features.div_(features.norm(dim=-1, keepdim=True))
+    assert torch.equal(engine(video, made), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_logits_take_features_of_any_dtype(dtype: torch.dtype, given: torch.dtype) -> None:
+    engine, video = Engine(small_model(), dtype), random_video()
+    made = engine.encode_texts(TOKENS)
+    features = engine.encode_video(video)
+    found = engine.logits(VideoFeatures(*(x.to(given) for x in features)), made)
+    torch.testing.assert_close(found.double(), engine.logits(features, made).double(), rtol=0.05, atol=0.05)
 
 
 def test_a_later_engine_finds_the_same_bits(tmp_path: Path, encoded: list[tuple[int, ...]]) -> None:

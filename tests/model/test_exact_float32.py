@@ -63,9 +63,14 @@ for name, change in changes.items():
             inside = [x.fp32_precision for x in (b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul)]
             # what the compiler asks for
             inside.append(b.cuda.matmul.allow_tf32)
-        good = inside == ["ieee"] * 3 + [False] and before == list(map(ask, questions))
+        after = list(map(ask, questions))
+        good = inside == ["ieee"] * 3 + [False] and before == after
+        if name == "new of all":
+            # what is inherited stays so
+            b.fp32_precision = "ieee"
+            good &= [x.fp32_precision for x in (b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul)] == ["ieee"] * 3
         if not good:
-            print(name, inside, before, list(map(ask, questions)), flush=True)
+            print(name, inside, before, after, flush=True)
         os._exit(not good)
     if os.waitpid(child, 0)[1]:
         sys.exit(f"{name} failed")

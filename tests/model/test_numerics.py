@@ -157,3 +157,11 @@ def test_random_parameters_leave_no_special_value() -> None:
     assert all(0.5 < norm.weight.mean() < 1.5 for norm in norms)
     again = randomise_parameters(VideoPrompts(64, 1)).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in prompts.state_dict().items())
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_where_torch_is_broken_nothing_else_may_be(broken: float, gradients: bool) -> None:
+    allowed = model_allowance(broken, torch.bfloat16, gradients=gradients)
+    assert allowed == (TOLERANCES[torch.bfloat16].gradients if gradients else TOLERANCES[torch.bfloat16].model)
+    assert not math.inf <= allowed

@@ -59,7 +59,7 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
     """A row (on a GPU two: replayed graph, and as a user sees it) for each provider, as soon as it is known.
 
     float32 is float32 for everyone, without TF32, in the truth, at the gate and on the clock: what is timed is what was
-    checked, and a graph keeps the arithmetic that it was captured with.
+    checked, and a graph keeps the arithmetic that it was captured with. It is read, or closed, in one thread.
 
     Raises:
         InputError: an unknown provider, or less memory than the case needs.

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
@@ -23,7 +23,7 @@ from xclip_fast.engine.graphs import GraphCache, Pass
 from xclip_fast.engine.heads import Heads
 from xclip_fast.engine.models import check_model
 from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, Packing
-from xclip_fast.engine.products import int8_product
+from xclip_fast.engine.precision import device_of, precision_of
 from xclip_fast.engine.texts import EncodedTexts, KeptTexts, TextTower, encoder_digest
 from xclip_fast.errors import InputError
 from xclip_fast.numerics import exact_float32
@@ -34,7 +34,6 @@ from xclip_fast.text.folder import TextFolder
 if TYPE_CHECKING:
     from xclip_fast.throughput import FileFeatures
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
 _PROBE_FRAMES = 2  # of the random clip that a new engine is checked with
 
 _log = logging.getLogger("xclip_fast")
@@ -118,10 +117,10 @@ class Engine:
     ) -> None:
         check_model(model)
         weight = model.visual.conv1.weight
-        self.device = weight.device if device is None else _device(device)
+        self.device = weight.device if device is None else device_of(device)
         self.dtype = weight.dtype if dtype is None else dtype
         self.config = model.config
-        stream, narrow, stored = _precision(self.dtype, self.device)
+        stream, narrow, stored = precision_of(self.dtype, self.device)
         if self.device == torch.device("cuda"):
             self.device = torch.device("cuda", torch.cuda.current_device())
         if narrow == "float8_e4m3fn" and (self.config.vision_width % 16 or self.config.vision_mlp_width % 16):
@@ -358,47 +357,3 @@ class Engine:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with torch.autocast(self.device.type, enabled=False), on_device:
             yield
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.device(device)
-    except RuntimeError:
-        raise InputError(f"an engine on {device!r} was asked for: it runs on cpu and cuda") from None
-
-
-def _precision(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, str | None, torch.dtype | None]:
-    """The dtype of the stream, the narrow one of the blocks' products, and the one that weights are kept in, if any."""
-    if dtype not in DTYPES and dtype is not torch.float64:
-        raise InputError(f"an engine in {dtype!r} was asked for: choose one of {', '.join(map(str, DTYPES))}")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"an engine on {device} was asked for: it runs on cpu and cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"an engine on {device} was asked for, and this machine has no usable CUDA GPU: use cpu")
-    if dtype is torch.int8:
-        if device.type != "cpu" or int8_product() is None:
-            raise InputError(
-                f"an engine in int8 was asked for on {device}: it needs a CPU and a PyTorch that multiply bytes; "
-                "use bfloat16"
-            )
-        return torch.bfloat16 if processor.multiplies(torch.bfloat16) else torch.float32, "int8", None
-    if dtype is torch.float8_e4m3fn:
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-            raise InputError(
-                f"an engine in float8_e4m3fn was asked for on {device}: it needs an NVIDIA Hopper GPU or newer"
-            )
-        return torch.bfloat16, "float8_e4m3fn", None
-    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not processor.multiplies(dtype):
-        _say_once(dtype)
-        return torch.float32, None, dtype
-    return dtype, None, None
-
-
-@cache
-def _say_once(dtype: torch.dtype) -> None:
-    name = str(dtype).removeprefix("torch.")
-    _log.warning(
-        "this processor (%s) multiplies no %s: weights are kept in it and multiplied in float32",
-        processor.describe(),
-        name,
-    )

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -74,8 +75,8 @@ class GraphCache:
     shape was first seen.
 
     A class set is captured as it lies in memory, and its graph keeps it alive. Most of those that are seen once never
-    come back: a set has a graph from its second call on with a shape of videos, and none with very many videos and
-    classes.
+    come back: a set has a graph from its second call on with a shape of videos, from a later one where more sets take
+    turns than there is room for, and none with very many videos and classes or too little memory.
 
     Args:
         run: the forward pass on a video (B, ...) and the tensors (K, ...) of a class set, if it takes one; it gives
@@ -97,13 +98,25 @@ class GraphCache:
         self.run, self.capture, self.uncaptured = run, capture, uncaptured or run
         self.seconds = seconds or _cuda_seconds
         self._graphs: Recent[tuple[Any, ...], tuple[Graph, tuple[Tensor, ...]]] = Recent(capacity)
-        self._seen: Recent[tuple[Any, ...], weakref.ref[Tensor]] = Recent(8 * capacity)
+        self._capacity, self._captured = capacity, 0
+        # class sets that were called without a graph, and how often
+        self._seen: Recent[tuple[Any, ...], tuple[weakref.ref[Tensor], float]] = Recent(8 * capacity)
         self._padded: dict[tuple[Any, ...], bool] = {}
 
     def __call__(self, video: Tensor, *texts: Tensor) -> list[Tensor]:
         """What ``run`` gives for the video and the class set."""
-        if texts and not self._comes_back(video, texts):
+        if not texts:
+            return self._by_graphs(video)
+        if not self._comes_back(video, texts):
             return self.uncaptured(video, *texts)
+        try:
+            return self._by_graphs(video, *texts)
+        except torch.OutOfMemoryError:
+            # a graph has buffers of its own for the whole pass, which there may be no room for
+            self._seen.put(_key(video, texts), (weakref.ref(texts[0]), -inf))
+            return self.uncaptured(video, *texts)
+
+    def _by_graphs(self, video: Tensor, *texts: Tensor) -> list[Tensor]:
         batch = len(video)
         if bucket(batch) == batch:
             return self._graph(video, texts)(video)
@@ -114,17 +127,17 @@ class GraphCache:
         return self._run_padded(video, texts) if padded else self.uncaptured(video, *texts)
 
     def _comes_back(self, video: Tensor, texts: tuple[Tensor, ...]) -> bool:
-        if len(video) * len(texts[0]) > MAX_PAIRS:
+        if bucket(len(video)) * len(texts[0]) > MAX_PAIRS:
             return False
         key = _key(video, texts)
         if self._graphs.get(key) is not None:
             return True
-        # where a set lies another may lie once it is gone
         before = self._seen.get(key)
-        if before is not None and before() is texts[0]:
-            return True
-        self._seen.put(key, weakref.ref(texts[0]))
-        return False
+        # where a set lies another may lie once it is gone
+        calls = before[1] + 1 if before is not None and before[0]() is texts[0] else 1
+        self._seen.put(key, (weakref.ref(texts[0]), calls))
+        # sets that take turns push one another out: each capture beyond the room asks for one call more before the next
+        return calls > max(1, self._captured - self._capacity + 1)
 
     def _run_padded(self, video: Tensor, texts: tuple[Tensor, ...]) -> list[Tensor]:
         # repeated videos, not zeros: no shape of numbers the model has not seen
@@ -147,6 +160,7 @@ class GraphCache:
                 kept = self._graphs.get(key)
                 if kept is None:
                     kept = self.capture(lambda video: self.run(video, *texts), video), texts
+                    self._captured += 1
                     self._graphs.put(key, kept)
         return kept[0]
 

@@ -119,11 +119,11 @@ class Heads:
 
     def prepare(self, features: Tensor) -> EncodedTexts:
         """Text features (K, E) with what the first prompt layer asks for them: it depends on them alone."""
-        # as the cosines take them: it is done once
-        features = features.to(self.packing.device, exact_dtype(self.packing.dtype))
-        if "prompt_query" not in self.rewrites:
-            return EncodedTexts(features, features[:, :0], self.name)
-        return EncodedTexts(features, self._first_query(features), self.name)
+        # a copy, so that both stay of one set, and as the cosines take it: it is done once
+        features = features.to(self.packing.device, exact_dtype(self.packing.dtype), copy=True)
+        query = self._first_query(features) if "prompt_query" in self.rewrites else features[:, :0]
+        self.packing.settle()
+        return EncodedTexts(features, query, self.name)
 
     def logits(self, features: VideoFeatures, texts: EncodedTexts) -> Tensor:
         """float32 logits (B, K); at no time are all videos held with all classes."""
@@ -134,7 +134,7 @@ class Heads:
         columns = []
         for some in self._parts(texts, len(video)):
             prompts = self._prompts(some, key_value).to(wide)
-            columns.append(clip_logits(video.to(wide), some.features, prompts, self.alpha, self.logit_scale))
+            columns.append(clip_logits(video.to(wide), some.features.to(wide), prompts, self.alpha, self.logit_scale))
         return _joined(columns, dim=1)
 
     def _parts(self, texts: EncodedTexts, videos: int) -> Iterator[EncodedTexts]:

@@ -92,11 +92,14 @@ class Packing:
         """The value of a key, made once for all threads and streams: a captured graph reads its tensors in place."""
         if key not in values:
             made = make()
-            if self.device.type == "cuda":
-                # whoever finds it may read it on another stream
-                torch.cuda.current_stream(self.device).synchronize()
+            self.settle()
             values.setdefault(key, made)
         return values[key]
+
+    def settle(self) -> None:
+        """Wait for what was made on this stream: whoever finds it may read it on another."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def vectors(self, norm: Any, *, place: str = "") -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of a norm; nothing where they are in the product behind it, which has the place."""

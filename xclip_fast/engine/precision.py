@@ -1,0 +1,69 @@
+"""What an engine asked for in a dtype on a device computes in, and which of them there cannot be."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+from xclip_fast import processor
+from xclip_fast.engine.products import int8_product
+from xclip_fast.errors import InputError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+
+_log = logging.getLogger("xclip_fast")
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        InputError: there is no such name.
+    """
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise InputError(f"an engine on {device!r} was asked for: it runs on cpu and cuda") from None
+
+
+def precision_of(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, str | None, torch.dtype | None]:
+    """The dtype of the stream, the narrow one of the blocks' products, and the one that weights are kept in, if any.
+
+    Raises:
+        InputError: an engine cannot compute in this dtype on this device.
+    """
+    if dtype not in DTYPES and dtype is not torch.float64:
+        raise InputError(f"an engine in {dtype!r} was asked for: choose one of {', '.join(map(str, DTYPES))}")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"an engine on {device} was asked for: it runs on cpu and cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"an engine on {device} was asked for, and this machine has no usable CUDA GPU: use cpu")
+    if dtype is torch.int8:
+        if device.type != "cpu" or int8_product() is None:
+            raise InputError(
+                f"an engine in int8 was asked for on {device}: it needs a CPU and a PyTorch that multiply bytes; "
+                "use bfloat16"
+            )
+        return torch.bfloat16 if processor.multiplies(torch.bfloat16) else torch.float32, "int8", None
+    if dtype is torch.float8_e4m3fn:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+            raise InputError(
+                f"an engine in float8_e4m3fn was asked for on {device}: it needs an NVIDIA Hopper GPU or newer"
+            )
+        return torch.bfloat16, "float8_e4m3fn", None
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not processor.multiplies(dtype):
+        _say_once(dtype)
+        return torch.float32, None, dtype
+    return dtype, None, None
+
+
+@cache
+def _say_once(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    _log.warning(
+        "this processor (%s) multiplies no %s: weights are kept in it and multiplied in float32",
+        processor.describe(),
+        name,
+    )
