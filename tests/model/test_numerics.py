@@ -21,6 +21,7 @@ from numerics import (
 )
 from torch import nn
 
+from xclip_fast.numerics import model_allowance
 from xclip_fast.reference import VideoPrompts
 
 NAN, INF = math.nan, math.inf

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_fake
+from torch.library import custom_op
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops._backends import choose, explains, interpreting, kernel_refusal, runs_kernels
 from xclip_fast.ops._dtypes import exact_dtype
+from xclip_fast.ops._fake import register_fake
 from xclip_fast.ops.layer_norm import layer_norm_ref, size_refusal
 from xclip_fast.ops.linear_quick_gelu import SLOPE
 

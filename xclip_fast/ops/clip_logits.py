@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd, register_fake
+from torch.library import custom_op, register_autograd
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
 from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
+from xclip_fast.ops._fake import register_fake
 from xclip_fast.ops.layer_norm import size_refusal
 
 

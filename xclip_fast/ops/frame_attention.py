@@ -6,12 +6,13 @@ import math
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd, register_fake
+from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops import _attention_extension
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
 from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
+from xclip_fast.ops._fake import register_fake
 
 HEAD_DIMS = (32, 64, 128)  # a head is one power of two of columns in a kernel's tile
 

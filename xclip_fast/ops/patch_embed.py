@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd, register_fake
+from torch.library import custom_op, register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops import _patch_extension
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
 from xclip_fast.ops._dtypes import autocast_dtype, exact_dtype
+from xclip_fast.ops._fake import register_fake
 from xclip_fast.ops._patch_contract import affine, channels_last, check, pixel_statistics, vector
 
 
