@@ -29,8 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     if options.window:
-        from benchmarks.gpu import window
+        from benchmarks.gpu import kit, window
 
+        # torch takes seconds to import, and is asked where nothing else knows
+        if not options.dry_run and kit.gpu()[0] is None and not _torch_finds_a_gpu():
+            print("error: a window on a GPU was asked for, and torch finds none here: try --dry-run", file=sys.stderr)
+            return 2
         try:
             return window.run(options.window, out, dry=options.dry_run, tiny=options.tiny, seconds=options.seconds)
         except OSError as error:
@@ -62,6 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(goal, flush=True)
     print(f"failed or unfinished: {', '.join(failed)}" if failed else "all parts are complete", flush=True)
     return 1 if failed else 0
+
+
+def _torch_finds_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _run(part: str, options: argparse.Namespace) -> bool:

@@ -87,9 +87,9 @@ def prepare(path: Path = KIT, *, carry: bool = True) -> dict[str, Any]:
         said.append(f"no kit at {path}: every kernel is compiled here")
     except (OSError, tarfile.TarError, LZMAError, EOFError, ValueError, KeyError) as error:
         said.append(f"{path} is no kit ({type(error).__name__}: {error}): every kernel is compiled here")
-    gpu, capability = _gpu()
+    name, capability = gpu()
     if capability not in (None, TARGET):
-        said.append(f"the kit is for compute capability {TARGET}, {gpu} has {capability}: kernels are compiled here")
+        said.append(f"the kit is for compute capability {TARGET}, {name} has {capability}: kernels are compiled here")
     # whether it loads, and for which GPU, the lanes find out
     lacking = other_sources()
     said.append(f"no extension: {lacking}: Triton embeds the patches" if lacking else "the extension is there")
@@ -97,7 +97,7 @@ def prepare(path: Path = KIT, *, carry: bool = True) -> dict[str, Any]:
     if not link.exists() and not _is_installed():
         # the folder as a part of the package: what an install maps, without an installer
         link.symlink_to(Path("..") / "kernels", target_is_directory=True)
-    facts = {"commit": _commit(), "python": sys.version.split()[0], "gpu": gpu} | here
+    facts = {"commit": _commit(), "python": sys.version.split()[0], "gpu": name} | here
     seconds = round(time.monotonic() - start, 1)
     return {"cache": str(cache), "facts": facts, "said": said, "unpacked": unpacked, "seconds": seconds}
 
@@ -227,7 +227,7 @@ def _is_installed() -> bool:
     return True
 
 
-def _gpu() -> tuple[str | None, str | None]:
+def gpu() -> tuple[str | None, str | None]:
     """Name and compute capability of the GPU; nothing is imported for it."""
     asked = run(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"], 20)
     lines = asked["output"].strip().splitlines() if asked["code"] == 0 else []

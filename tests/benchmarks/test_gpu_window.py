@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import kit, verdict, window
 from benchmarks.gpu.lane import FAILED, PASSED, WRONG
 from benchmarks.gpu.lock import Turns
@@ -279,7 +281,7 @@ def test_a_process_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
 
 
 def test_another_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kit, "_gpu", lambda: ("NVIDIA B200", "10.0"))
+    monkeypatch.setattr(kit, "gpu", lambda: ("NVIDIA B200", "10.0"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "there"))
     said = kit.prepare(tmp_path / "none.tar.xz", carry=False)["said"]
     assert said[0].startswith("no kit at ")
@@ -327,3 +329,12 @@ def test_results_are_made_of_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
         figures.write_text(json.dumps(wrong))
         assert results.main([str(figures), str(out)]) == 1
     assert capsys.readouterr().err.count("holds no results") == 3
+
+
+def test_a_window_without_a_gpu_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command.main(["--window", "check", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "error: a window on a GPU was asked for, and torch finds none here: try --dry-run\n"
+    )
