@@ -63,12 +63,12 @@ def test_what_captures_itself_at_the_gate_captures_no_poison(
 
     setting = setting_of(ON_GPU)
     monkeypatch.setitem(PROVIDERS, "own", replace(PROVIDERS["layers"], own_graph=own_graph))
-    models._check("own", classify, setting, (torch.zeros(1), torch.zeros(1)), {"logits": torch.ones(2, 5)}, 0.0)
+    models.check_of("own", classify, setting, (torch.zeros(1), torch.zeros(1)), {"logits": torch.ones(2, 5)}, 0.0)
     assert filled == [poisoned, False]
     # without a GPU nothing is captured
     filled.clear()
     setting = setting_of(CASE)
-    models._check("own", classify, setting, (torch.zeros(1), torch.zeros(1)), {"logits": torch.ones(2, 5)}, 0.0)
+    models.check_of("own", classify, setting, (torch.zeros(1), torch.zeros(1)), {"logits": torch.ones(2, 5)}, 0.0)
     assert filled == [True, False]
 
 
@@ -90,7 +90,7 @@ def test_on_a_gpu_a_step_is_timed_by_replays_and_as_a_user_sees_it(
     setting = setting_of(replace(CASE, direction=direction))
     for provider in ("hf-sdpa", "layers"):
         module: Any = prepared(PROVIDERS[provider].build(setting), setting.case)
-        assert models._sample(provider, module, inputs_of(setting), case, "graph", EFFORT)[1] == "graph"
+        assert models.timed(provider, module, inputs_of(setting), case, "graph", EFFORT)[1] == "graph"
     assert asked == [True, True]
 
 
