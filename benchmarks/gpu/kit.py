@@ -56,12 +56,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def prepare(path: Path = KIT, *, carry: bool = True) -> dict[str, Any]:
+def prepare(path: Path, *, carry: bool = True) -> dict[str, Any]:
     """Make this checkout ready: kernels unpacked, package importable, extension there. Nothing is compiled.
 
     Args:
         path: the kit; there need be none.
-        carry: put the kit's extension into this checkout, where it has none of the kit's sources.
+        carry: put the kit's extension in the place of one of other sources; where there is none it is put anyway.
 
     Returns:
         "cache" (Triton's folder), "facts" of the run, "said" (lines for people), "unpacked" (kernels), "seconds".
@@ -81,8 +81,7 @@ def prepare(path: Path = KIT, *, carry: bool = True) -> dict[str, Any]:
             unpacked = _unpack(files, cache)
         said.append(f"kit of {manifest['commit']}: {unpacked} kernels unpacked")
         said += [f"the kit is of another machine ({'; '.join(differing)}): kernels are compiled here"] * bool(differing)
-        if carry:
-            _carry(files)
+        _carry(files, replace=carry)
     except FileNotFoundError:
         said.append(f"no kit at {path}: every kernel is compiled here")
     except (OSError, tarfile.TarError, LZMAError, EOFError, ValueError, KeyError) as error:
@@ -107,7 +106,9 @@ def entries(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir()} if cache.exists() else set()
 
 
-def pack(records: Sequence[Path], path: Path, cache: Path, checkout: Path = ROOT) -> dict[str, Any]:
+def pack(
+    records: Sequence[Path], path: Path, cache: Path, checkout: Path = ROOT, commit: str | None = None
+) -> dict[str, Any]:
     """Pack a filled cache, and the extension where there is one; returns the manifest.
 
     Args:
@@ -115,6 +116,7 @@ def pack(records: Sequence[Path], path: Path, cache: Path, checkout: Path = ROOT
         path: of the kit, replaced in one step.
         cache: Triton's folder.
         checkout: where the extension was built.
+        commit: of the code; that of the moment without.
 
     Raises:
         ValueError: the kit is larger than ``MOST_BYTES``.
@@ -143,7 +145,7 @@ def pack(records: Sequence[Path], path: Path, cache: Path, checkout: Path = ROOT
             _add(archive, name, (checkout / name).read_bytes())
         manifest = {
             "versions": versions(),
-            "commit": _commit(),
+            "commit": commit or _commit(),
             "target": TARGET,
             "extension": carried,
             "entries": packed,
@@ -199,11 +201,12 @@ def _unpack(files: dict[str, bytes], cache: Path) -> int:
     return len(new)
 
 
-def _carry(files: dict[str, bytes]) -> None:
-    """The packed extension, where this checkout has none of the same sources."""
+def _carry(files: dict[str, bytes], *, replace: bool) -> None:
+    """The packed extension, where this checkout has none, or, to be replaced, one of other sources."""
     library, sources = (ROOT / name for name in EXTENSION)
     packed = files.get(EXTENSION[1])
-    if packed is not None and not (library.exists() and sources.exists() and sources.read_bytes() == packed):
+    same = sources.exists() and sources.read_bytes() == packed
+    if packed is not None and (not library.exists() or (replace and not same)):
         for name in EXTENSION:
             (ROOT / name).write_bytes(files[name])
 
@@ -267,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done = subprocess.run([*command, "--seconds", str(options.seconds)], cwd=checkout, env=settings)
         if done.returncode not in (0, 1):
             return done.returncode
-    manifest = pack([folder / f"{window}.json" for window in WINDOWS], options.out, cache, checkout)
+    manifest = pack([folder / f"{window}.json" for window in WINDOWS], options.out, cache, checkout, settings["COMMIT"])
     size = options.out.stat().st_size / 2**20
     how = "with" if manifest["extension"] else "WITHOUT"
     print(f"{options.out}: {len(manifest['entries'])} entries, {size:.1f} MiB, {how} the extension")

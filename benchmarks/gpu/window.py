@@ -81,7 +81,7 @@ def run(window: str, out: Path, *, dry: bool = False, tiny: bool = False, second
     folder = Path(mkdtemp(prefix=f"{window}-"))
     try:
         settings |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-        prepared = kit.prepare(carry=not dry)
+        prepared = kit.prepare(kit.KIT, carry=not dry)
         settings["TRITON_CACHE_DIR"] = prepared.pop("cache")
         for line in prepared["said"]:
             print(line, flush=True)

@@ -247,15 +247,17 @@ def test_a_carried_extension_takes_the_place_of_one_of_other_sources(
     (tmp_path / "xclip_fast").mkdir()
     library, sources = (tmp_path / name for name in kit.EXTENSION)
     packed = {kit.EXTENSION[0]: b"new", kit.EXTENSION[1]: b"sums"}
-    kit._carry({})
+    kit._carry({}, replace=True)
     assert not library.exists()
-    kit._carry(packed)
+    kit._carry(packed, replace=False)
     assert (library.read_bytes(), sources.read_bytes()) == (b"new", b"sums")
     library.write_bytes(b"built here, of the same sources")
-    kit._carry(packed)
+    kit._carry(packed, replace=True)
     assert library.read_bytes() == b"built here, of the same sources"
     sources.write_bytes(b"older sums")
-    kit._carry(packed)
+    kit._carry(packed, replace=False)
+    assert library.read_bytes() == b"built here, of the same sources"
+    kit._carry(packed, replace=True)
     assert library.read_bytes() == b"new"
 
 
