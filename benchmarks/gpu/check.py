@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from xclip_fast.bench.parity import compare, floating, run_op, same_bits
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case, finite
 from xclip_fast.bench.setting import inputs_of, setting_of
+from xclip_fast.bench.timing import capture
 from xclip_fast.engine import Engine
 from xclip_fast.numerics import TOLERANCES, model_allowance, relative_error
 from xclip_fast.ops._quantize_rows import quantize_rows
@@ -112,7 +114,8 @@ def _replays(function: Callable[..., Any], inputs: Inputs, backend: str) -> bool
             result = function(**inputs, backend=backend)
         return [result] if isinstance(result, Tensor) else list(result)
 
-    graph, results = _captured(call)
+    # one call compiles, and nothing else has to happen before a capture
+    graph, results = capture(call, warm_ups=1)
     right = True
     for factor in FACTORS:
         for x in inputs.values():
@@ -124,19 +127,6 @@ def _replays(function: Callable[..., Any], inputs: Inputs, backend: str) -> bool
         graph.replay()
         right &= all(map(torch.equal, results, expected))
     return right
-
-
-def _captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # other lanes' threads are in other processes; this one has none beside it
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results
 
 
 def _check_float8(desk: Desk, mode: str) -> Found:
@@ -183,7 +173,7 @@ def _extension_tests(desk: Desk) -> Found:
     from benchmarks.gpu.parity import read_junit
 
     path = desk.folder / "extension.xml"
-    command = [*contest.PYTHON, "-m", "pytest", "tests/gpu/test_gpu_patch_extension.py", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu/test_gpu_patch_extension.py", "-p", "no:cacheprovider"]
     with desk.turns.together():
         # a rehearsal compiles what these tests launch beside the extension
         done = run([*command, "-k", "not triton", f"--junit-xml={path}"], 55 if desk.judged else 900)
@@ -328,7 +318,7 @@ def _compile(desk: Desk) -> Found:
         with torch.inference_mode():
             compiled(*inputs)
             seconds = time.monotonic() - start
-            _captured(lambda: [compiled(*inputs)])
+            capture(lambda: compiled(*inputs))
     return _judged(desk, [_yes("it compiles and is captured", True)]) | {"compile_s": round(seconds, 1)}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,7 +21,6 @@ from xclip_fast.bench.record import TIMED, UNAVAILABLE, WRONG, Case, Check, Row
 from xclip_fast.bench.setting import Classify, Setting, UnavailableError, inputs_of, setting_of
 from xclip_fast.numerics import exact_float32
 
-PYTHON = (sys.executable,)
 EFFORT = Effort(blocks=5, block=0.03, memory=False)
 DATA_SHEET = {"bfloat16_tflops": PEAK_TFLOPS, "copy_gbs": 3350.0}  # of an H100
 SHOWN = 12  # kernels of a profile

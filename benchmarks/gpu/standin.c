@@ -3,7 +3,7 @@
  * there. Captures are kept as CUDA keeps them: streams join by events, what may not happen in a capture is refused, a
  * stream that was not joined ends it with an error.
  *
- * STANDIN_MEMORY: bytes of the GPU, 80 GB by default. STANDIN_REPORT: a file that gets the counts when a process ends.
+ * STANDIN_MEMORY: bytes of the GPU, 80 GB by default. STANDIN_VERBOSE: say on stderr what was refused.
  */
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -626,21 +626,9 @@ int cublasLtMatmul(void* handle, void* desc, const void* alpha, const void* a, v
   return product(stream_of(stream));
 }
 
-/* ---- what was counted, for ctypes and for the end of a process */
+/* ---- what was counted, for ctypes */
 void standin_counts(long* found) { memcpy(found, &counts, sizeof counts); }
 int standin_launch(void* stream) {
   dim3 one = {1, 1, 1};
   return cudaLaunchKernel(NULL, one, one, NULL, 0, stream);
-}
-__attribute__((destructor)) static void report(void) {
-  const char* path = getenv("STANDIN_REPORT");
-  if (!path || counts.driver_launches + counts.runtime_launches == 0) return;
-  FILE* file = fopen(path, "a");
-  if (!file) return;
-  fprintf(file,
-          "{\"process\": %d, \"triton_launches\": %ld, \"other_launches\": %ld, \"products\": %ld, \"modules\": %ld, "
-          "\"captures\": %ld, \"replays\": %ld, \"allocations\": %ld, \"refused\": %ld, \"strays\": %ld}\n",
-          getpid(), counts.driver_launches, counts.runtime_launches, counts.products, counts.modules, counts.captures,
-          counts.replays, counts.allocations, counts.refused, counts.strays);
-  fclose(file);
 }

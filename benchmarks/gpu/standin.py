@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -21,7 +20,6 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_suffix(".c")
 NAME = "libcuda.so.1"  # Triton looks for the driver under this name, and torch asks it for the rest
-REPORT = "STANDIN_REPORT"
 # those that torch calls of libraries that are stood in for; each other function of theirs is a stub
 USERS = ("c10_cuda", "torch_python", "torch_cuda", "torch_cuda_linalg")
 STOOD_IN = ("@libcudart.", "@libcublas.", "@libcublasLt.")
@@ -64,16 +62,14 @@ def build(folder: Path = ROOT / "build" / "standin") -> Path:
     return target
 
 
-def environment(library: Path, report: Path | None = None, memory: int | None = None) -> dict[str, str]:
+def environment(library: Path, memory: int | None = None) -> dict[str, str]:
     """What a process is started with to run on the stand-in.
 
     Args:
         library: from ``build``.
-        report: a file that gets a line of JSON, what was counted, when such a process ends.
         memory: bytes of its GPU; 80 GB without.
     """
     found = {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": str(library.parent)}
-    found |= {} if report is None else {REPORT: str(report)}
     return found | ({} if memory is None else {"STANDIN_MEMORY": str(memory)})
 
 
@@ -126,16 +122,6 @@ def counts() -> dict[str, int]:
     found = (ctypes.c_long * len(COUNTED))()
     ctypes.CDLL(None).standin_counts(found)
     return dict(zip(COUNTED, found, strict=True))
-
-
-def read_report(path: Path) -> dict[str, int]:
-    """The counts of all processes that wrote into a report, summed up."""
-    found = dict.fromkeys(COUNTED, 0)
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in lines:
-        for name, count in json.loads(line).items():
-            found[name] = found.get(name, 0) + count
-    return found
 
 
 def _run(*command: str) -> str:

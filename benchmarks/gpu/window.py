@@ -153,10 +153,9 @@ def _look_after(window: str, lane: _Lane, settings: dict[str, str], tiny: bool) 
             lane.restarts += 1
         command = [sys.executable, "-m", "benchmarks.gpu.lane", MODULES[window], lane.name, str(lane.record.parent)]
         command += ["--tiny"] if tiny else []
-        log = lane.record.with_suffix(".log").open("ab")
-        lane.process = subprocess.Popen(
-            command, cwd=ROOT, env=settings, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        with lane.record.with_suffix(".log").open("ab") as log:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            lane.process = subprocess.Popen(command, cwd=ROOT, env=settings, start_new_session=True, **streams)  # type: ignore[call-overload]
         return
     content = _read(lane.record)
     until = content.get("until")

@@ -47,17 +47,13 @@ def rehearse(library: Path, script: str, **options: Any) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_torch_finds_a_gpu_that_computes_nothing(library: Path, tmp_path: Path) -> None:
-    report = tmp_path / "report"
+def test_torch_finds_a_gpu_that_computes_nothing(library: Path) -> None:
     script = """
 x = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
 print(torch.cuda.get_device_capability(), standin.in_force(), (x @ x + 1).sum().item())
-print(standin.counts()["products"])
+print(standin.counts()["products"], standin.counts()["other_launches"] >= 3)
 """
-    assert rehearse(library, script, report=report) == ["(9, 0) True 0.0", "1"]
-    counted = standin.read_report(report)
-    assert counted["products"] == 1
-    assert counted["other_launches"] >= 3
+    assert rehearse(library, script) == ["(9, 0) True 0.0", "1 True"]
     assert not standin.in_force()
 
 

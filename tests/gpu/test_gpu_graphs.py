@@ -17,27 +17,13 @@ from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case
 from xclip_fast.bench.setting import inputs_of as model_inputs
 from xclip_fast.bench.setting import setting_of
-from xclip_fast.bench.timing import _captured
+from xclip_fast.bench.timing import capture
 
 CASES = [("B/16", 2), ("B/32", 1), ("L/14", 1)]
 
 
-def captured(run: Callable[[], list[Tensor]], warm_ups: int) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of a call, and the tensors that a replay fills."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warm_ups):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
-
-
 def check(run: Callable[[], list[Tensor]], inputs: Inputs, warm_ups: int) -> None:
-    graph, results = captured(run, warm_ups)
+    graph, results = capture(run, warm_ups)
     for factor in (1.0, 0.5, -2.0):
         for x in inputs.values():
             if isinstance(x, Tensor) and x.is_floating_point():
@@ -83,7 +69,7 @@ def test_training_step_as_it_is_timed(provider: str) -> None:
     module = prepared(PROVIDERS[provider].build(setting), case)
     assert isinstance(module, torch.nn.Module)
     run = step(module, model_inputs(setting), True)
-    replay = _captured(run)
+    replay = capture(run)[0].replay
     # those that the graph writes
     grads = [x.grad for x in module.parameters() if x.grad is not None]
     for factor in (1.0, 0.5):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xclip_fast import _extension
 from xclip_fast.bench.inputs import Inputs
+from xclip_fast.bench.timing import capture
 from xclip_fast.ops import patch_embed
 from xclip_fast.ops._patch_contract import affine
 from xclip_fast.ops._patch_extension import pack_for_cuda
@@ -109,14 +110,7 @@ def test_graph_after_one_warm_up(shape: tuple[tuple[int, ...], int, int]) -> Non
         with torch.no_grad():
             return [patch_embed(**inputs, backend="extension")]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    graph, results = capture(run, warm_ups=1)
     inputs["frames"].copy_(torch.randint(0, 256, shape[0], dtype=torch.uint8))
     wanted = copies(run())
     results[0].fill_(float("nan"))

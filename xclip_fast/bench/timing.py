@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from xclip_fast.bench.record import Timing
 
 Sample = Callable[[], float]
+Result = TypeVar("Result")
 
 BLOCK = 0.5  # seconds of a block at most
 GROUP = 1e-3  # seconds between two GPU events at least: shorter ones measure the events
@@ -45,7 +46,7 @@ def sampler(run: Callable[[], object], device: str, block: float = BLOCK, *, gra
     """
     if not device.startswith("cuda"):
         return _cpu(run, block, cold)
-    return _events(_captured(run) if graph else run, block, cold)
+    return _events(capture(run)[0].replay if graph else run, block, cold)
 
 
 def _cpu(run: Callable[[], object], block: float, cold: bool) -> Sample:
@@ -92,18 +93,19 @@ def wall(run: Callable[[], object], block: float = BLOCK, *, cold: bool = False)
     return sample
 
 
-def _captured(run: Callable[[], object]) -> Callable[[], object]:
+def capture(run: Callable[[], Result], warm_ups: int = 3) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A CUDA graph of a call, and what the call returned: tensors that each replay fills."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for _ in range(warm_ups):
             run()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        result = run()
+    return graph, result
 
 
 def _events(run: Callable[[], object], block: float, cold: bool) -> Sample:
