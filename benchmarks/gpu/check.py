@@ -47,6 +47,7 @@ OPS_LANES = 4
 QUANTISED = 0.04  # error of rows in e4m3, relative to the largest number: half of the last of 14 steps, and a rounding
 COSINE = 0.99  # of the features of a float8 engine and the model's
 REFUSED, MISSING = "Device not supported", 127  # what a sanitizer says on machines that it cannot look into
+SANITIZER = 60  # seconds of one of its runs
 SANITIZED = ("extension", "temporal_block", "frame_attention")
 
 
@@ -57,9 +58,9 @@ def tasks(lane: str, desk: Desk) -> dict[str, Task]:
     if lane == "extension":
         return _extension_tasks(desk)
     if lane == "compile":
-        return {"compile hf-compile B/32 x1": Task(90, partial(_compile, desk))}
+        return {"compile hf-compile B/32 x1": Task(120, partial(_compile, desk))}
     if lane in TOOLS:
-        return {f"{lane} {what}": Task(50, partial(_sanitize, desk, lane, what)) for what in SANITIZED}
+        return {f"{lane} {what}": Task(SANITIZER + 5, partial(_sanitize, desk, lane, what)) for what in SANITIZED}
     return _engine_tasks(lane, desk)
 
 
@@ -70,7 +71,7 @@ def _op_tasks(part: int, desk: Desk) -> dict[str, Task]:
         for op in list(OPS)[part :: 1 if desk.tiny else OPS_LANES]:
             arguments = op, variant, batch, gradients, dtype, "triton"
             name = f"op {op} {variant} x{batch} {_name(dtype)}{' and gradients' if gradients else ''}"
-            found[name] = Task(30, partial(_check_op, desk, *arguments))
+            found[name] = Task(60, partial(_check_op, desk, *arguments))
     if part == 0:
         for mode in ("plain", "norm", "activation"):
             found[f"op quantize_rows {mode}"] = Task(20, partial(_check_float8, desk, mode))
@@ -159,7 +160,7 @@ def _extension_tasks(desk: Desk) -> dict[str, Task]:
                 )
     if not desk.tiny:
         # one-hot pixels on every path and tile, large batches, graphs: as its tests have them
-        found["extension tests"] = Task(60, partial(_extension_tests, desk))
+        found["extension tests"] = Task(100, partial(_extension_tests, desk))
     return found
 
 
@@ -176,7 +177,7 @@ def _extension_tests(desk: Desk) -> Found:
     command = [sys.executable, "-m", "pytest", "tests/gpu/test_gpu_patch_extension.py", "-p", "no:cacheprovider"]
     with desk.turns.together():
         # a rehearsal compiles what these tests launch beside the extension
-        done = run([*command, "-k", "not triton", f"--junit-xml={path}"], 55 if desk.judged else 900)
+        done = run([*command, "-k", "not triton", f"--junit-xml={path}"], 95 if desk.judged else 900)
     tests, failures, rows = read_junit(path.read_text(encoding="utf-8") if path.exists() else "")
     # tests that were skipped have shown nothing
     passed = done["code"] == 0 and tests.get("passed", 0) > 0
@@ -189,8 +190,8 @@ def _engine_tasks(variant: str, desk: Desk) -> dict[str, Task]:
     found = {}
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         name = f"engine {variant} {_name(dtype)}"
-        found[name] = Task(60, partial(_check_engine, desk, variant, dtype))
-        found[f"{name} calls"] = Task(40, partial(_check_calls, desk, variant, dtype))
+        found[name] = Task(90, partial(_check_engine, desk, variant, dtype))
+        found[f"{name} calls"] = Task(60, partial(_check_calls, desk, variant, dtype))
     case = contest.case_of(variant, batch)
     found[f"build {contest.name_of(case)}"] = Task(60, partial(contest.build, desk, case, FIRST))
     found[f"first figures {contest.name_of(case)}"] = Task(60, partial(_first_figures, desk, case))
@@ -325,7 +326,7 @@ def _compile(desk: Desk) -> Found:
 def _sanitize(desk: Desk, tool: str, what: str) -> Found:
     """compute-sanitizer over the small launches of one launcher."""
     with desk.turns.together():
-        found = sanitize.check_small(tool, what, 45 if desk.judged else 900, rehearsed=not desk.judged)
+        found = sanitize.check_small(tool, what, SANITIZER if desk.judged else 900, rehearsed=not desk.judged)
     if any(REFUSED in line for line in found["said"]) or found["code"] == MISSING:
         return {"status": UNAVAILABLE, "reason": " ".join(found["said"][-2:]) or "there is no compute-sanitizer"}
     check = _yes(found["said"][-1] if found["said"] else what, found["status"] == sanitize.PASSED)

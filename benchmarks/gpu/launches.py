@@ -12,12 +12,20 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import standin
 from benchmarks.gpu.prepare import ROOT
+from benchmarks.gpu.quick import QuickDraw
 from benchmarks.static import calls
 from benchmarks.static import cases as production
+from xclip_fast.bench.inputs import patch_embed as patch_inputs
+from xclip_fast.ops import patch_embed
 
 # tokens of every model; enough rows for the large tiles; long clips
 SHAPES = ("B/32 8f x1", "B/16 8f x8", "L/14 8f x1", "L/14-336 8f x1", "B/32 32f x1")
+
+# of the extension, frames, their side, patch and token width: copies of 16 bytes, rows off that grid, large tiles
+EXTENSION = "extension"
+PATCHES = ((2, 64, 32, 64), (3, 48, 16, 72), (2, 42, 14, 72), (24, 64, 16, 256))
 
 
 def launchers() -> list[str]:
@@ -40,6 +48,11 @@ def maker(dtype: torch.dtype, device: str) -> calls.Make:
 
 def launch(launcher: str, device: str, *, small: bool = False) -> int:
     """Make the launches, and return how many calls it were; of the models' shapes none on a CPU, which is too slow."""
+    if launcher == EXTENSION:
+        for size in PATCHES:
+            patch_embed(**patch_inputs(QuickDraw(torch.bfloat16, device), *size), backend=EXTENSION)
+        torch.cuda.synchronize()
+        return len(PATCHES)
     sys.path.insert(0, str(ROOT / "tests" / "kernels"))
     from launcher_cases import CASES
 
@@ -63,5 +76,7 @@ def launch(launcher: str, device: str, *, small: bool = False) -> int:
 
 
 if __name__ == "__main__":
+    if standin.in_force():
+        standin.enter()
     where = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{launch(sys.argv[1], where, small='--small' in sys.argv)} calls of {sys.argv[1]}", flush=True)

@@ -70,18 +70,6 @@ def controls(journal: Journal) -> list[str]:
 def check_small(tool: str, what: str, deadline: float, *, rehearsed: bool = False) -> dict[str, Any]:
     """A tool over the small launches of one launcher, or of the extension; rehearsed, the launches without the tool."""
     command = [sys.executable, "-m", "benchmarks.gpu.launches", what, "--small"]
-    if what == "extension":
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            EXTENSION,
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "parity and not large and not triton and bfloat16",
-        ]
-        command += ["--collect-only"] if rehearsed else []
     settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return _found(run(command if rehearsed else [*_tool(tool, FILTERS), *command], deadline, settings))
 
