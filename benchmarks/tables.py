@@ -42,7 +42,7 @@ def table(name: str) -> str:
         return _rivals({path.stem.partition("-")[2]: Run.load(path) for path in sorted(RESULTS.glob("rivals-*.json"))})
     file, _, part = name.partition("/")
     run = Run.load(RESULTS / f"{file}.json")
-    return {"models": _models, "ops": _ops}[part](run)
+    return {"models": _models, "gpu": _gpu, "ops": _ops}[part](run)
 
 
 def _headline() -> str:
@@ -62,6 +62,33 @@ def _models(run: Run) -> str:
             cells = _model(row), row.case.dtype, row.provider, _error(row), _times(row), _floor(row), _memory(row)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _origin(run)])
+
+
+def _gpu(run: Run) -> str:
+    """A line for each provider of a case: replayed as a graph, and as a user sees it where that was timed."""
+    lines = [
+        "| model | by | error | graph, ms | over eager | over the best compiled | as a user sees it, ms | over eager |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    timed: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in run.rows:
+        if row.timing is not None:
+            method = "wall" if row.timing.method == "wall" else "graph"
+            timed.setdefault((_model(row), row.provider), {})[method] = row
+    for (model, provider), rows in timed.items():
+        # what cannot be captured was timed between events
+        others = [found["graph"] for (name, _), found in timed.items() if name == model and "graph" in found]
+        compiled = [row.timing.ratio for row in others if row.timing and "compile-max" in row.provider]
+        graph, wall = rows.get("graph"), rows.get("wall")
+        over = f"{graph.timing.ratio / max(compiled):.2f}" if graph and graph.timing and compiled else ""
+        cells = [model, provider, _error(graph or wall or next(iter(rows.values())))]
+        cells += [_short(graph), _ratio(graph) if graph else "", over, _short(wall), _ratio(wall) if wall else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _origin(run)])
+
+
+def _short(row: Row | None) -> str:
+    return "" if row is None or row.timing is None else f"{row.timing.median_ms:.3f}"
 
 
 def _rivals(runs: dict[str, Run]) -> str:
