@@ -61,15 +61,6 @@ def _rows(
 
 
 @triton.jit
-def _constant(constant_ptr, column, in_width, HAS_CONSTANT: tl.constexpr):
-    """What is added to every row, in float32: [BLOCK_WIDTH], or a zero that nobody reads."""
-    if HAS_CONSTANT:
-        return tl.load(constant_ptr + column, mask=in_width, other=0.0).to(tl.float32)
-    else:
-        return 0.0
-
-
-@triton.jit
 def _normalise(x, in_width, eps, WIDTH: tl.constexpr):
     """Rows [BLOCK_ROWS, BLOCK_WIDTH] without mean, at unit variance, and their 1 / deviation; padding stays zero."""
     centred = tl.where(in_width[None, :], x - (tl.sum(x, axis=1) / WIDTH)[:, None], 0.0)
@@ -105,7 +96,9 @@ def _mean_norm_over_frames_fwd_kernel(
     in_width = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=in_width, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=in_width, other=0.0).to(tl.float32)
-    constant = _constant(constant_ptr, column, in_width, HAS_CONSTANT)
+    constant = tl.zeros((BLOCK_WIDTH,), tl.float32)
+    if HAS_CONSTANT:
+        constant = tl.load(constant_ptr + column, mask=in_width, other=0.0).to(tl.float32)
     row = _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride)
     added = _patch_rows(residual_ptr, patch, patches, residual_batch_stride, residual_patch_stride)
     total = tl.zeros((BLOCK_WIDTH,), tl.float32)
@@ -163,7 +156,9 @@ def _mean_norm_over_frames_bwd_kernel(
     column = tl.arange(0, BLOCK_WIDTH)
     in_width = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=in_width, other=0.0).to(tl.float32)
-    constant = _constant(constant_ptr, column, in_width, HAS_CONSTANT)
+    constant = tl.zeros((BLOCK_WIDTH,), tl.float32)
+    if HAS_CONSTANT:
+        constant = tl.load(constant_ptr + column, mask=in_width, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK_WIDTH,), tl.float32)
     grad_bias = tl.zeros((BLOCK_WIDTH,), tl.float32)
     for block in range(program, tl.cdiv(rows, BLOCK_ROWS), programs):

@@ -178,7 +178,7 @@ def test_wrong_arguments_are_named() -> None:
         clip_logits(video, text.half(), prompts, alpha, logit_scale)
     with pytest.raises(ValueError, match=r"prompts must be torch.float16 .*, or less precise, found torch.float32"):
         clip_logits(video.half(), text.half(), prompts, alpha, logit_scale)
-    with pytest.raises(ValueError, match=r"residual must be torch.float32 \(2, 3, 8\) like prompts, found torch.float16"):
+    with pytest.raises(ValueError, match=r"residual must be torch.float32 .* like prompts, found torch.float16"):
         clip_logits(video, text, prompts, alpha, logit_scale, residual=prompts.half())
     with pytest.raises(ValueError, match="logit_scale must be a scalar"):
         clip_logits(video, text, prompts, alpha, alpha)

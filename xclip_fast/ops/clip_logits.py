@@ -221,8 +221,7 @@ def _check(
         )
     if residual is not None and (residual.shape != expected or residual.dtype != prompts.dtype):
         raise ValueError(
-            f"residual must be {prompts.dtype} {expected} like prompts, "
-            f"found {residual.dtype} {tuple(residual.shape)}"
+            f"residual must be {prompts.dtype} {expected} like prompts, found {residual.dtype} {tuple(residual.shape)}"
         )
     if alpha.shape != (width,):
         raise ValueError(f"alpha must have shape ({width},) to fit video, found {tuple(alpha.shape)}")
