@@ -204,7 +204,7 @@ def clip_logits_fwd(
     parts = (video, text, prompts, prompts if residual is None else residual)
     video, text, prompts, added = (x if x.stride(-1) == 1 else x.contiguous() for x in parts)
     batch, classes, width = prompts.shape
-    logits = torch.empty(batch, classes, dtype=video.dtype, device=video.device)
+    logits = torch.empty(batch, classes, dtype=text.dtype, device=video.device)
     block = blocks(width)
     class_blocks = triton.cdiv(classes, block.classes)
     if logits.numel():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,22 +12,51 @@ from torch import Tensor
 from xclip_fast.kernels._launch import on_device_of
 from xclip_fast.kernels.layer_norm import BACKWARD_PROGRAMS, backward_block_shape
 
+# numbers of a program of the forward pass, 32 a thread where it has eight warps
+FORWARD_TILE = 8192
+
+
+class Tile(NamedTuple):
+    """Frames and columns that a program of the forward pass holds at once, and its warps."""
+
+    frames: int
+    columns: int
+    warps: int
+
+
+def forward_tile(frames: int, width: int) -> Tile:
+    """All frames of a patch where they fit: they are on their way together, and summed up once."""
+    columns = triton.next_power_of_2(width)
+    rows = min(triton.next_power_of_2(frames), max(1, FORWARD_TILE // columns))
+    return Tile(rows, columns, min(8, max(1, rows * columns // 1024)))
+
 
 @triton.jit
 def _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride):
-    """Pointers to frame 0 of flat patches (b, n): [BLOCK_ROWS]."""
+    """Pointers to frame 0 of one flat patch (b, n) or several."""
     return tokens_ptr + patch // patches * batch_stride + patch % patches * patch_stride
 
 
 @triton.jit
-def _frame_rows(
-    token_row, residual_row, frame, token_stride, residual_stride, column, inside, HAS_RESIDUAL: tl.constexpr
+def _rows(
+    token_row,
+    residual_row,
+    constant,
+    frame,
+    token_stride,
+    residual_stride,
+    column,
+    inside,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_CONSTANT: tl.constexpr,
 ):
-    """Rows of one frame with their residual, in float32: [BLOCK_ROWS, BLOCK_WIDTH]."""
+    """Several patches of a frame, or frames of a patch, with what is added to them: float32, as ``inside``."""
     x = tl.load((token_row + frame * token_stride)[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = (residual_row + frame * residual_stride)[:, None] + column[None, :]
         x += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+    if HAS_CONSTANT:
+        x += constant[None, :]
     return x
 
 
@@ -43,8 +74,8 @@ def _mean_norm_over_frames_fwd_kernel(
     weight_ptr,
     bias_ptr,
     residual_ptr,
+    constant_ptr,
     out_ptr,
-    rows,
     frames,
     patches,
     batch_stride,
@@ -55,27 +86,44 @@ def _mean_norm_over_frames_fwd_kernel(
     residual_patch_stride,
     eps,
     WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_FRAMES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_CONSTANT: tl.constexpr,
 ):
-    patch = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    patch = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_WIDTH)
     in_width = column < WIDTH
-    inside = (patch < rows)[:, None] & in_width[None, :]
-    row = _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride)
-    added = _patch_rows(residual_ptr, patch, patches, residual_batch_stride, residual_patch_stride)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-    for index in range(frames):
-        frame = tl.cast(index, tl.int64)
-        x = _frame_rows(row, added, frame, frame_stride, residual_frame_stride, column, inside, HAS_RESIDUAL)
-        normalised, _ = _normalise(x, in_width, eps, WIDTH)
-        total += normalised
     weight = tl.load(weight_ptr + column, mask=in_width, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+    constant = tl.zeros((BLOCK_WIDTH,), tl.float32)
+    if HAS_CONSTANT:
+        constant = tl.load(constant_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+    row = _patch_rows(tokens_ptr, patch, patches, batch_stride, patch_stride)
+    added = _patch_rows(residual_ptr, patch, patches, residual_batch_stride, residual_patch_stride)
+    total = tl.zeros((BLOCK_WIDTH,), tl.float32)
+    for start in range(0, frames, BLOCK_FRAMES):
+        frame = start + tl.arange(0, BLOCK_FRAMES).to(tl.int64)
+        # [BLOCK_FRAMES, BLOCK_WIDTH]
+        inside = (frame < frames)[:, None] & in_width[None, :]
+        x = _rows(
+            row,
+            added,
+            constant,
+            frame,
+            frame_stride,
+            residual_frame_stride,
+            column,
+            inside,
+            HAS_RESIDUAL,
+            HAS_CONSTANT,
+        )
+        normalised, _ = _normalise(x, in_width, eps, WIDTH)
+        # a frame beyond the last one is zero times what may be infinite
+        total += tl.sum(tl.where(inside, normalised, 0.0), axis=0)
     # the affine part commutes with the mean
-    out = total / frames * weight[None, :] + bias[None, :]
-    tl.store(out_ptr + patch[:, None] * WIDTH + column[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    out = total / frames * weight + bias
+    tl.store(out_ptr + patch * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=in_width)
 
 
 @triton.jit
@@ -84,6 +132,7 @@ def _mean_norm_over_frames_bwd_kernel(
     tokens_ptr,
     weight_ptr,
     residual_ptr,
+    constant_ptr,
     grad_tokens_ptr,
     partial_ptr,
     rows,
@@ -101,11 +150,15 @@ def _mean_norm_over_frames_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_CONSTANT: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_WIDTH)
     in_width = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+    constant = tl.zeros((BLOCK_WIDTH,), tl.float32)
+    if HAS_CONSTANT:
+        constant = tl.load(constant_ptr + column, mask=in_width, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK_WIDTH,), tl.float32)
     grad_bias = tl.zeros((BLOCK_WIDTH,), tl.float32)
     for block in range(program, tl.cdiv(rows, BLOCK_ROWS), programs):
@@ -120,7 +173,18 @@ def _mean_norm_over_frames_bwd_kernel(
         total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
         for index in range(frames):
             frame = tl.cast(index, tl.int64)
-            x = _frame_rows(row, added, frame, frame_stride, residual_frame_stride, column, inside, HAS_RESIDUAL)
+            x = _rows(
+                row,
+                added,
+                constant,
+                frame,
+                frame_stride,
+                residual_frame_stride,
+                column,
+                inside,
+                HAS_RESIDUAL,
+                HAS_CONSTANT,
+            )
             normalised, rstd = _normalise(x, in_width, eps, WIDTH)
             total += normalised
             along_x = tl.sum(weighted * normalised, axis=1) / WIDTH
@@ -135,23 +199,22 @@ def _mean_norm_over_frames_bwd_kernel(
 
 
 def mean_norm_over_frames_fwd(
-    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> Tensor:
     """Launch the forward pass: (B, T, N, D) to (B, N, D)."""
     tokens, added = _addressable(tokens, residual)
     batch, frames, patches, width = tokens.shape
     out = torch.empty(batch, patches, width, dtype=tokens.dtype, device=tokens.device)
-    # the sums are held beside the rows, as in the backward pass: both of four rows would spill
-    block_rows, block_width = backward_block_shape(width)
+    tile = forward_tile(frames, width)
     if out.numel():
         with on_device_of(tokens):
-            _mean_norm_over_frames_fwd_kernel[(triton.cdiv(batch * patches, block_rows),)](
+            _mean_norm_over_frames_fwd_kernel[(batch * patches,)](
                 tokens_ptr=tokens,
                 weight_ptr=weight.contiguous(),
                 bias_ptr=bias.contiguous(),
                 residual_ptr=added,
+                constant_ptr=None if constant is None else constant.contiguous(),
                 out_ptr=out,
-                rows=batch * patches,
                 frames=frames,
                 patches=patches,
                 batch_stride=tokens.stride(0),
@@ -162,16 +225,17 @@ def mean_norm_over_frames_fwd(
                 residual_patch_stride=added.stride(2),
                 eps=eps,
                 WIDTH=width,
-                BLOCK_ROWS=block_rows,
-                BLOCK_WIDTH=block_width,
+                BLOCK_FRAMES=tile.frames,
+                BLOCK_WIDTH=tile.columns,
                 HAS_RESIDUAL=residual is not None,
-                num_warps=4,
+                HAS_CONSTANT=constant is not None,
+                num_warps=tile.warps,
             )
     return out
 
 
 def mean_norm_over_frames_bwd(
-    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, eps: float
+    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward pass: gradient of tokens and residual, and of weight and bias as float32 (2, D)."""
     tokens, added = _addressable(tokens, residual)
@@ -187,6 +251,7 @@ def mean_norm_over_frames_bwd(
                 tokens_ptr=tokens,
                 weight_ptr=weight.contiguous(),
                 residual_ptr=added,
+                constant_ptr=None if constant is None else constant.contiguous(),
                 grad_tokens_ptr=grad_tokens,
                 partial_ptr=partial,
                 rows=batch * patches,
@@ -204,6 +269,7 @@ def mean_norm_over_frames_bwd(
                 BLOCK_ROWS=block_rows,
                 BLOCK_WIDTH=block_width,
                 HAS_RESIDUAL=residual is not None,
+                HAS_CONSTANT=constant is not None,
                 num_warps=4,
             )
     return grad_tokens, partial.sum(0)

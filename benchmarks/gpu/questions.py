@@ -199,7 +199,7 @@ def side(bench: Bench, variant: str, batch: int) -> Rows:
     dtype = torch.float32 if bench.dry else torch.bfloat16
     one, two = (Engine(model, dtype, bench.device) for _ in range(2))
     # on the CPU's side stream work is simply done, where it is begun
-    one._tower.side = Side(torch.device("cpu"))  # type: ignore[union-attr]
+    one._tower.side = one._side = Side(torch.device("cpu"))  # type: ignore[union-attr]
     size = config.image_size
     video = torch.randint(256, (batch, config.frames, size, size, 3), dtype=torch.uint8, device=bench.device)
     calls: dict[str, Call] = {

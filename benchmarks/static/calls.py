@@ -77,14 +77,22 @@ def linear_quick_gelu(make: Make, rows: int, width: int, hidden: int, *, trainin
 
 
 def mean_norm_over_frames(
-    make: Make, batch: int, frames: int, patches: int, width: int, *, residual: bool = False
+    make: Make,
+    batch: int,
+    frames: int,
+    patches: int,
+    width: int,
+    *,
+    residual: bool = False,
+    constant: bool = False,
 ) -> list[Tensor]:
     """Patches are the tokens behind each frame's class token."""
     tokens, weight, bias = make(batch, frames, patches + 1, width)[:, :, 1:], make(width), make(width)
     # the branch is the tight result of a product
     added = make(batch, frames, patches, width) if residual else None
-    out = mean_norm_over_frames_fwd(tokens, weight, bias, added, EPS)
-    return [out, *mean_norm_over_frames_bwd(make(batch, patches, width), tokens, weight, added, EPS)]
+    shift = make(width) if constant else None
+    out = mean_norm_over_frames_fwd(tokens, weight, bias, added, shift, EPS)
+    return [out, *mean_norm_over_frames_bwd(make(batch, patches, width), tokens, weight, added, shift, EPS)]
 
 
 def clip_logits(make: Make, batch: int, classes: int, width: int, *, residual: bool = False) -> list[Tensor]:

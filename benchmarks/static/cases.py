@@ -62,8 +62,9 @@ def _model(shape: str, config: XCLIPConfig, frames: int, batch: int) -> Iterator
     for width in (wide, 4 * wide):
         yield Case(f"{shape} float8 of {width}", partial(quantized, width))
     yield Case(f"{shape} float8 activation", partial(quantized, 4 * wide, activation=config.activation))
+    mean = partial(calls.mean_norm_over_frames, make, batch, frames, config.patches, wide)
+    yield Case(f"{shape} constant", partial(mean, constant=True))
     for name, residual in ((shape, False), (f"{shape} residual", True)):
-        mean = partial(calls.mean_norm_over_frames, make, batch, frames, config.patches, wide)
         yield Case(name, partial(mean, residual=residual))
         yield Case(name, partial(calls.clip_logits, make, batch, CLASSES, narrow, residual=residual))
     attention = partial(calls.frame_attention, make, images, tokens, config.vision_heads)

@@ -172,9 +172,9 @@ def test_mean_norm_over_frames_forward_and_backward() -> None:
 
     def run(tokens: Tensor) -> tuple[Tensor, ...]:
         patches = tokens[:, :, 1:]
-        out = mean_norm_over_frames_fwd(patches, weight, bias, None, EPS)
+        out = mean_norm_over_frames_fwd(patches, weight, bias, None, None, EPS)
         grad = torch.ones_like(out)
-        return out, mean_norm_over_frames_bwd(grad, patches, weight, None, EPS)[0]
+        return out, mean_norm_over_frames_bwd(grad, patches, weight, None, None, EPS)[0]
 
     videos, patches = (128, 50) if ON_GPU else (1, 4)
     compare(run, made(videos, 8, patches, 768), largest=8 * patches * 768 if ON_GPU else ELEMENTS // 3)

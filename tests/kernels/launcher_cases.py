@@ -35,6 +35,10 @@ CASES: dict[str, Callable[..., Any]] = {
     "mean_norm_over_frames residual": partial(
         calls.mean_norm_over_frames, batch=2, frames=2, patches=3, width=40, residual=True
     ),
+    # more frames than a tile of such a width holds
+    "mean_norm_over_frames constant": partial(
+        calls.mean_norm_over_frames, batch=2, frames=5, patches=2, width=1040, constant=True
+    ),
     "clip_logits residual": partial(calls.clip_logits, batch=2, classes=5, width=33, residual=True),
     "clip_logits": partial(calls.clip_logits, batch=2, classes=7, width=40),
     "clip_logits wide": partial(calls.clip_logits, batch=3, classes=2, width=1030),
@@ -92,6 +96,7 @@ def random_cases(launcher: str, count: int, longest: int) -> Iterator[Callable[.
                 "patches": size(),
                 "width": size(),
                 "residual": flag(),
+                "constant": flag(),
             },
             "clip_logits": {
                 "batch": draw.randint(1, 4),

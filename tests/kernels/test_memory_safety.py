@@ -124,7 +124,7 @@ LONG = {
     )[0],
     "quick_gelu": quick_gelu_of_tail,
     "mean_norm_over_frames": lambda count: mean_norm_over_frames_fwd(
-        repeated(count, 1, 2, 32), VECTORS[32], VECTORS[32], None, EPS
+        repeated(count, 1, 2, 32), VECTORS[32], VECTORS[32], None, None, EPS
     ),
     "frame_attention": lambda count: frame_attention_fwd(repeated(count, 2, 96), repeated(count, 64), 1, True)[0],
     "prompt_attention": lambda count: prompt_attention_fwd(

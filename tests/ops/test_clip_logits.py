@@ -94,6 +94,18 @@ def test_residual(layout: str, shape: tuple[int, int, int], dtype: torch.dtype) 
         check_op(clip_logits, inputs, what="clip_logits torch residual", backend="torch", fixed=SCALE, ceiling=2e-2)
 
 
+# the engine's: texts in float32, the rest of them rounded, and one residual for all of them
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("half", [("video", "prompts", "residual"), ("video",), ("prompts", "residual")], ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES[1:], ids=str)
+def test_half_precision_beside_texts_in_float32(dtype: torch.dtype, half: tuple[str, ...], backend: str) -> None:
+    inputs = arguments((3, 6, 40), torch.float32)
+    inputs["residual"] = random(40, dtype=torch.float32).expand(3, 6, -1)
+    inputs |= {name: inputs[name].to(dtype) for name in half}
+    check_op(clip_logits, inputs, what="clip_logits mixed", fixed=SCALE, ceiling=2e-2, backend=backend)
+    assert clip_logits(**inputs, backend=backend).dtype == torch.float32
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8)])
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_empty(shape: tuple[int, int, int], backend: str) -> None:
@@ -164,6 +176,10 @@ def test_wrong_arguments_are_named() -> None:
         clip_logits(video, text, prompts[:1], alpha, logit_scale)
     with pytest.raises(ValueError, match=r"text must be torch.float32 \(K, 8\)"):
         clip_logits(video, text.half(), prompts, alpha, logit_scale)
+    with pytest.raises(ValueError, match=r"prompts must be torch.float16 .*, or less precise, found torch.float32"):
+        clip_logits(video.half(), text.half(), prompts, alpha, logit_scale)
+    with pytest.raises(ValueError, match=r"residual must be torch.float32 .* like prompts, found torch.float16"):
+        clip_logits(video, text, prompts, alpha, logit_scale, residual=prompts.half())
     with pytest.raises(ValueError, match="logit_scale must be a scalar"):
         clip_logits(video, text, prompts, alpha, alpha)
     assert (

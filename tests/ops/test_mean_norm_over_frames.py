@@ -77,6 +77,29 @@ def test_residual(layout: str, shape: tuple[int, ...], dtype: torch.dtype) -> No
         check_op(mean_norm_over_frames, inputs, what="mean_norm_over_frames torch residual", backend="torch")
 
 
+# tiles of all frames, of some of them and of one
+@pytest.mark.parametrize(
+    ("shape", "dtype"), each_tile([(1, 1, 1, 4), (2, 3, 4, 128), (1, 19, 2, 768), (2, 2, 1, 1025)]), ids=str
+)
+def test_constant(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = arguments(shape, dtype) | {"constant": random(shape[-1], dtype=dtype, mean=2.0)}
+    check_op(mean_norm_over_frames, inputs, what="mean_norm_over_frames constant", ceiling=4e-3)
+    inputs["residual"] = random(*shape, dtype=dtype)
+    check_op(mean_norm_over_frames, inputs, what="mean_norm_over_frames both", ceiling=4e-3)
+    if dtype == torch.float32:
+        check_op(mean_norm_over_frames, inputs, what="mean_norm_over_frames torch both", backend="torch")
+    else:
+        # its gradient is a sum of rounded ones, which is no better for its own digits
+        inputs["constant"] = inputs["constant"].float()
+        check_op(mean_norm_over_frames, inputs, what="mean_norm_over_frames exact constant", gradients=False)
+
+
+def test_frames_beyond_the_last_add_nothing_without_eps() -> None:
+    inputs = arguments((1, 3, 2, 48), torch.float32)
+    found = mean_norm_over_frames(**inputs, eps=0.0, backend="triton")
+    assert torch.allclose(found, mean_norm_over_frames(**inputs, eps=0.0, backend="reference"), atol=1e-5)
+
+
 def test_residual_must_be_like_tokens() -> None:
     with pytest.raises(ValueError, match=r"residual must be torch.float32 \(1, 2, 3, 4\) like tokens, found .*3, 5"):
         mean_norm_over_frames(**arguments((1, 2, 3, 4), torch.float32), residual=torch.zeros(1, 2, 3, 5))
@@ -114,15 +137,16 @@ def test_torch_formulation(dtype: torch.dtype) -> None:
 def test_registered_op() -> None:
     for shape in ((2, 3, 4, 24), (1, 1, 1, 5)):
         inputs = [x.requires_grad_() for x in arguments(shape, torch.float32).values()]
-        torch.library.opcheck(torch.ops.xclip_fast.mean_norm_over_frames, (*inputs, None, 1e-5))
+        torch.library.opcheck(torch.ops.xclip_fast.mean_norm_over_frames, (*inputs, None, None, 1e-5))
         residual = random(*shape, dtype=torch.float32).requires_grad_()
-        torch.library.opcheck(torch.ops.xclip_fast.mean_norm_over_frames, (*inputs, residual, 1e-5))
+        constant = random(shape[-1], dtype=torch.float32).requires_grad_()
+        torch.library.opcheck(torch.ops.xclip_fast.mean_norm_over_frames, (*inputs, residual, constant, 1e-5))
 
 
 def test_registered_op_without_kernels_has_exact_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     inputs = [x.cpu().requires_grad_() for x in arguments((2, 3, 2, 7), torch.float64).values()]
-    inputs.append(random(2, 3, 2, 7, dtype=torch.float64).cpu().requires_grad_())
+    inputs += [random(*shape, dtype=torch.float64).cpu().requires_grad_() for shape in ((2, 3, 2, 7), (7,))]
     assert torch.autograd.gradcheck(lambda *args: torch.ops.xclip_fast.mean_norm_over_frames(*args, 1e-5), inputs)
 
 
@@ -154,5 +178,7 @@ def test_wrong_arguments_are_named() -> None:
         mean_norm_over_frames(tokens[:, :0], weight, bias)
     with pytest.raises(ValueError, match=r"bias must have shape \(8,\)"):
         mean_norm_over_frames(tokens, weight, bias[:3])
+    with pytest.raises(ValueError, match=r"constant must have shape \(8,\)"):
+        mean_norm_over_frames(tokens, weight, bias, constant=bias[:3])
     wide = torch.empty(1, 1, 1, 9000, device=DEVICE)
     assert "9000" in explain("mean_norm_over_frames", wide, wide[0, 0, 0], wide[0, 0, 0])["triton"]

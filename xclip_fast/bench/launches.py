@@ -40,7 +40,6 @@ from xclip_fast.ops.message_attention import key_value_launches
 from xclip_fast.ops.message_attention import launches as message_launches
 from xclip_fast.ops.temporal_block import launches as temporal_launches
 from xclip_fast.reference import XCLIP
-from xclip_fast.reference.model import VideoFeatures
 
 CLASSES = 400
 # operators that allocate or describe memory, or ask for a dtype
@@ -145,9 +144,9 @@ def engine(case: Case) -> Counter[str]:
     texts = heads.prepare(text)
 
     def call() -> Tensor:
-        features, tokens = tower(video, patches=True)
-        embedding = heads.integrate(features.view(case.batch, case.frames, -1))
-        return heads.logits(VideoFeatures(embedding, heads.project_patches(tokens, case.frames)), texts)
+        classes, tokens = tower(video, patches=True)
+        embedding = heads.integrate(tower.project(classes).view(case.batch, case.frames, -1))
+        return heads.logits(lambda: embedding, heads.project_patches(tokens, case.frames, tower.lag), texts)
 
     with torch.inference_mode(), backend("triton"):
         call()  # positions for this grid and this number of frames are made once

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from xclip_fast import processor
 from xclip_fast.engine.budget import ProductError, check_products
 from xclip_fast.engine.cpu import CpuTower
-from xclip_fast.engine.cuda import CudaTower
+from xclip_fast.engine.cuda import CudaTower, Side
 from xclip_fast.engine.graphs import GraphCache, Pass
 from xclip_fast.engine.heads import Heads
 from xclip_fast.engine.models import check_model
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _PROBE_FRAMES = 2  # of the random clip that a new engine is checked with
 
 _log = logging.getLogger("xclip_fast")
+
+Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class Engine:
             else:
                 self._tower = CpuTower(model.visual, self.config, self._packing, blocks=blocks)
             self._heads = Heads(model, self._packing)
+            self._side = Side(self.device)
             tower = TextTower(model, self._packing)
             encoder = b"" if folder is None else encoder_digest(model, self._packing)
             self._texts = KeptTexts(tower, self._heads.prepare, folder, encoder)
@@ -240,7 +243,7 @@ class Engine:
         """
         self._check_own(texts)
         with torch.inference_mode(), self._quiet():
-            return self._heads.logits(features, texts)
+            return self._heads.logits(lambda: features.video, features.patches, texts)
 
     def report(self, clips: Tensor | None = None, classes: Sequence[str] | Tensor | None = None) -> Report:
         """How far the engine is from its model in float32, product by product and as a whole.
@@ -318,21 +321,34 @@ class Engine:
         return graphs
 
     def _features(self, video: Tensor) -> list[Tensor]:
-        frame_features, tokens = self._tower(video, patches=True)
-        frames = video.shape[1]
-        integrated = self._heads.integrate(frame_features.view(-1, frames, frame_features.shape[1]))
-        return [self._given(integrated), self._given(self._heads.project_patches(tokens, frames))]
+        return self._encoded(video, lambda integrated, patches: [integrated(), patches])
 
     def _embedding(self, video: Tensor) -> list[Tensor]:
-        frame_features, _ = self._tower(video, patches=False)
-        return [self._given(self._heads.integrate(frame_features.view(-1, video.shape[1], frame_features.shape[1])))]
+        classes, _ = self._tower(video, patches=False)
+        return [self._given(self._integrated(classes, video))]
 
     def _logits(self, video: Tensor, *texts: Tensor, encode: Pass | None = None) -> list[Tensor]:
-        encoded, (features, query) = VideoFeatures(*(encode or self._features)(video)), texts
-        return [self._heads.logits(encoded, EncodedTexts(features, query, self._heads.name))]
+        features, query = texts
+        scored = partial(self._heads.logits, texts=EncodedTexts(features, query, self._heads.name))
+        if encode is None:
+            return [self._encoded(video, scored)]
+        integrated, patches = encode(video)
+        return [scored(lambda: integrated, patches)]
 
     def _probabilities(self, video: Tensor, *texts: Tensor, encode: Pass | None = None) -> list[Tensor]:
         return [logits.softmax(dim=-1) for logits in self._logits(video, *texts, encode=encode)]
+
+    def _encoded(self, video: Tensor, then: Callable[[Callable[[], Tensor], Tensor], Encoded]) -> Encoded:
+        """What ``then`` makes of the video features, which it asks for when it needs them, and the patch features."""
+        classes, tokens = self._tower(video, patches=True)
+        # beside the patches: few rows, and they meet at the logits. what the side reads lives as long as this call
+        integrated = self._side.begin(lambda: self._integrated(classes, video))
+        patches = self._heads.project_patches(tokens, video.shape[1], self._tower.lag)
+        return then(lambda: self._given(self._side.join(integrated)), self._given(patches))
+
+    def _integrated(self, classes: Tensor, video: Tensor) -> Tensor:
+        features = self._tower.project(classes)
+        return self._heads.integrate(features.view(-1, video.shape[1], features.shape[1]))
 
     def _given(self, features: Tensor) -> Tensor:
         return features if self._packing.stored is None else features.to(self._packing.stored)

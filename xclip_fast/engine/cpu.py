@@ -94,6 +94,8 @@ class CpuTower:
         blocks: its blocks, where they are packed already.
     """
 
+    lag = None  # nothing that its tokens lack
+
     def __init__(self, visual: Any, config: Any, packing: Packing, *, blocks: list[Block] | None = None) -> None:
         self.config, self.packing = config, packing
         self.dtype, self.rewrites = packing.dtype, packing.rewrites
@@ -117,14 +119,18 @@ class CpuTower:
         self.projection = packing.product(exact(visual.proj).t(), None)
 
     def __call__(self, video: Tensor, *, patches: bool) -> tuple[Tensor, list[Tensor]]:
-        """A checked video to frame features (B * T, E), and the tokens in the parts of ``embed``."""
+        """A checked video to class tokens (B * T, D), and the tokens in the parts of ``embed``."""
         frames = video.shape[1]
         chunks = self.embed(video)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             class_row = i == last and not patches and "class_row" in self.rewrites
             chunks = step(block, chunks, frames, class_row=class_row)
-        return self.projection(self.norm_post(class_tokens(chunks))), chunks
+        return class_tokens(chunks), chunks
+
+    def project(self, classes: Tensor) -> Tensor:
+        """Class tokens (B * T, D) to frame features (B * T, E)."""
+        return self.projection(self.norm_post(classes))
 
     def embed(self, video: Tensor) -> list[Tensor]:
         """The tokens that enter the first block, in parts (videos, frames, S, D) that stay in the caches.

@@ -200,15 +200,21 @@ class CudaTower:
         self.side = Side(packing.device)
 
     def __call__(self, video: Tensor, *, patches: bool) -> tuple[Tensor, list[Tensor]]:
-        """A checked video to frame features (B * T, E), and the tokens of its frames in one part (B, T, S, D)."""
+        """A checked video to class tokens (B, T, D), and the tokens of its frames in one part (B, T, S, D).
+
+        All of them lack ``lag``.
+        """
         stream = _Stream(self._embed(video))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             stream = block(stream, self.side, i == last and not patches and "class_row" in self.rewrites)
         tokens = stream.whole()
-        tokens = tokens if self.lag is None else tokens.add_(self.lag)
-        classes, _ = layer_norm(tokens[:, :, 0], *self.norm_post, eps=self.eps_post)
-        return self.projection(classes.flatten(0, 1)), [tokens]
+        return tokens[:, :, 0], [tokens]
+
+    def project(self, classes: Tensor) -> Tensor:
+        """Class tokens (B, T, D) as the tower gives them to frame features (B * T, E)."""
+        normed, _ = layer_norm(classes, *self.norm_post, constant=self.lag, eps=self.eps_post)
+        return self.projection(normed.flatten(0, 1))
 
     def _embed(self, video: Tensor) -> Tensor:
         height, width = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
@@ -14,13 +14,23 @@ from torch.nn.functional import scaled_dot_product_attention
 from xclip_fast.classes import class_chunks
 from xclip_fast.engine.block import PackedBlock
 from xclip_fast.engine.cpu import Norm
+from xclip_fast.engine.cuda import Side
 from xclip_fast.engine.packing import Packing, exact
 from xclip_fast.engine.products import Product
 from xclip_fast.engine.texts import EncodedTexts
-from xclip_fast.ops import clip_logits, mean_norm_over_frames, prompt_attention, temporal_block
+from xclip_fast.ops import clip_logits, layer_norm, mean_norm_over_frames, prompt_attention, temporal_block
 from xclip_fast.ops._dtypes import exact_dtype
-from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.reference.positions import temporal_positions
+
+
+@dataclass
+class _LaggingNorm(Norm):
+    """The fused layer norm, of rows that lack a constant (D,), the biases of the products behind them, or nothing."""
+
+    constant: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, constant=self.constant, eps=self.eps)[0]  # type: ignore[arg-type]
 
 
 @dataclass
@@ -66,15 +76,23 @@ class Heads:
         if packing.device.type == "cpu":
             # half precision in the prompts is most of what logits err, and on the CPU it saves little
             packing = replace(packing, dtype=exact_dtype(packing.dtype))
-        self.prompt_dtype = packing.dtype
+        lag = torch.zeros(model.config.embed_dim, dtype=torch.float64) if "stream" in packing.rewrites else None
+        if lag is not None:
+            # the op's norms read their vectors anyway
+            packing = replace(packing, rewrites=packing.rewrites - {"norms"})
+        self.prompt_dtype, self.side = packing.dtype, Side(packing.device)
         prompts = model.prompts_generator
         attentions = [layer.cross_attn for layer in prompts.decoder]
         self.heads = attentions[0].heads
         # one product makes the keys and values of all layers
         weights = [exact(part.weight) for attention in attentions for part in (attention.k_proj, attention.v_proj)]
         self.key_value = packing.product(*_behind(prompts.norm, torch.cat(weights), packing))
-        self.norm = Norm(*packing.vectors(prompts.norm), prompts.norm.eps)
-        self.layers = [_prompt_layer(layer, packing) for layer in prompts.decoder]
+        self.norm = _norm(prompts.norm, packing, None)
+        self.layers = []
+        for layer in prompts.decoder:
+            packed, lag = _prompt_layer(layer, packing, lag)
+            self.layers.append(packed)
+        self.lag = None if lag is None else packing.tensor(lag)
         self.alpha = packing.tensor(prompts.alpha, exact_dtype(packing.dtype))
         self.logit_scale = packing.tensor(model.logit_scale, exact_dtype(packing.dtype))
 
@@ -91,13 +109,19 @@ class Heads:
             return temporal_block(x, **self.mit_blocks[-1], positions=positions, pooled_with=features)
         return self.last_block(x if positions is None else x + positions, features)
 
-    def project_patches(self, tokens: list[Tensor], frames: int) -> Tensor:
-        """Tokens of all frames, in parts of (videos, frames, S, D) in their order, to mean patch features (B, N, E)."""
+    def project_patches(self, tokens: list[Tensor], frames: int, lag: Tensor | None = None) -> Tensor:
+        """Tokens of all frames to mean patch features (B, N, E).
+
+        Args:
+            tokens: parts of (videos, frames, S, D) in their order.
+            frames: of a video.
+            lag: (D,), what all tokens lack.
+        """
         videos: list[Tensor] = []
         mean: Any = 0.0
         seen = 0
         for part in tokens:
-            patches = self._mean(part[:, :, 1:])
+            patches = self._mean(part[:, :, 1:], lag)
             if part.shape[1] == frames:
                 videos.append(patches)
                 continue
@@ -108,11 +132,11 @@ class Heads:
         means = _joined(videos, dim=0)
         return self._project(means) if "patch_mean" in self.rewrites else means
 
-    def _mean(self, patches: Tensor) -> Tensor:
+    def _mean(self, patches: Tensor, lag: Tensor | None) -> Tensor:
         norm = self.patch_norm
         if "patch_mean" in self.rewrites:
-            return mean_norm_over_frames(patches, norm.weight, norm.bias, eps=norm.eps)  # type: ignore[arg-type]
-        return self._project(norm(patches)).mean(dim=1)
+            return mean_norm_over_frames(patches, norm.weight, norm.bias, constant=lag, eps=norm.eps)  # type: ignore[arg-type]
+        return self._project(norm(patches if lag is None else patches + lag)).mean(dim=1)
 
     def _project(self, x: Tensor) -> Tensor:
         return self.patch_projection(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
@@ -125,16 +149,22 @@ class Heads:
         self.packing.settle()
         return EncodedTexts(features, query, self.name)
 
-    def logits(self, features: VideoFeatures, texts: EncodedTexts) -> Tensor:
-        """float32 logits (B, K); at no time are all videos held with all classes."""
-        video, patches = features
+    def logits(self, video: Callable[[], Tensor], patches: Tensor, texts: EncodedTexts) -> Tensor:
+        """float32 logits (B, K); at no time are all videos held with all classes.
+
+        Args:
+            video: gives the video features (B, E), asked for once the first prompts are on their way.
+            patches: the mean patch features (B, N, E).
+            texts: the class set.
+        """
         rows = patches.to(self.prompt_dtype).flatten(0, 1)
         key_value = self.key_value(self.norm(rows)).view(*patches.shape[:2], len(self.layers), 2, patches.shape[2])
-        wide = exact_dtype(video.dtype)
-        columns = []
-        for some in self._parts(texts, len(video)):
-            prompts = self._prompts(some, key_value).to(wide)
-            columns.append(clip_logits(video.to(wide), some.features.to(wide), prompts, self.alpha, self.logit_scale))
+        columns, features = [], None
+        for some in self._parts(texts, len(patches)):
+            prompts = self._prompts(some, key_value)
+            features = video() if features is None else features
+            lag = None if self.lag is None else self.lag.expand_as(prompts)
+            columns.append(clip_logits(features, some.features, prompts, self.alpha, self.logit_scale, residual=lag))
         return _joined(columns, dim=1)
 
     def _parts(self, texts: EncodedTexts, videos: int) -> Iterator[EncodedTexts]:
@@ -143,20 +173,25 @@ class Heads:
             yield texts._replace(features=texts.features[chunk], query=texts.query[chunk])
 
     def _prompts(self, texts: EncodedTexts, key_value: Tensor) -> Tensor:
-        """What the prompts add to texts, before ``alpha``: (B, K, E)."""
+        """What the prompts add to texts, before ``alpha`` and without ``lag``: (B, K, E)."""
         videos, (classes, width) = len(key_value), texts.features.shape
         query = texts.query if "prompt_query" in self.rewrites else self._first_query(texts.features)
-        # a copy for each video, in one pass: the products write over it
-        rows = texts.features.expand(videos, -1, -1)
-        rows = rows.to(self.prompt_dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
+        # beside the first attention, which does not need it
+        rows = self.side.begin(lambda: self._copies(texts.features, videos))
         for i, layer in enumerate(self.layers):
             if i:
                 query = layer.query(layer.norm_1(rows))
             key, value = key_value[:, :, i].unbind(2)
             mixed = prompt_attention(query.view(videos if i else 1, classes, width), key, value, self.heads)
+            rows = rows if i else self.side.join(rows)
             rows = layer.out.add(rows, mixed.reshape(rows.shape))
             rows = layer.projection.add(rows, layer.fc.activated(layer.norm_3(rows)))
         return rows.view(videos, classes, width)
+
+    def _copies(self, features: Tensor, videos: int) -> Tensor:
+        """Rows (videos K, E) of class texts (K, E), a copy for each video in one pass: the products write over it."""
+        rows = features.expand(videos, -1, -1)
+        return rows.to(self.prompt_dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
 
     def _first_query(self, features: Tensor) -> Tensor:
         return self.layers[0].query(self.layers[0].norm_1(features.to(self.prompt_dtype)))
@@ -173,17 +208,31 @@ def _behind(norm: Any, weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor
     return packing.behind(norm, weight, torch.zeros(len(weight)))
 
 
-def _prompt_layer(layer: Any, packing: Packing) -> _PromptLayer:
+def _norm(norm: Any, packing: Packing, lag: Tensor | None) -> Norm:
+    """A norm of rows that lack ``lag``, (D,) in float64 or nothing."""
+    if "stream" not in packing.rewrites:
+        return Norm(*packing.vectors(norm), norm.eps)
+    constant = None if lag is None else packing.tensor(lag, exact_dtype(packing.dtype))
+    return _LaggingNorm(*packing.vectors(norm), norm.eps, constant)
+
+
+def _prompt_layer(layer: Any, packing: Packing, lag: Tensor | None) -> tuple[_PromptLayer, Tensor | None]:
+    """A layer, and what the texts lack behind it where they lacked ``lag`` before: its biases are added by norms."""
     attention = layer.cross_attn
-    fc, projection, activation = packing.perceptron(layer.mlp[0], layer.mlp[-1], layer.norm3, "quick_gelu")
-    return _PromptLayer(
-        norm_1=Norm(*packing.vectors(layer.norm1), layer.norm1.eps),
+    fc, (last, projection_bias), activation = packing.perceptron(layer.mlp[0], layer.mlp[-1], layer.norm3, "quick_gelu")
+    out_bias, before = exact(attention.proj.bias), lag
+    biases: tuple[Tensor | None, Tensor | None] = out_bias, projection_bias
+    if lag is not None:
+        lag, biases = lag + out_bias, (None, None)
+    packed = _PromptLayer(
+        norm_1=_norm(layer.norm1, packing, before),
         query=packing.product(*_behind(layer.norm1, attention.q_proj.weight, packing)),
-        out=packing.product(exact(attention.proj.weight), exact(attention.proj.bias)),
-        norm_3=Norm(*packing.vectors(layer.norm3), layer.norm3.eps),
+        out=packing.product(exact(attention.proj.weight), biases[0]),
+        norm_3=_norm(layer.norm3, packing, lag),
         fc=packing.product(*fc, activation),
-        projection=packing.product(*projection),
+        projection=packing.product(last, biases[1]),
     )
+    return packed, None if lag is None else lag + projection_bias
 
 
 def _temporal_arguments(block: Any, packing: Packing) -> dict[str, Any]:

@@ -27,16 +27,16 @@ def clip_logits(
     """``exp(logit_scale) * cos(video, text + alpha * (prompts + residual))``, without the adapted texts in memory.
 
     Args:
-        video: (B, E), not normalised.
-        text: (K, E), the class texts, not normalised, in the dtype of ``video``.
-        prompts: (B, K, E), what the prompt layers made of the texts for each video, in the dtype of ``video``.
-        alpha: (E,), scale of the prompts, in the dtype of ``video``, or in float32.
+        video: (B, E), not normalised, in the dtype of ``text``, or in half precision beside texts in float32.
+        text: (K, E), the class texts, not normalised.
+        prompts: (B, K, E), what the prompt layers made of the texts for each video, in a dtype as for ``video``.
+        alpha: (E,), scale of the prompts, in the dtype of ``text``, or in float32.
         logit_scale: a scalar tensor, likewise.
-        residual: like ``prompts``, added to them; the sum is not rounded.
+        residual: like ``prompts``, added to them, any strides; the sum is not rounded.
         backend: "reference", "torch", "triton", or the automatic choice.
 
     Returns:
-        (B, K) in the dtype of ``video``, or of autocast; norms and sums are in float32.
+        (B, K) in the dtype of ``text``, or of autocast; norms and sums are in float32.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
@@ -58,11 +58,11 @@ def clip_logits_ref(
     video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
 ) -> Tensor:
     """The definition."""
-    prompts = prompts if residual is None else prompts + residual
+    prompts = prompts if residual is None else prompts.to(text.dtype) + residual
     adapted = text + alpha * prompts
-    unit = normalize(video, dim=-1).to(adapted.dtype)
+    unit = normalize(video.to(text.dtype), dim=-1).to(adapted.dtype)
     cosine = torch.einsum("be,bke->bk", unit, normalize(adapted, dim=-1))
-    return (logit_scale.exp() * cosine).to(video.dtype)
+    return (logit_scale.exp() * cosine).to(text.dtype)
 
 
 def _clip_logits_torch(
@@ -74,7 +74,7 @@ def _clip_logits_torch(
     adapted = torch.addcmul(text.to(exact), alpha.to(exact), prompts)
     dots = (adapted * normalize(video.to(exact), dim=-1).unsqueeze(1)).sum(-1)
     lengths = torch.linalg.vector_norm(adapted, dim=-1).clamp_min(1e-12)
-    return (logit_scale.to(exact).exp() * dots / lengths).to(video.dtype)
+    return (logit_scale.to(exact).exp() * dots / lengths).to(text.dtype)
 
 
 @custom_op("xclip_fast::clip_logits", mutates_args=())
@@ -92,7 +92,7 @@ def _clip_logits(
 def _clip_logits_fake(
     video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
 ) -> Tensor:
-    return video.new_empty(prompts.shape[:2])
+    return text.new_empty(prompts.shape[:2])
 
 
 @custom_op("xclip_fast::clip_logits_backward", mutates_args=())
@@ -208,16 +208,21 @@ def _check(
             f"video must be a floating point (B, E) tensor with E >= 1, found {video.dtype} {tuple(video.shape)}"
         )
     batch, width = video.shape
-    if text.ndim != 2 or text.shape[1] != width or text.dtype != video.dtype:
+    if text.ndim != 2 or text.shape[1] != width or text.dtype not in (video.dtype, exact_dtype(video.dtype)):
         raise ValueError(
-            f"text must be {video.dtype} (K, {width}) to fit video, found {text.dtype} {tuple(text.shape)}"
+            f"text must be {video.dtype} (K, {width}) to fit video, or {exact_dtype(video.dtype)}, "
+            f"found {text.dtype} {tuple(text.shape)}"
         )
     expected = (batch, text.shape[0], width)
-    for name, part in (("prompts", prompts), ("residual", residual)):
-        if part is not None and (part.shape != expected or part.dtype != video.dtype):
-            raise ValueError(
-                f"{name} must be {video.dtype} {expected} to fit video and text, found {part.dtype} {tuple(part.shape)}"
-            )
+    if prompts.shape != expected or text.dtype not in (prompts.dtype, exact_dtype(prompts.dtype)):
+        raise ValueError(
+            f"prompts must be {text.dtype} {expected} to fit video and text, or less precise, "
+            f"found {prompts.dtype} {tuple(prompts.shape)}"
+        )
+    if residual is not None and (residual.shape != expected or residual.dtype != prompts.dtype):
+        raise ValueError(
+            f"residual must be {prompts.dtype} {expected} like prompts, found {residual.dtype} {tuple(residual.shape)}"
+        )
     if alpha.shape != (width,):
         raise ValueError(f"alpha must have shape ({width},) to fit video, found {tuple(alpha.shape)}")
     if logit_scale.numel() != 1 or logit_scale.ndim != 0:

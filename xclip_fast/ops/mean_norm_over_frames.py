@@ -19,10 +19,11 @@ def mean_norm_over_frames(
     bias: Tensor,
     *,
     residual: Tensor | None = None,
+    constant: Tensor | None = None,
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> Tensor:
-    """``layer_norm(tokens + residual).mean(frames)`` in one pass over the tokens.
+    """``layer_norm(tokens + residual + constant).mean(frames)`` in one pass over the tokens.
 
     The projection that follows is linear, so taking the mean first is exact and costs T times less.
 
@@ -31,6 +32,8 @@ def mean_norm_over_frames(
         weight, bias: (D,) in the dtype of ``tokens``, or in float32.
         residual: like ``tokens``, added first; the sum is not rounded. Under autocast both may have a dtype of
             their own: the wider one counts.
+        constant: (D,), like ``weight``, added to each row: the biases a bias-free stream lags by. Its gradient is the
+            sum of that of the tokens as it is rounded.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 
@@ -43,61 +46,66 @@ def mean_norm_over_frames(
     Source: ``prompts_visual_ln`` and the mean over frames of the official ``encode_video`` and ``forward``.
     """
     tokens, residual = cast_for_sum(tokens, residual)
-    _check(tokens, weight, bias, residual)
+    _check(tokens, weight, bias, residual, constant)
     refusal = size_refusal(tokens)
-    chosen = choose("mean_norm_over_frames", backend, tokens, weight, bias, residual, refusal=refusal)
+    chosen = choose("mean_norm_over_frames", backend, tokens, weight, bias, residual, constant, refusal=refusal)
     if chosen == "reference":
-        return mean_norm_over_frames_ref(tokens, weight, bias, residual, eps)
+        return mean_norm_over_frames_ref(tokens, weight, bias, residual, constant, eps)
     if chosen == "torch":
-        return _mean_norm_over_frames_torch(tokens, weight, bias, residual, eps)
-    return torch.ops.xclip_fast.mean_norm_over_frames(tokens, weight, bias, residual, eps)
+        return _mean_norm_over_frames_torch(tokens, weight, bias, residual, constant, eps)
+    return torch.ops.xclip_fast.mean_norm_over_frames(tokens, weight, bias, residual, constant, eps)
 
 
 def mean_norm_over_frames_ref(
-    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> Tensor:
     """The definition."""
     tokens = tokens if residual is None else tokens + residual
-    centred = tokens - tokens.mean(-1, keepdim=True)
+    shifted = tokens if constant is None else tokens + constant
+    centred = shifted - shifted.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     return (centred / deviation * weight + bias).mean(1).to(tokens.dtype)
 
 
 def _mean_norm_over_frames_torch(
-    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> Tensor:
     tokens = tokens if residual is None else tokens + residual
+    tokens = tokens if constant is None else tokens + constant.to(tokens.dtype)
     weight, bias = weight.to(tokens.dtype), bias.to(tokens.dtype)
     return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps).mean(1)
 
 
 @custom_op("xclip_fast::mean_norm_over_frames", mutates_args=())
-def _mean_norm_over_frames(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> Tensor:
+def _mean_norm_over_frames(
+    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
+) -> Tensor:
     if runs_kernels(tokens):
         from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_fwd
 
-        return mean_norm_over_frames_fwd(tokens, weight, bias, residual, eps)
-    return _mean_norm_over_frames_torch(tokens, weight, bias, residual, eps)
+        return mean_norm_over_frames_fwd(tokens, weight, bias, residual, constant, eps)
+    return _mean_norm_over_frames_torch(tokens, weight, bias, residual, constant, eps)
 
 
 @register_fake("xclip_fast::mean_norm_over_frames")
 def _mean_norm_over_frames_fake(
-    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> Tensor:
     return tokens.new_empty(tokens.shape[0], tokens.shape[2], tokens.shape[3])
 
 
 @custom_op("xclip_fast::mean_norm_over_frames_backward", mutates_args=())
 def _mean_norm_over_frames_backward(
-    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, eps: float
+    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the tokens and the residual, and of weight and bias as (2, D) not rounded; statistics anew."""
     if runs_kernels(tokens):
         from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd
 
-        return mean_norm_over_frames_bwd(grad, tokens, weight, residual, eps)
+        return mean_norm_over_frames_bwd(grad, tokens, weight, residual, constant, eps)
     exact = exact_dtype(tokens.dtype)
     x = tokens.to(exact) if residual is None else tokens.to(exact) + residual
+    x = x if constant is None else x + constant
     centred = x - x.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     normalised = centred * rstd
@@ -111,23 +119,26 @@ def _mean_norm_over_frames_backward(
 
 @register_fake("xclip_fast::mean_norm_over_frames_backward")
 def _mean_norm_over_frames_backward_fake(
-    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, eps: float
+    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     exact = exact_dtype(tokens.dtype)
     return tokens.new_empty(tokens.shape), tokens.new_empty(2, tokens.shape[-1], dtype=exact)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    tokens, weight, bias, residual, ctx.eps = inputs
-    ctx.save_for_backward(tokens, weight, residual)
+    tokens, weight, bias, residual, constant, ctx.eps = inputs
+    ctx.save_for_backward(tokens, weight, residual, constant)
     ctx.bias_dtype = bias.dtype
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    tokens, weight, residual = ctx.saved_tensors
-    grad_tokens, vectors = torch.ops.xclip_fast.mean_norm_over_frames_backward(grad, tokens, weight, residual, ctx.eps)
+    tokens, weight, residual, constant = ctx.saved_tensors
+    grad_tokens, vectors = torch.ops.xclip_fast.mean_norm_over_frames_backward(
+        grad, tokens, weight, residual, constant, ctx.eps
+    )
     grad_residual = None if residual is None else grad_tokens
-    return grad_tokens, vectors[0].to(weight.dtype), vectors[1].to(ctx.bias_dtype), grad_residual, None
+    grad_constant = grad_tokens.sum((0, 1, 2)).to(constant.dtype) if ctx.needs_input_grad[4] else None
+    return grad_tokens, vectors[0].to(weight.dtype), vectors[1].to(ctx.bias_dtype), grad_residual, grad_constant, None
 
 
 register_autograd("xclip_fast::mean_norm_over_frames", _backward, setup_context=_setup_context)
@@ -143,19 +154,25 @@ def _flops(*args: object, **kwargs: object) -> int:
 
 @explains("mean_norm_over_frames")
 def _refusal(
-    tokens: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None, eps: float = 1e-5
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    residual: Tensor | None = None,
+    constant: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> str | None:
-    return size_refusal(tokens) or kernel_refusal(tokens, weight, bias, residual)
+    return size_refusal(tokens) or kernel_refusal(tokens, weight, bias, residual, constant)
 
 
-def _check(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+def _check(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None) -> None:
     if tokens.ndim != 4 or not tokens.is_floating_point() or tokens.shape[1] == 0 or tokens.shape[3] == 0:
         raise ValueError(
             "tokens must be a floating point (B, T, N, D) tensor with T >= 1 and D >= 1, "
             f"found {tokens.dtype} {tuple(tokens.shape)}"
         )
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != tokens.shape[-1:]:
+    for name, vector in (("weight", weight), ("bias", bias), ("constant", constant)):
+        if vector is not None and vector.shape != tokens.shape[-1:]:
             raise ValueError(f"{name} must have shape ({tokens.shape[-1]},) to fit tokens, found {tuple(vector.shape)}")
     if residual is not None and (residual.shape != tokens.shape or residual.dtype != tokens.dtype):
         raise ValueError(
