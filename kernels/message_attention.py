@@ -186,14 +186,14 @@ def _long_clip_attention_fwd_kernel(
 
 def is_fused(clips: int, longest: int, head_dim: int, itemsize: int) -> bool:
     """Whether norm, QKV and attention of these clips run as one kernel, a program for each clip and head."""
-    small = longest <= FUSED_FRAMES and _frame_block(longest) * head_dim <= FUSED_TILE[itemsize]
+    small = longest <= FUSED_FRAMES and frame_block(longest) * head_dim <= FUSED_TILE[itemsize]
     return small and clips <= FUSED_CLIPS
 
 
 @tunable("message_attention", fixed=(0,))
 def fused_tile(longest: int, head_dim: int, itemsize: int) -> Tile:
     """All frames of a clip; a step of depth loads three times HEAD_DIM weight rows, 12 or 24 KB."""
-    frames = _frame_block(longest)
+    frames = frame_block(longest)
     row_bytes = 8192 if itemsize == 2 and frames <= 32 else 4096
     depth = min(64, max(16, row_bytes // (head_dim * itemsize)))
     return Tile(frames=frames, depth=depth, warps=8 if frames * itemsize > 64 else 4, stages=3)
@@ -206,7 +206,8 @@ def long_tile(head_dim: int, itemsize: int) -> Tile:
     return Tile(frames=frames, depth=head_dim, warps=8 if itemsize == 2 and head_dim > 64 else 4, stages=2)
 
 
-def _frame_block(longest: int) -> int:
+def frame_block(longest: int) -> int:
+    """Frames of a tile that holds a whole clip: the tensor cores take 16 at least."""
     return max(16, triton.next_power_of_2(longest))
 
 
@@ -285,7 +286,7 @@ def attend_frames(
             )
         else:
             placed = x if positions is None else (x.view(clips, longest, width) + positions).view(rows, width)
-            _launch_long(skinny_linear(placed, weight, bias, norm=norm), bounds, heads, clips, longest, out)
+            launch_long(skinny_linear(placed, weight, bias, norm=norm), bounds, heads, clips, longest, out)
     return out, placed
 
 
@@ -335,7 +336,8 @@ def _launch_fused(
     )
 
 
-def _launch_long(packed: Tensor, bounds: Tensor | None, heads: int, clips: int, longest: int, out: Tensor) -> None:
+def launch_long(packed: Tensor, bounds: Tensor | None, heads: int, clips: int, longest: int, out: Tensor) -> None:
+    """Attention among the frames of clips of any length, from queries, keys and values (F, 3D) to rows (F, D)."""
     rows, width = out.shape
     head_dim = width // heads
     tile = long_tile(head_dim, out.element_size())

@@ -22,7 +22,7 @@ from xclip_fast.reference import XCLIP
 
 ALL = frozenset(REWRITES)
 # what a tower leaves to its ops, or has no use for
-ELSEWHERE = {CpuTower: {"stream"}, CudaTower: {"pixels", "class_token", "norms", "scores", "message_product"}}
+ELSEWHERE = {CpuTower: {"stream"}, CudaTower: {"pixels", "class_token", "norms", "scores"}}
 
 
 @pytest.fixture(scope="module")

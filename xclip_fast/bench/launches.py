@@ -34,6 +34,7 @@ from xclip_fast.engine.heads import Heads
 from xclip_fast.engine.packing import CUDA_REWRITES, Packing
 from xclip_fast.model import create_model
 from xclip_fast.ops import backend
+from xclip_fast.ops._folded_message import launches as folded_launches
 from xclip_fast.ops._patch_contract import affine
 from xclip_fast.ops._patch_extension import pack_for_cuda
 from xclip_fast.ops.message_attention import key_value_launches
@@ -46,6 +47,7 @@ CLASSES = 400
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "promote_types"}
 # registered ops of more than one kernel
 MANY = {
+    "folded_message": folded_launches,
     "message_attention": message_launches,
     "message_key_value": key_value_launches,
     "temporal_block": temporal_launches,

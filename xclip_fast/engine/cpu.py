@@ -13,6 +13,7 @@ from xclip_fast.engine.attention import frame_attention
 from xclip_fast.engine.packing import PRODUCTS, Packing, exact, place_of
 from xclip_fast.engine.products import Product
 from xclip_fast.ops._dtypes import exact_dtype
+from xclip_fast.ops._folded_message import behind_deviation
 from xclip_fast.reference.positions import spatial_positions
 
 CHUNK_ROWS = 800  # at once: with fewer products are slower, with many more their memory is above plain PyTorch's
@@ -236,10 +237,10 @@ def pack_message(block: Any, packing: Packing) -> Message:
     fc, fc_bias = exact(block.message_fc.weight), exact(block.message_fc.bias)
     qkv, shift = None, None
     if "message_product" in packing.rewrites:
-        scaled = exact(attention.in_proj_weight) * exact(norm.weight)
-        both = torch.cat([torch.eye(len(fc_bias), dtype=torch.float64), scaled - scaled.mean(dim=1, keepdim=True)])
-        shift = exact(attention.in_proj_weight) @ exact(norm.bias) + exact(attention.in_proj_bias)
-        fc, fc_bias, shift = both @ fc, both @ fc_bias, packing.tensor(shift)
+        parts = norm.weight, norm.bias, attention.in_proj_weight, attention.in_proj_bias
+        inner, shift = behind_deviation(*map(exact, parts))
+        fc, fc_bias = torch.cat([fc, inner @ fc]), torch.cat([fc_bias, inner @ fc_bias])
+        shift = packing.tensor(shift)
     else:
         qkv = packing.product(*packing.behind(norm, attention.in_proj_weight, attention.in_proj_bias))
     return Message(

@@ -26,6 +26,8 @@ from xclip_fast.ops import (
     message_key_value,
     patch_embed,
 )
+from xclip_fast.ops._dtypes import exact_dtype
+from xclip_fast.ops._folded_message import Folded, fold, folded_message
 from xclip_fast.ops._patch_contract import affine
 from xclip_fast.ops._quantize_rows import activate, quantize_rows
 from xclip_fast.reference.positions import spatial_positions
@@ -49,10 +51,13 @@ class _Stream(NamedTuple):
 
 @dataclass
 class _Block:
-    """One cross-frame block; ``lag_1`` and ``lag_2`` are what the stream lacks before each norm."""
+    """One cross-frame block; ``lag_1`` and ``lag_2`` are what the stream lacks before each norm.
+
+    ``message`` are the arguments of ``message_attention``, or those of ``folded_message`` where no ``message_kv`` is.
+    """
 
     message: dict[str, Any] | None
-    message_kv: tuple[Tensor, Tensor]
+    message_kv: tuple[Tensor, Tensor] | None
     constant_kv: Tensor | None
     norm_1: tuple[Tensor, Tensor]
     lag_1: Tensor | None
@@ -69,6 +74,8 @@ class _Block:
         """The messages' keys and values (F, 2 D) for class tokens (B, T, D)."""
         if self.message is None:
             return self.constant_kv.expand(class_tokens.shape[:2].numel(), -1).contiguous()  # type: ignore[union-attr]
+        if self.message_kv is None:
+            return folded_message(class_tokens, **self.message).flatten(0, 1)
         messages = message_attention(class_tokens, **self.message)
         return message_key_value(messages, *self.norm_1, *self.message_kv, eps=self.eps).flatten(0, 1)
 
@@ -249,7 +256,7 @@ class CudaTower:
 
 def _pack(block: Any, index: int, config: Any, packing: Packing, lag: Tensor | None) -> tuple[_Block, Tensor | None]:
     """A block, and what the stream lacks behind it."""
-    attention, message, width = block.attn, block.message_attn, config.vision_width
+    attention, width = block.attn, config.vision_width
     fc, projection, activation = packing.perceptron(block.mlp.c_fc, block.mlp.c_proj, block.ln_2, config.activation)
     (last, projection_bias), out_bias = projection, exact(attention.out_proj.bias)
     fc_bias, lag_1, lag_2 = exact(block.message_fc.bias), None, None
@@ -260,21 +267,12 @@ def _pack(block: Any, index: int, config: Any, packing: Packing, lag: Tensor | N
         lag_1, lag_2 = packing.tensor(lag), packing.tensor(lag + out_bias)
         lag = lag + out_bias + projection_bias
         biases = None, None
-    tensors = {
-        "fc_weight": block.message_fc.weight,
-        "fc_bias": fc_bias,
-        "norm_weight": block.message_ln.weight,
-        "norm_bias": block.message_ln.bias,
-        "in_proj_weight": message.in_proj_weight,
-        "in_proj_bias": message.in_proj_bias,
-        "out_weight": message.out_proj.weight,
-        "out_bias": message.out_proj.bias,
-    }
     weight, bias = exact(attention.in_proj_weight), exact(attention.in_proj_bias)
+    pair = weight[width:], bias[width:]
+    message, message_kv = _pack_message(block, fc_bias, pair, packing)
     packed = _Block(
-        message={name: packing.tensor(x) for name, x in tensors.items()}
-        | {"heads": message.heads, "eps": block.message_ln.eps},
-        message_kv=(packing.tensor(weight[width:]), packing.tensor(bias[width:])),
+        message=message,
+        message_kv=message_kv,
         constant_kv=None,
         norm_1=(packing.tensor(block.ln_1.weight), packing.tensor(block.ln_1.bias)),
         lag_1=lag_1,
@@ -288,6 +286,43 @@ def _pack(block: Any, index: int, config: Any, packing: Packing, lag: Tensor | N
         eps=block.ln_1.eps,
     )
     return packed, lag
+
+
+def _pack_message(
+    block: Any, fc_bias: Tensor, pair: tuple[Tensor, Tensor], packing: Packing
+) -> tuple[dict[str, Any], tuple[Tensor, Tensor] | None]:
+    """``_Block``'s message and message_kv, from the float64 rows (2D, D) and (2D,) of a message's key and value."""
+    attention, norm = block.message_attn, block.message_ln
+    if "message_product" in packing.rewrites:
+        steps = (
+            (exact(block.message_fc.weight), fc_bias),
+            (exact(norm.weight), exact(norm.bias)),
+            (exact(attention.in_proj_weight), exact(attention.in_proj_bias)),
+            (exact(attention.out_proj.weight), exact(attention.out_proj.bias)),
+            (exact(block.ln_1.weight), exact(block.ln_1.bias)),
+            pair,
+        )
+        # six products of D by D in float64: a GPU has them at once
+        folded = fold(*((weight.to(packing.device), bias.to(packing.device)) for weight, bias in steps))
+        # what no product adds stays in float32
+        tensors = {
+            name: packing.tensor(x, None if x.ndim == 2 or name == "bias" else exact_dtype(packing.dtype))
+            for name, x in folded._asdict().items()
+        }
+        epsilons = {"eps": norm.eps, "pair_eps": block.ln_1.eps}
+        return {"weights": Folded(**tensors), "heads": attention.heads} | epsilons, None
+    weights = {
+        "fc_weight": block.message_fc.weight,
+        "fc_bias": fc_bias,
+        "norm_weight": norm.weight,
+        "norm_bias": norm.bias,
+        "in_proj_weight": attention.in_proj_weight,
+        "in_proj_bias": attention.in_proj_bias,
+        "out_weight": attention.out_proj.weight,
+        "out_bias": attention.out_proj.bias,
+    }
+    message = {name: packing.tensor(x) for name, x in weights.items()}
+    return message | {"heads": attention.heads, "eps": norm.eps}, (packing.tensor(pair[0]), packing.tensor(pair[1]))
 
 
 def _normed(row: Tensor, norm: Any) -> Tensor:

@@ -27,7 +27,7 @@ REWRITES: Mapping[str, str] = MappingProxyType(
         "silu": "1.702 of QuickGELU in the weights: SiLU, which oneDNN runs in a product's last pass",
         "scores": "the scale of the attention scores in the weights of the queries: one pass over the scores less",
         "first_message": "the first block's message is a constant: its cross-frame attention is not computed",
-        "message_product": "the message and its query, key and value from one product of the class tokens",
+        "message_product": "the message and what is behind its norms (on the CPU: behind the first) from one product",
         "stream": "the residual stream without biases: a branch is one product that adds in place",
         "class_row": "features without patches: the last block mixes and transforms the class rows alone",
         "patch_mean": "mean over frames before the patches' projection: T times less work, no (B, T, N, E) tensor",
@@ -39,7 +39,7 @@ REWRITES: Mapping[str, str] = MappingProxyType(
 # measured on the CPU: no gain from the merged product, and oneDNN adds biases for nothing
 CPU_REWRITES = frozenset(REWRITES) - {"stream", "message_product"}
 # on a GPU kernels have these in other ways: norms read their vectors, MIT's last launch pools
-CUDA_REWRITES = frozenset(REWRITES) - {"norms", "silu", "scores", "message_product", "mit_mean"}
+CUDA_REWRITES = frozenset(REWRITES) - {"norms", "silu", "scores", "mit_mean"}
 PRODUCTS = ("qkv", "out", "fc", "projection")  # the large ones of a block, which may be narrow
 
 Key = TypeVar("Key", bound=Hashable)
