@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xclip_fast.kernels._launch import as_rows, on_device_of
 from xclip_fast.tuning import tunable
 
 # x * sigmoid(1.702 x) = x / (1 + 2^(-1.702 log2(e) x)): one exp2 and one division, where tl.sigmoid takes 13 operations
 EXPONENT = tl.constexpr(-2.4554669595930155)
+LARGEST_EXPONENT = tl.constexpr(62.0)  # the product of two powers stays finite
 BACKWARD_BLOCK = 1024
+QUARTERS = 4  # a tile of the persistent kernel is stored in as many parts
 
 
 class Tiling(NamedTuple):
@@ -37,6 +41,10 @@ def tiling(rows: int, width: int, dtype: torch.dtype) -> Tiling:
         return Tiling(64, 128, block_k, 4, 4)
     # four warps would hold 128 sums a thread, and spill in the epilogue
     return Tiling(128, 128, block_k, 8, 3)
+
+
+# one program a multiprocessor, which holds four steps of operands and a quarter of the result
+PERSISTENT = Tiling(128, 256, 64, 8, 4)
 
 
 @triton.jit
@@ -98,6 +106,66 @@ def _linear_quick_gelu_fwd_kernel(
 
 
 @triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right columns of a tile, each where its numbers were: no thread hands any to another."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_activated(left, right, bias_ptr, hidden, row, first, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr):
+    """Bias and QuickGELU of two neighbours with one division for both: reciprocals and powers bound this part."""
+    column = first + tl.arange(0, COLUMNS)
+    # [rows, COLUMNS]
+    left += tl.load(bias_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
+    column += COLUMNS
+    right += tl.load(bias_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
+    # the smaller of NaN and a number is the number: what is bad in one neighbour stays there
+    a = 1.0 + tl.exp2(tl.minimum(left * EXPONENT, LARGEST_EXPONENT))
+    b = 1.0 + tl.exp2(tl.minimum(right * EXPONENT, LARGEST_EXPONENT))
+    both = 1.0 / (a * b)
+    hidden.store([row, first], (left * (b * both)).to(hidden.dtype))
+    hidden.store([row, first + COLUMNS], (right * (a * both)).to(hidden.dtype))
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def _linear_quick_gelu_persistent_kernel(
+    x,
+    weight,
+    hidden,
+    bias_ptr,
+    rows,
+    programs,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    stored = tl.program_id(0) - programs
+    # flattened, the copies of the next tile's operands go on while this tile is activated and stored
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=True):
+        tile_m, tile_n = _tile_of(tile, tiles_m, tiles_n, GROUP)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, WIDTH, BLOCK_K):
+            # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; zeros past the ends
+            x_tile = x.load([tile_m * BLOCK_M, k])
+            weight_tile = weight.load([tile_n * BLOCK_N, k])
+            acc = tl.dot(x_tile, weight_tile.T, acc)
+        # computed again: the operands of the next tile are being copied with the indices above
+        stored += programs
+        tile_m, tile_n = _tile_of(stored, tiles_m, tiles_n, GROUP)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
+        third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
+        _store_activated(first, second, bias_ptr, hidden, row, column, HIDDEN, BLOCK_N // 4)
+        _store_activated(third, fourth, bias_ptr, hidden, row, column + BLOCK_N // 2, HIDDEN, BLOCK_N // 4)
+
+
+@triton.jit
 def _quick_gelu_bwd_kernel(
     grad_ptr,
     pre_ptr,
@@ -128,6 +196,9 @@ def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: boo
     hidden_width = weight.shape[0]
     hidden = torch.empty(*x.shape[:-1], hidden_width, dtype=x.dtype, device=x.device)
     pre = torch.empty_like(hidden) if save_pre else torch.empty(0, dtype=x.dtype, device=x.device)
+    if not save_pre and hidden.numel() and _persists(flat, weight):
+        _launch_persistent(flat, weight, bias, hidden.view(rows, hidden_width))
+        return hidden, pre
     tile = tiling(rows, width, x.dtype)
     if hidden.numel():
         with on_device_of(x):
@@ -152,6 +223,48 @@ def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: boo
                 num_stages=tile.num_stages,
             )
     return hidden, pre
+
+
+def _persists(x: Tensor, weight: Tensor) -> bool:
+    """Whether the persistent kernel takes a launch: on Hopper, a tile or more a multiprocessor, rows it can copy."""
+    if x.dtype == torch.float32 or x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] != 9:
+        return False
+    tiles = triton.cdiv(len(x), PERSISTENT.block_m) * triton.cdiv(len(weight), PERSISTENT.block_n)
+    if tiles < _multiprocessors(x.device):
+        return False
+    sizes = x.stride(0), weight.stride(0), weight.shape[0]
+    # a descriptor takes rows of whole 16 bytes, one behind another
+    aligned = all(size % 8 == 0 for size in sizes) and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    return aligned and x.stride(0) >= x.shape[1] <= weight.stride(0)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _launch_persistent(x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor) -> None:
+    """Rows (M, K), (N, K), (N,) and (M, N), each with unit stride."""
+    tile = PERSISTENT
+    tiles = triton.cdiv(len(x), tile.block_m) * triton.cdiv(len(weight), tile.block_n)
+    programs = min(tiles, _multiprocessors(x.device))
+    with on_device_of(x):
+        _linear_quick_gelu_persistent_kernel[(programs,)](
+            x=TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
+            weight=TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
+            hidden=TensorDescriptor.from_tensor(hidden, [tile.block_m, tile.block_n // QUARTERS]),
+            bias_ptr=bias.contiguous(),
+            rows=len(x),
+            programs=programs,
+            WIDTH=x.shape[1],
+            HIDDEN=len(weight),
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            GROUP=8,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
 
 
 def quick_gelu_bwd(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,8 @@ def checked_pointers() -> Iterator[Launches]:
     original = builder.create_masked_load, builder.create_masked_store, function.run
 
     def check(action: str, pointers: Any, mask: Any, width: int) -> None:
-        addresses = pointers.data.astype(numpy.uint64)[mask.data.astype(bool)]
+        # the mask of a descriptor is a plain array
+        addresses = pointers.data.astype(numpy.uint64)[numpy.asarray(mask.data).astype(bool)]
         inside = numpy.zeros(addresses.shape, dtype=bool)
         for start, end in spans:
             inside |= (addresses >= start) & (addresses + numpy.uint64(width) <= end)
@@ -57,20 +58,22 @@ def checked_pointers() -> Iterator[Launches]:
                 f"{launches.names[-1]}: {action} of {strays.size} elements outside its tensors, first at {strays[0]:#x}"
             )
 
-    def masked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+    def masked_load(self: Any, pointers: Any, mask: Any, *args: Any, **options: Any) -> Any:
         check("load", pointers, mask, max(1, pointers.get_element_ty().primitive_bitwidth // 8))
-        return original[0](self, pointers, mask, *args)
+        return original[0](self, pointers, mask, *args, **options)
 
-    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any, **options: Any) -> Any:
         check("store", pointers, mask, max(1, pointers.get_element_ty().primitive_bitwidth // 8))
-        return original[1](self, pointers, value, mask, *args)
+        return original[1](self, pointers, value, mask, *args, **options)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         name = self.fn.__name__
         launches.names.append(name)
         strides = [value for key, value in kwargs.items() if key.endswith("_stride")]
         launches.strides[name] = max([launches.strides.get(name, 0), *strides])
-        spans[:] = [span(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        # a descriptor names its tensor
+        values = (getattr(x, "base", x) for x in (*args, *kwargs.values()))
+        spans[:] = [span(x) for x in values if isinstance(x, torch.Tensor)]
         return original[2](self, *args, **kwargs)
 
     builder.create_masked_load, builder.create_masked_store, function.run = masked_load, masked_store, run

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
-from harness import KERNEL_DTYPES, check_op, covering, each_tile, kernel_dtypes, layouts, random
+from harness import KERNEL_DTYPES, ON_GPU, check_op, covering, each_tile, kernel_dtypes, layouts, random
 
 from xclip_fast.ops import explain, feed_forward, linear_quick_gelu
 
@@ -50,6 +52,17 @@ def perceptron(rows: int, width: int, hidden: int, dtype: torch.dtype) -> dict[s
 @pytest.mark.parametrize(("size", "dtype"), each_tile(SIZES), ids=str)
 def test_parity(size: tuple[int, int, int], dtype: torch.dtype) -> None:
     check_op(linear_quick_gelu, arguments(*size, dtype), what="linear_quick_gelu", ceiling=1e-2)
+
+
+@pytest.mark.skipif(ON_GPU and torch.cuda.get_device_capability()[0] != 9, reason="copies of Hopper")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(1, 16, 16), (37, 72, 264), (129, 64, 256), (300, 48, 520), (260, 8, 1032)], ids=str)
+def test_persistent_parity(size: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("xclip_fast.kernels.linear_quick_gelu")
+    monkeypatch.setattr(kernels, "_persists", lambda *tensors: True)
+    # three programs: some take several tiles, and one fewer than the others
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 3)
+    check_op(linear_quick_gelu, arguments(*size, dtype), what="linear_quick_gelu", gradients=False, ceiling=1e-2)
 
 
 @pytest.mark.parametrize(("size", "dtype"), each_tile(SIZES[1::2]), ids=str)
