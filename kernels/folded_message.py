@@ -73,27 +73,29 @@ def _folded_message_fwd_kernel(
 @triton.jit
 def _scaled_parts_fwd_kernel(
     x_ptr,
-    constant_ptr,
+    bias_ptr,
     shift_ptr,
     out_ptr,
-    x_stride,
+    x_width,
     eps,
     WIDTH: tl.constexpr,
     FIRST: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-    HAS_CONSTANT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) // PARTS
     part = tl.program_id(0) % PARTS
     column = tl.arange(0, BLOCK_WIDTH)
     in_width = column < WIDTH
     # [BLOCK_WIDTH]
-    message = tl.load(x_ptr + row * x_stride + column, mask=in_width, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + row * x_stride + (FIRST + part) * WIDTH + column, mask=in_width, other=0.0).to(tl.float32)
+    message = tl.load(x_ptr + row * x_width + column, mask=in_width, other=0.0).to(tl.float32)
+    place = (FIRST + part) * WIDTH + column
+    x = tl.load(x_ptr + row * x_width + place, mask=in_width, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + part * WIDTH + column, mask=in_width, other=0.0).to(tl.float32)
-    if HAS_CONSTANT:
-        message += tl.load(constant_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        message += tl.load(bias_ptr + column, mask=in_width, other=0.0).to(tl.float32)
+        x += tl.load(bias_ptr + place, mask=in_width, other=0.0).to(tl.float32)
     # the padding must not enter the variance: it is not at the mean
     centred = tl.where(in_width, message - tl.sum(message, axis=0) / WIDTH, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
@@ -136,12 +138,13 @@ def folded_message_fwd(
         return attended.new_empty(*class_tokens.shape[:2], 2 * width)
     with on_device_of(rows):
         _attend(first, shift.contiguous(), attended, heads, frames, eps)
-        stream = first[:, : 3 * width]
+        stream, late_bias = first[:, : 3 * width], None
         if len(rows) > MAX_ROWS:
-            stream = stream.addmm_(attended, out_weight.t())
+            # PyTorch's product adds to what is there, but no bias with it
+            stream, late_bias = stream.addmm_(attended, out_weight.t()), out_bias.contiguous()
         else:
-            stream = skinny_linear(attended, out_weight, None, residual=stream)
-        pair = _scaled_parts(stream, out_bias.contiguous(), pair_shift.contiguous(), 1, 2, pair_eps)
+            stream = skinny_linear(attended, out_weight, out_bias, residual=stream)
+        pair = _scaled_parts(stream, late_bias, pair_shift.contiguous(), 1, 2, pair_eps)
     return pair.view(*class_tokens.shape[:2], 2 * width)
 
 
@@ -168,23 +171,23 @@ def _attend(first: Tensor, shift: Tensor, attended: Tensor, heads: int, frames: 
     )
 
 
-def _scaled_parts(x: Tensor, constant: Tensor | None, shift: Tensor, first: int, parts: int, eps: float) -> Tensor:
-    """Parts (rows, parts * D) of rows (rows, N) by the deviation of their first D numbers, shifted."""
+def _scaled_parts(x: Tensor, bias: Tensor | None, shift: Tensor, first: int, parts: int, eps: float) -> Tensor:
+    """Parts (rows, parts * D) of rows (rows, N) by the deviation of their first D numbers, the bias added, shifted."""
     width = shift.shape[0] // parts
     out = torch.empty(x.shape[0], parts * width, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
     _scaled_parts_fwd_kernel[(x.shape[0] * parts,)](
         x_ptr=x,
-        constant_ptr=constant,
+        bias_ptr=bias,
         shift_ptr=shift,
         out_ptr=out,
-        x_stride=x.stride(0),
+        x_width=x.stride(0),
         eps=eps,
         WIDTH=width,
         FIRST=first,
         PARTS=parts,
         BLOCK_WIDTH=block,
-        HAS_CONSTANT=constant is not None,
+        HAS_BIAS=bias is not None,
         num_warps=4 if block <= 1024 else 8,
     )
     return out

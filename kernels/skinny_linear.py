@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from xclip_fast.kernels._launch import as_rows, on_device_of
 from xclip_fast.kernels.layer_norm import layer_norm_fwd
@@ -90,7 +89,6 @@ def _skinny_linear_fwd_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     QUICK_GELU: tl.constexpr,
     POOL: tl.constexpr,
@@ -118,8 +116,7 @@ def _skinny_linear_fwd_kernel(
         weight = weight_ptr + out_column[:, None] * weight_stride + column[None, :]
         weight = tl.load(weight, mask=in_out[:, None] & in_width, other=0.0)
         total = tl.dot(x, tl.trans(weight), total, input_precision=PRECISION)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + out_column, mask=in_out, other=0.0).to(tl.float32)[None, :]
+    total += tl.load(bias_ptr + out_column, mask=in_out, other=0.0).to(tl.float32)[None, :]
     if QUICK_GELU:
         # x * sigmoid(1.702 x)
         total = total / (1.0 + tl.exp2(total * -2.4554669595930157))
@@ -174,7 +171,7 @@ def skinny_linear_mean(
     """Mean over each ``frames`` rows of ``pooled_with + residual + linear(x)``: rows (M, K) to (M / frames, N)."""
     out_width = weight.shape[0]
     if pools(x.shape[0], x.shape[1], out_width, x.element_size(), frames):
-        return _launch(as_rows(x), as_rows(weight), bias, None, residual, False, pooled_with, frames)
+        return _launch(as_rows(x), as_rows(weight), bias.contiguous(), None, residual, False, pooled_with, frames)
     out = skinny_linear(x, weight, bias, residual=residual).add_(pooled_with)
     return out.view(-1, frames, out_width).mean(1)
 
@@ -182,7 +179,7 @@ def skinny_linear_mean(
 def skinny_linear(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     *,
     norm: Norm | None = None,
     residual: Tensor | None = None,
@@ -196,15 +193,15 @@ def skinny_linear(
     if norm is not None and x.shape[0] > MAX_ROWS:
         x, norm = layer_norm_fwd(x, norm.weight, norm.bias, None, None, norm.eps)[0], None
     if x.shape[0] > MAX_ROWS and not quick_gelu:
-        out = functional.linear(x, weight, bias)
+        out = torch.addmm(bias, x, weight.t())
         return out if residual is None else out.add_(residual)
-    return _launch(as_rows(x), as_rows(weight), bias, norm, residual, quick_gelu)
+    return _launch(as_rows(x), as_rows(weight), bias.contiguous(), norm, residual, quick_gelu)
 
 
 def _launch(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     norm: Norm | None,
     residual: Tensor | None,
     quick_gelu: bool,
@@ -224,7 +221,7 @@ def _launch(
                 norm_weight_ptr=None if norm is None else norm.weight.contiguous(),
                 norm_bias_ptr=None if norm is None else norm.bias.contiguous(),
                 weight_ptr=weight,
-                bias_ptr=None if bias is None else bias.contiguous(),
+                bias_ptr=bias,
                 residual_ptr=added,
                 pooled_ptr=pooled,
                 out_ptr=out,
@@ -240,7 +237,6 @@ def _launch(
                 BLOCK_COLUMNS=shape.columns,
                 BLOCK_DEPTH=shape.depth,
                 HAS_NORM=norm is not None,
-                HAS_BIAS=bias is not None,
                 HAS_RESIDUAL=added is not None,
                 QUICK_GELU=quick_gelu,
                 POOL=pool,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xclip_fast.kernels.clip_logits import clip_logits_bwd, clip_logits_fwd
+from xclip_fast.kernels.folded_message import folded_message_fwd
 from xclip_fast.kernels.frame_attention import frame_attention_fwd
 from xclip_fast.kernels.frame_attention_bwd import frame_attention_bwd
 from xclip_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
@@ -147,6 +148,15 @@ def message_attention(
     messages = message_attention_fwd(tokens, *weights, bounds, heads, frames, EPS)
     key_value = message_key_value_fwd(messages, make(width), make(width), make(2 * width, width), make(2 * width), EPS)
     return [messages, key_value]
+
+
+def folded_message(make: Make, clips: int, frames: int, heads: int, *, head_dim: int = 64) -> list[Tensor]:
+    """Class tokens as for ``message_attention``; what no product of PyTorch's reads is in float32. Forward alone."""
+    width = heads * head_dim
+    tokens = make(clips, frames, 2, width)[:, :, 0]
+    first = make(6 * width, width), make(6 * width), make(3 * width, dtype=torch.float32)
+    last = make(3 * width, width), make(3 * width, dtype=torch.float32), make(2 * width, dtype=torch.float32)
+    return [folded_message_fwd(tokens, *first, *last, heads, EPS, EPS)]
 
 
 def temporal_block(

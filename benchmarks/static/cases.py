@@ -74,6 +74,7 @@ def _model(shape: str, config: XCLIPConfig, frames: int, batch: int) -> Iterator
         for ragged in (False, True):
             name = f"{shape} ragged" if ragged else shape
             yield Case(name, partial(call, make, batch, frames, heads, ragged=ragged))
+    yield Case(f"{shape} folded", partial(calls.folded_message, make, batch, frames, config.vision_heads))
     yield Case(f"{shape} whole", partial(calls.temporal_block, make, batch, frames, config.embed_heads, whole=True))
     side = config.image_size // config.patch_size
     patches = partial(calls.patch_embed, make, images, side, config.patch_size, wide)

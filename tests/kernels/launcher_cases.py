@@ -60,6 +60,8 @@ CASES: dict[str, Callable[..., Any]] = {
     "message_attention long ragged": partial(
         calls.message_attention, clips=2, frames=66, heads=1, head_dim=32, ragged=True
     ),
+    "folded_message": partial(calls.folded_message, clips=2, frames=3, heads=2, head_dim=32),
+    "folded_message long": partial(calls.folded_message, clips=2, frames=66, heads=1, head_dim=32),
     "temporal_block": partial(calls.temporal_block, clips=2, frames=9, heads=1, head_dim=32),
     "temporal_block whole": partial(calls.temporal_block, clips=3, frames=8, heads=1, head_dim=32, whole=True),
     "temporal_block whole, odd": partial(calls.temporal_block, clips=2, frames=5, heads=1, head_dim=32, whole=True),
@@ -121,6 +123,7 @@ def random_cases(launcher: str, count: int, longest: int) -> Iterator[Callable[.
             },
             "frame_attention": {"frames": draw.randint(1, 2), "tokens": size(), "training": flag(), **attention},
             "message_attention": {"clips": draw.randint(1, 4), "frames": size(), "ragged": flag(), **attention},
+            "folded_message": {"clips": draw.randint(1, 4), "frames": size(), **attention},
             "temporal_block": {"clips": draw.randint(1, 3), "frames": size(), "ragged": flag(), **attention},
         }
         yield partial(getattr(calls, launcher), **sizes[launcher])

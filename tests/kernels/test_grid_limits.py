@@ -39,6 +39,8 @@ LARGEST: dict[str, Callable[[], Any]] = {
     "message_attention clips": partial(calls.message_attention, make, 2**27, 1, 1, head_dim=32, ragged=True),
     "message_attention frames": partial(calls.message_attention, make, 1, 2**27, 1, head_dim=32),
     "message_attention heads": partial(calls.message_attention, make, 2, 64, 2**9, head_dim=128),
+    "folded_message clips": partial(calls.folded_message, make, 2**27, 1, 1, head_dim=32),
+    "folded_message frames": partial(calls.folded_message, make, 1, 2**27, 1, head_dim=32),
     "temporal_block": partial(calls.temporal_block, make, 2**26, 2, 1, head_dim=32),
 }
 

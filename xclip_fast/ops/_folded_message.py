@@ -30,8 +30,8 @@ class Folded(NamedTuple):
         weight, bias: (6D, D) and (6D,): rows of the message, of its key and value in its frame, and of its query, key
             and value among the frames.
         shift: (3D,), of query, key and value behind the division.
-        out_weight: (3D, D), of the message and its key and value in its frame, from what was attended to.
-        out_bias: (D,), of the message alone: the bias of its key and value holds it already.
+        out_weight, out_bias: (3D, D) and (3D,), of the message and its key and value in its frame, from what was
+            attended to.
         pair_shift: (2D,), of key and value behind the division.
     """
 
@@ -55,13 +55,12 @@ def fold(
     inner, shift = behind_deviation(*norm, *in_proj)
     outer, pair_shift = behind_deviation(*pair_norm, *pair)
     (weight, bias), (out_weight, out_bias) = fc, out
-    key_value = outer @ weight, outer @ (bias + out_bias)
     return Folded(
-        weight=torch.cat([weight, key_value[0], inner @ weight]),
-        bias=torch.cat([bias, key_value[1], inner @ bias]),
+        weight=torch.cat([weight, outer @ weight, inner @ weight]),
+        bias=torch.cat([bias, outer @ bias, inner @ bias]),
         shift=shift,
         out_weight=torch.cat([out_weight, outer @ out_weight]),
-        out_bias=out_bias,
+        out_bias=torch.cat([out_bias, outer @ out_bias]),
         pair_shift=pair_shift,
     )
 
@@ -123,10 +122,10 @@ def folded_message_ref(
     stream, packed = first[:, : 3 * width], first[:, 3 * width :]
     packed = (packed * _inverse_deviation(stream[:, :width], eps) + shift).to(dtype)
     clips = Clips(frames)
-    attended = clips.merge(functional.scaled_dot_product_attention(*clips.split(packed, heads, 3)))
-    stream = torch.addmm(stream, attended, out_weight.t())
-    message, pair = stream[:, :width], stream[:, width:]
-    pair = pair * _inverse_deviation(message + out_bias, pair_eps) + pair_shift
+    query, key, value = clips.split(packed, heads, 3)
+    attended = clips.merge(functional.scaled_dot_product_attention(query, key, value))
+    stream = torch.addmm(stream, attended, out_weight.t()) + out_bias
+    pair = stream[:, width:] * _inverse_deviation(stream[:, :width], pair_eps) + pair_shift
     return pair.to(dtype).view(batch, frames, 2 * width)
 
 
@@ -187,7 +186,7 @@ def _check(class_tokens: Tensor, weights: Folded, heads: int) -> None:
         raise ValueError(f"class_tokens must be (B, T, D), found {tuple(class_tokens.shape)}")
     width, dtype = class_tokens.shape[-1], class_tokens.dtype
     check_heads(width, heads)
-    shapes = (6 * width, width), (6 * width,), (3 * width,), (3 * width, width), (width,), (2 * width,)
+    shapes = (6 * width, width), (6 * width,), (3 * width,), (3 * width, width), (3 * width,), (2 * width,)
     for name, tensor, shape in zip(Folded._fields, weights, shapes, strict=True):
         wide = name in ("shift", "out_bias", "pair_shift") and tensor.dtype == exact_dtype(dtype)
         if tensor.shape != shape or (tensor.dtype != dtype and not wide):
