@@ -96,11 +96,17 @@ def mean_norm_over_frames(
     return [out, *mean_norm_over_frames_bwd(make(batch, patches, width), tokens, weight, added, shift, EPS)]
 
 
-def clip_logits(make: Make, batch: int, classes: int, width: int, *, residual: bool = False) -> list[Tensor]:
-    """``alpha`` and ``logit_scale`` are parameters in the dtype of the activations."""
-    inputs: list[Tensor | None] = [make(batch, width), make(classes, width), make(batch, classes, width)]
-    inputs += [make(width), make(), make(batch, classes, width) if residual else None]
-    return [clip_logits_fwd(*inputs), *clip_logits_bwd(make(batch, classes), *inputs)]
+def clip_logits(
+    make: Make, batch: int, classes: int, width: int, *, residual: bool = False, text_dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """``text_dtype`` is that of texts, ``alpha`` and scale: float32 in the engine, whose residual is one row."""
+    text, alpha, scale = (make(*shape, dtype=text_dtype) for shape in ((classes, width), (width,), ()))
+    prompts, added = make(batch, classes, width), None
+    if residual:
+        added = make(batch, classes, width) if text_dtype is None else make(width).expand_as(prompts)
+    inputs = make(batch, width), text, prompts, alpha, scale, added
+    logits = clip_logits_fwd(*inputs)
+    return [logits] if text_dtype else [logits, *clip_logits_bwd(make(batch, classes), *inputs)]
 
 
 def patch_embed(

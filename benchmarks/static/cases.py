@@ -67,6 +67,8 @@ def _model(shape: str, config: XCLIPConfig, frames: int, batch: int) -> Iterator
     for name, residual in ((shape, False), (f"{shape} residual", True)):
         yield Case(name, partial(mean, residual=residual))
         yield Case(name, partial(calls.clip_logits, make, batch, CLASSES, narrow, residual=residual))
+    logits = partial(calls.clip_logits, make, batch, CLASSES, narrow, residual=True)
+    yield Case(f"{shape} engine", partial(logits, text_dtype=torch.float32))
     attention = partial(calls.frame_attention, make, images, tokens, config.vision_heads)
     yield Case(shape, partial(attention, training=False))
     yield Case(f"{shape} training", partial(attention, training=True))

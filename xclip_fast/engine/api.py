@@ -243,7 +243,7 @@ class Engine:
         """
         self._check_own(texts)
         with torch.inference_mode(), self._quiet():
-            return self._heads.logits(lambda: features.video, features.patches, texts)
+            return self._heads.logits(lambda: features.video.to(texts.features.dtype), features.patches, texts)
 
     def report(self, clips: Tensor | None = None, classes: Sequence[str] | Tensor | None = None) -> Report:
         """How far the engine is from its model in float32, product by product and as a whole.
