@@ -208,7 +208,8 @@ def _attend(
         key = load_rows(key_ptr, key_row, row_stride, TOKENS, HEAD_DIM, False)
         value = load_rows(key_ptr + WIDTH, key_row, row_stride, TOKENS, HEAD_DIM, False)
         acc, total, highest = _accumulate(query, key, value, valid, acc, total, highest, SCALE, False)
-    store_rows(out_ptr, row, WIDTH, acc / total[:, None], TOKENS, HEAD_DIM, MASKED)
+    # one division a row instead of one an element, a tenth of all instructions
+    store_rows(out_ptr, row, WIDTH, acc * (1.0 / total)[:, None], TOKENS, HEAD_DIM, MASKED)
     if STORE_LSE:
         tl.store(lse_ptr + row, highest + tl.log2(total), mask=row < TOKENS)
 
