@@ -228,11 +228,34 @@ Tensor patch_embed_cuda(const Tensor& frames, const Tensor& weight, const Tensor
   STD_TORCH_CHECK(refusal == nullptr, refusal);
   return tokens;
 }
+
+// The rows of float16 that patch_embed_cuda.h describes.
+Tensor patch_rows_cuda(const Tensor& frames, int64_t patch, int64_t stream) {
+  const int64_t count = frames.size(0), height = frames.size(1), width = frames.size(2);
+  const int64_t patches = count * (height / patch) * (width / patch);
+  Tensor rows =
+      torch::stable::new_empty(frames, {patches, xclip_fast::patch_row_columns(patch)}, ScalarType::Half);
+  const xclip_fast::PatchRowsArguments arguments{
+      .pixels = static_cast<const uint8_t*>(frames.const_data_ptr()),
+      .frame_stride = frames.stride(0),
+      .row_stride = frames.stride(1),
+      .column_stride = frames.stride(2),
+      .channel_stride = frames.stride(3),
+      .frames = count,
+      .height = height,
+      .width = width,
+      .patch = patch,
+      .rows = rows.mutable_data_ptr(),
+  };
+  const char* refusal = xclip_fast::patch_rows_launch(arguments, reinterpret_cast<void*>(stream));
+  STD_TORCH_CHECK(refusal == nullptr, refusal);
+  return rows;
+}
 #endif
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 4; }
+extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 5; }
 
 extern "C" __attribute__((visibility("default"))) const char* xclip_fast_architectures() {
   return XCLIP_FAST_ARCHITECTURES;
@@ -259,6 +282,7 @@ STABLE_TORCH_LIBRARY(xclip_fast_native, m) {
   m.def("int8_rows(Tensor rows, int steps) -> (Tensor, float, int)");
   m.def(
       "patch_embed_cuda(Tensor frames, Tensor weight, Tensor table, int patch, ScalarType dtype, int stream) -> Tensor");
+  m.def("patch_rows_cuda(Tensor frames, int patch, int stream) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CPU, m) {
@@ -272,5 +296,8 @@ STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CPU, m) {
 }
 
 #ifdef XCLIP_FAST_CUDA
-STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CUDA, m) { m.impl("patch_embed_cuda", TORCH_BOX(&patch_embed_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CUDA, m) {
+  m.impl("patch_embed_cuda", TORCH_BOX(&patch_embed_cuda));
+  m.impl("patch_rows_cuda", TORCH_BOX(&patch_rows_cuda));
+}
 #endif

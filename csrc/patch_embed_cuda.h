@@ -35,8 +35,27 @@ struct PatchEmbedArguments {
   TokenType token_type;
 };
 
-// Queues one kernel on `stream` (a cudaStream_t) of the current device and returns without waiting; allocates nothing
-// and can be captured. Returns nullptr, or one line that says why nothing was launched. Zero frames are done at once.
+// The same frames, as rows of float16 for a product with weights.
+struct PatchRowsArguments {
+  const uint8_t* pixels;
+  int64_t frame_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+  int64_t channel_stride;
+
+  int64_t frames;
+  int64_t height;  // multiple of patch
+  int64_t width;   // multiple of patch
+  int64_t patch;
+
+  // float16 (frames * patches, patch_row_columns(patch)) contiguous, 16-byte aligned; every element is written
+  void* rows;
+};
+
+// Both queue one kernel on `stream` (a cudaStream_t) of the current device and return without waiting; they allocate
+// nothing and can be captured. They return nullptr, or one line that says why nothing was launched. Zero frames are done
+// at once.
 const char* patch_embed_launch(const PatchEmbedArguments& arguments, void* stream);
+const char* patch_rows_launch(const PatchRowsArguments& arguments, void* stream);
 
 }  // namespace xclip_fast

@@ -79,6 +79,21 @@ constexpr PatchGrid patch_grid(
           frames * per_frame,       static_cast<int64_t>(address % 16)};
 }
 
+// Rows of patches for a product that another library computes: columns in the order (y, x, channel), filled up to whole
+// pieces of 16 bytes of float16, which is also what such a product wants of its rows.
+constexpr int kPiece = 8;
+
+XCLIP_FAST_BOTH constexpr int64_t patch_row_columns(int64_t patch) {
+  return ceil_div(3 * patch * patch, kPiece) * kPiece;
+}
+
+// Bytes that can be read at once anywhere in a pixel row of a patch; 1 also where a channel is not beside the next.
+constexpr int load_unit(const PatchGrid& grid) {
+  if (grid.column_stride != 3 || grid.channel_stride != 1) return 1;
+  const int64_t steps = grid.origin | grid.row_stride | grid.frame_stride | 3 * grid.patch;
+  return steps % 8 == 0 ? 8 : steps % 2 == 0 ? 2 : 1;
+}
+
 constexpr PixelPath choose_path(const PatchGrid& grid) {
   if (grid.column_stride != 3 || grid.channel_stride != 1) return PixelPath::kScattered;
   const bool aligned = (grid.origin | grid.row_stride | grid.frame_stride | grid.patch) % 16 == 0;

@@ -11,6 +11,7 @@
 
 #include "patch_embed_cuda.h"
 #include "patch_embed_index.h"
+#include "patch_rows_kernel.h"
 
 namespace xclip_fast {
 
@@ -40,12 +41,6 @@ inline Problem make_problem(const PatchEmbedArguments& arguments) {
       arguments.token_type,
       arguments.token_width % 8 == 0 && (address(arguments.table) | address(arguments.tokens)) % 16 == 0,
   };
-}
-
-// two bytes of `word` to float16 less 128: 0x6400 | byte is the float16 1024 + byte
-template <uint32_t kSelector>
-__device__ __forceinline__ uint32_t centred_pair(uint32_t word) {
-  return pair_less(__byte_perm(word, 0x64646464u, kSelector), 1024.0f + kPixelCentre);
 }
 
 template <PixelPath kPath>

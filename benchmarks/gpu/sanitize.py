@@ -21,7 +21,14 @@ from benchmarks.gpu.prepare import run
 FOUND = 9  # exit code of a process in which the tool found something
 WORKERS = 8
 # parts of the names of this project's kernels, and of the planted one
-NAMES = ("_fwd_kernel", "_bwd_kernel", "_bwd_key_kernel", "_bwd_query_kernel", "patch_embed_kernel")
+NAMES = (
+    "_fwd_kernel",
+    "_bwd_kernel",
+    "_bwd_key_kernel",
+    "_bwd_query_kernel",
+    "patch_embed_kernel",
+    "patch_rows_kernel",
+)
 FILTERS = [option for name in NAMES for option in ("--kernel-name", f"kns={name}")]
 EXTENSION = "tests/gpu/test_gpu_patch_extension.py"
 CONTROL = "planted fault"

@@ -2,7 +2,7 @@
 // Built with the address and undefined-behaviour sanitizers; buffers have the exact size.
 //
 //   patch_embed_emulator [NAME...]              prints figures of a case and tile; fails at the first broken rule
-//   patch_embed_emulator --run FOLDER NUMBER... computes tokens of files
+//   patch_embed_emulator --run FOLDER NUMBER... computes tokens of files, and rows
 #include <sys/mman.h>
 
 #include <fstream>
@@ -13,6 +13,7 @@
 #include "simt.h"
 
 #include "patch_embed_kernel.h"
+#include "patch_rows_kernel.h"
 
 using namespace xclip_fast;
 using simt::require;
@@ -169,6 +170,46 @@ void emulate(const Case& c, Data& data, const char* tile) {
   report<SomeTile, kPath>(c, tile, error, conflicts);
 }
 
+// runs the gathering kernel from a block on; its threads need nothing of each other
+template <int kUnit>
+void run_rows(const PatchRowsArguments& arguments, int64_t first) {
+  const RowsProblem problem = make_rows_problem(arguments);
+  for (int64_t block = first; block < rows_blocks(problem); ++block) {
+    blockIdx.x = static_cast<unsigned>(block);
+    for (threadIdx.x = 0; threadIdx.x < kRowThreads; ++threadIdx.x) patch_rows_kernel<kUnit>(problem);
+  }
+}
+
+int gather(const PatchRowsArguments& arguments, int64_t first = 0) {
+  const int unit = load_unit(make_rows_problem(arguments).grid);
+  if (unit == 8) run_rows<8>(arguments, first);
+  if (unit == 2) run_rows<2>(arguments, first);
+  if (unit == 1) run_rows<1>(arguments, first);
+  return unit;
+}
+
+PatchRowsArguments rows_arguments(const PatchEmbedArguments& a, uint16_t* rows) {
+  return {a.pixels, a.frame_stride, a.row_stride, a.column_stride, a.channel_stride,
+          a.frames, a.height,       a.width,      a.patch,         rows};
+}
+
+// rows are poisoned first: every number of them is asked for, the zeros that fill them up too
+void emulate_rows(const Case& c, const Data& data) {
+  const PatchEmbedArguments& a = data.arguments;
+  const int64_t p = c.patch, across = c.width / p, per_frame = c.height / p * across, columns = patch_row_columns(p);
+  std::vector<uint16_t> rows(c.frames * per_frame * columns, 0xffff);
+  const int unit = gather(rows_arguments(a, rows.data()));
+  for (int64_t i = 0; i < static_cast<int64_t>(rows.size()); ++i) {
+    const int64_t row = i / columns, column = i % columns, place = row % per_frame;
+    const int64_t y = place / across * p + column / (3 * p), x = place % across * p + column / 3 % p;
+    const int64_t at = row / per_frame * a.frame_stride + y * a.row_stride + x * a.column_stride +
+                       column % 3 * a.channel_stride;
+    const double expected = column < 3 * p * p ? a.pixels[at] - kPixelCentre : 0;
+    require(simt::from_half(rows[i]) == expected, "rows hold the pixels of their patches less 128");
+  }
+  std::printf("%s rows %d 0 0 0 0\n", c.name.c_str(), unit);
+}
+
 template <class Action>
 void with_path(const PatchEmbedArguments& arguments, Action action) {
   switch (choose_path(make_problem(arguments).grid)) {
@@ -178,6 +219,12 @@ void with_path(const PatchEmbedArguments& arguments, Action action) {
   }
 }
 
+void* reserve(int64_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  require(memory != MAP_FAILED, "there are addresses for a large batch");
+  return memory;
+}
+
 // the same frames behind 2^32 other bytes, their tokens behind 2^32 others: memory of zeros that is never touched
 template <class SomeTile>
 void emulate_far(const Case& c, Data data, const char* tile) {
@@ -185,11 +232,6 @@ void emulate_far(const Case& c, Data data, const char* tile) {
   run<SomeTile, PixelPath::kAligned>(data.arguments);
   const int64_t frame_bytes = data.arguments.frame_stride, frame_tokens = near.size() / c.frames;
   const int64_t before = ceil_div(INT64_C(1) << 32, std::min(frame_bytes, frame_tokens)), frames = before + c.frames;
-  const auto reserve = [](int64_t bytes) {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    require(memory != MAP_FAILED, "there are addresses for a large batch");
-    return memory;
-  };
   auto* pixels = static_cast<uint8_t*>(reserve(frames * frame_bytes));
   auto* tokens = static_cast<uint16_t*>(reserve(frames * frame_tokens * 2));
   std::memcpy(pixels + before * frame_bytes, data.frames.data(), data.frames.size());
@@ -205,6 +247,25 @@ void emulate_far(const Case& c, Data data, const char* tile) {
   munmap(pixels, frames * frame_bytes);
   munmap(tokens, frames * frame_tokens * 2);
   report<SomeTile, PixelPath::kAligned>(c, tile, 0, conflicts);
+}
+
+// the same for rows: frames and rows behind 2^32 others
+void emulate_far_rows(const Case& c, const Data& data) {
+  const int64_t columns = patch_row_columns(c.patch), bytes = data.arguments.frame_stride;  // a frame is a patch
+  const int64_t before = ceil_div(INT64_C(1) << 32, bytes), frames = before + c.frames;
+  std::vector<uint16_t> near(c.frames * columns);
+  gather(rows_arguments(data.arguments, near.data()));
+  auto* pixels = static_cast<uint8_t*>(reserve(frames * bytes));
+  auto* rows = static_cast<uint16_t*>(reserve(frames * columns * 2));
+  std::memcpy(pixels + before * bytes, data.frames.data(), data.frames.size());
+  PatchRowsArguments arguments = rows_arguments(data.arguments, rows);
+  arguments.pixels = pixels;
+  arguments.frames = frames;
+  const int unit = gather(arguments, before);
+  require(std::equal(near.begin(), near.end(), rows + before * columns), "rows of far frames are those of near ones");
+  munmap(pixels, frames * bytes);
+  munmap(rows, frames * columns * 2);
+  std::printf("%s rows %d 0 0 0 0\n", c.name.c_str(), unit);
 }
 
 const Case kFar = {"far", 16, 150, 16, 16, 384};
@@ -252,7 +313,14 @@ std::vector<Value> read_file(const std::string& path) {
   return values;
 }
 
-// a problem of the caller's: files `pixels`, `weight` and `table` of a folder become the float32 file `tokens`
+template <class Value>
+void write_file(const std::string& path, const std::vector<Value>& values) {
+  std::ofstream(path, std::ios::binary)
+      .write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(Value)));
+}
+
+// a problem of the caller's: files `pixels`, `weight` and `table` of a folder become the float32 file `tokens` and the
+// float16 file `rows`
 void run_folder(const std::string& folder, const std::vector<int64_t>& numbers) {
   const auto pixels = read_file<uint8_t>(folder + "/pixels");
   const auto weight = read_file<uint16_t>(folder + "/weight");
@@ -276,8 +344,10 @@ void run_folder(const std::string& folder, const std::vector<int64_t>& numbers) 
       .token_type = TokenType::kFloat32,
   };
   with_path(arguments, [&](auto path) { run<SmallTile, path>(arguments); });
-  std::ofstream(folder + "/tokens", std::ios::binary)
-      .write(reinterpret_cast<const char*>(tokens.data()), static_cast<std::streamsize>(tokens.size() * sizeof(float)));
+  write_file(folder + "/tokens", tokens);
+  std::vector<uint16_t> rows(make_problem(arguments).grid.patches * patch_row_columns(arguments.patch));
+  gather(rows_arguments(arguments, rows.data()));
+  write_file(folder + "/rows", rows);
 }
 
 }  // namespace
@@ -296,6 +366,7 @@ int main(int count, char** names) {
   if (asked(kFar)) {
     emulate_far<LargeTile>(kFar, make_data(kFar), "large");
     emulate_far<SmallTile>(kFar, make_data(kFar), "small");
+    emulate_far_rows(kFar, make_data(kFar));
   }
   for (const Case& c : kCases) {
     if (!asked(c)) continue;
@@ -304,5 +375,6 @@ int main(int count, char** names) {
       emulate<LargeTile, path>(c, data, "large");
       emulate<SmallTile, path>(c, data, "small");
     });
+    emulate_rows(c, data);
   }
 }

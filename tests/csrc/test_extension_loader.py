@@ -134,4 +134,5 @@ def test_the_operators_are_registered_for_what_was_built() -> None:
     on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("xclip_fast_native::patch_embed_cuda", "CUDA")
     assert on_cuda == bool(_extension.architectures())
     # the caller hands the stream over, as a number
-    assert "int stream" in str(torch.ops.xclip_fast_native.patch_embed_cuda.default._schema)
+    for operator in ("patch_embed_cuda", "patch_rows_cuda"):
+        assert "int stream" in str(getattr(torch.ops.xclip_fast_native, operator).default._schema)

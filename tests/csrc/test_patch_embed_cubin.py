@@ -27,7 +27,7 @@ NVCC = next(
     None,
 )
 ARCHITECTURES = ("80", "86", "90a", "100")
-KERNELS = 6  # three paths of the pixels, two tiles
+KERNELS = 6 + 3  # three paths of the pixels, two tiles; rows, with three sizes of loads
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
@@ -90,6 +90,8 @@ def test_no_kernel_spills(built: Built) -> None:
     for kernel in built.kernels:
         # the registers of a multiprocessor hold two blocks of 256 threads and four of 128
         assert kernel.registers <= 128, kernel
+        # and six of 256 that gather rows, which wait for memory alone
+        assert kernel.registers <= 40 or "patch_rows" not in kernel.name, kernel
 
 
 def test_gate_refuses_a_kernel_that_spills(tmp_path: Path) -> None:
@@ -114,6 +116,12 @@ def test_machine_code_has_what_makes_it_fast(built: Built) -> None:
         for function in part.split("Function : ")[1:]:
             counts = Counter(instruction.findall(function))
             names = Counter(name.split(".")[0] for name in counts.elements())
+            checked[architecture] += 1
+            if "patch_rows_kernel" in function.split("\n", 1)[0]:
+                assert counts["STG.E.128"] == 1, architecture
+                loads = {kind: counts[f"LDG.E.{kind}"] for kind in ("64", "U16", "U8")}
+                assert sorted(loads.values()) in ([0, 0, 1], [0, 0, 4], [0, 0, 8]), (architecture, loads)
+                continue
             assert names["HMMA"] >= 24, architecture
             assert names["LDSM"] >= 6, architecture
             assert names["LDGSTS"] >= 3, architecture
@@ -121,7 +129,6 @@ def test_machine_code_has_what_makes_it_fast(built: Built) -> None:
             assert counts["STG.E.128"] >= 5, architecture
             # two bytes become float16 with one instruction that places and one that centres them
             assert min(names["PRMT"], names["HADD2"]) >= 24, architecture
-            checked[architecture] += 1
     assert checked == {name.rstrip("a"): KERNELS for name in ARCHITECTURES}
 
 
@@ -141,15 +148,25 @@ class Arguments(ctypes.Structure):
     )
 
 
+class RowsArguments(ctypes.Structure):
+    """PatchRowsArguments of csrc/patch_embed_cuda.h."""
+
+    _fields_ = (*Arguments._fields_[:9], ("rows", ctypes.c_void_p))
+
+
 def launch(built: Built, **changes: int) -> bytes | None:
     # addresses are never followed: nothing is launched
     sizes = {"frames": 2, "height": 32, "width": 48, "patch": 16, "token_width": 64}
     strides = {"frame_stride": 4608, "row_stride": 144, "column_stride": 3, "channel_stride": 1}
     pointers = {"pixels": 4096, "weight": 4096, "table": 4096, "tokens": 4096}
-    function = ctypes.CDLL(str(built.library))._ZN10xclip_fast18patch_embed_launchERKNS_19PatchEmbedArgumentsEPv
+    library = ctypes.CDLL(str(built.library))
+    function, kind = library._ZN10xclip_fast18patch_embed_launchERKNS_19PatchEmbedArgumentsEPv, Arguments
+    if "rows" in changes:
+        function, kind = library._ZN10xclip_fast17patch_rows_launchERKNS_18PatchRowsArgumentsEPv, RowsArguments
+    given = sizes | strides | pointers | changes
     function.restype = ctypes.c_char_p
-    function.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
-    return function(ctypes.byref(Arguments(**(sizes | strides | pointers | changes))), None)
+    function.argtypes = [ctypes.POINTER(kind), ctypes.c_void_p]
+    return function(ctypes.byref(kind(**{name: given[name] for name, _ in kind._fields_ if name in given})), None)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +182,10 @@ def launch(built: Built, **changes: int) -> bytes | None:
         ({"weight": 4098}, b"patch_embed: weight must be 16-byte aligned"),
         ({"frames": 1 << 40}, b"patch_embed: more blocks than a grid holds"),
         ({"token_type": 3}, b"patch_embed: no such token_type"),
+        ({"rows": 4096, "patch": 0}, b"patch_embed: patch must be positive"),
+        ({"rows": 4096, "width": 50}, b"patch_embed: width must be a multiple of patch"),
+        ({"rows": 4104}, b"patch_embed: rows must be 16-byte aligned"),
+        ({"rows": 4096, "frames": 1 << 40}, b"patch_embed: more blocks than a grid holds"),
     ],
 )
 def test_launcher_refuses(built: Built, changes: dict[str, int], complaint: bytes) -> None:
@@ -173,13 +194,14 @@ def test_launcher_refuses(built: Built, changes: dict[str, int], complaint: byte
 
 def test_no_frames_are_no_work(built: Built) -> None:
     assert launch(built, frames=0) is None
+    assert launch(built, rows=4096, frames=0) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="addresses here are not those of a GPU")
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"row_stride": 150}, {"column_stride": 1, "channel_stride": 1536}],
-    ids=["aligned", "skewed", "planar"],
+    [{}, {"row_stride": 150}, {"column_stride": 1, "channel_stride": 1536}, {"rows": 4096}],
+    ids=["aligned", "skewed", "planar", "rows"],
 )
 @pytest.mark.parametrize("frames", [1, 10000], ids=["small", "large"])
 def test_without_a_gpu_the_reason_is_cudas(built: Built, layout: dict[str, int], frames: int) -> None:

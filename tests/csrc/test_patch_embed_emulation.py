@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from xclip_fast.ops._patch_contract import affine, channels_last
-from xclip_fast.ops._patch_extension import pack_for_cuda
+from xclip_fast.ops._patch_extension import pack_rows, pack_stages
 from xclip_fast.ops.patch_embed import patch_embed_ref
 
 ROOT = Path(__file__).parents[2]
@@ -110,8 +110,36 @@ def test_tokens_are_those_of_a_convolution(
     assert figures.weight_conflicts == 1
 
 
+@pytest.mark.parametrize(
+    ("names", "unit"),
+    [
+        (
+            [
+                "b32-224",
+                "b16-224",
+                "b32-320",
+                "wide",
+                "odd-width",
+                "patch-8",
+                "patch-48",
+                "tall",
+                "aligned-crop",
+                "far",
+            ],
+            8,
+        ),
+        (["l14-224", "l14-336", "flat", "patch-20"], 2),
+        (["patch-7", "patch-1", "crop", "odd-crop", "planar", "planar-crop", "exact-skewed", "exact-scattered"], 1),
+    ],
+)
+def test_rows_are_the_pixels_of_patches(emulated: dict[tuple[str, str], Figures], names: list[str], unit: int) -> None:
+    assert {name: emulated[name, "rows"].path for name in names} == dict.fromkeys(names, str(unit))
+
+
 def test_shared_memory_fits_every_architecture(emulated: dict[tuple[str, str], Figures]) -> None:
     for (_, tile), figures in emulated.items():
+        if tile == "rows":
+            continue
         # sm_86 has 99 KiB for a block; sm_80 has 164 KiB for all blocks, of which each takes one more
         assert figures.shared <= 99 * KILOBYTE
         blocks = {"large": 2, "small": 3}[tile]
@@ -135,6 +163,11 @@ def test_shared_memory_fits_every_architecture(emulated: dict[tuple[str, str], F
         ("index", "stage.row_offset) & 15", "stage.row_offset) & 7", "exact-skewed", "copies are 16-byte aligned"),
         ("index", "whole ? 16 : left > 0 ? left : 0", "whole || left > 0 ? 16 : 0", "exact-skewed",
          "heap-buffer-overflow"),
+        # rows: what fills them up, where a pixel row ends, and how much is read at once
+        ("rows", "257 * kPixelCentre", "256 * kPixelCentre", "l14-224", "rows hold the pixels of their patches"),
+        ("rows", "byte == row_bytes", "byte >= row_bytes + kUnit", "exact-skewed", "rows hold the pixels"),
+        ("rows", "y < patch ?", "y <= patch ?", "l14-224", "rows hold the pixels"),
+        ("index", "steps % 2 == 0 ? 2", "steps % 1 == 0 ? 2", "patch-7", "misaligned address"),
     ],
 )  # fmt: skip
 def test_planted_faults_are_found(
@@ -142,11 +175,11 @@ def test_planted_faults_are_found(
 ) -> None:
     headers = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", headers)
-    source = headers / f"patch_embed_{header}.h"
+    source = headers / f"patch_{'rows_kernel' if header == 'rows' else f'embed_{header}'}.h"
     text = source.read_text()
     assert text.count(was) == 1
     source.write_text(text.replace(was, becomes))
-    flags = ("-O0", *(SANITIZERS if complaint == "heap-buffer-overflow" else []))
+    flags = ("-O0", *(SANITIZERS if complaint in ("heap-buffer-overflow", "misaligned address") else []))
     compile_emulator(tmp_path / "emulator", flags, headers)
     done = subprocess.run([str(tmp_path / "emulator"), case], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -163,7 +196,7 @@ def test_op_packs_what_the_kernel_takes(program: Path, tmp_path: Path, size: tup
     weight = (torch.randn(40, 3, patch, patch) / 50).half()
     class_embedding, positions = torch.randn(40).half(), torch.randn(1 + height // patch * (width // patch), 40).half()
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-    packed, table = pack_for_cuda(weight, class_embedding, positions, affine(mean, std))
+    packed, table = pack_stages(weight, class_embedding, positions, affine(mean, std))
     for name, tensor in (("pixels", frames), ("weight", packed), ("table", table)):
         (tmp_path / name).write_bytes(tensor.numpy().tobytes())
     numbers = [0, *pixels.stride(), count, height, width, patch, 40]
@@ -176,3 +209,8 @@ def test_op_packs_what_the_kernel_takes(program: Path, tmp_path: Path, size: tup
     expected = patch_embed_ref(frames, *exact, None, None, 1e-5, mean, std, torch.float64)
     torch.testing.assert_close(tokens.view_as(expected)[:, 0], expected[:, 0], rtol=1e-6, atol=1e-6)
     assert (tokens.view_as(expected) - expected).norm() <= 5e-4 * expected.norm()
+    # and what is packed for a product with rows, by those of the other kernel
+    rows_of, scale, table = pack_rows(weight, class_embedding, positions, affine(mean, std))
+    rows = torch.frombuffer(bytearray((tmp_path / "rows").read_bytes()), dtype=torch.float16).view(-1, rows_of.shape[1])
+    patches = (rows.double() @ rows_of.double().T * scale).view_as(expected[:, 1:]) + table[1:]
+    assert (patches - expected[:, 1:]).norm() <= 5e-4 * expected.norm()

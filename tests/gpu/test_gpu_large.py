@@ -233,6 +233,7 @@ def test_bytes_up_to_the_limit() -> None:
         ),
         small,
         largest=side * side * 3 * 11 // 10,
+        library=True,
     )
 
 

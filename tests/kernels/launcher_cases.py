@@ -45,7 +45,7 @@ CASES: dict[str, Callable[..., Any]] = {
         calls.clip_logits, batch=2, classes=5, width=40, residual=True, text_dtype=torch.float32
     ),
     "clip_logits wide": partial(calls.clip_logits, batch=3, classes=2, width=1030),
-    "patch_embed bytes": partial(calls.patch_embed, frames=2, grid=2, patch=4, width=40, pixels=torch.uint8),
+    "patch_embed bytes": partial(calls.patch_embed, frames=2, grid=3, patch=4, width=40, pixels=torch.uint8),
     "patch_embed floats": partial(calls.patch_embed, frames=3, grid=1, patch=5, width=70),
     "prompt_attention": partial(
         calls.prompt_attention, batch=2, classes=35, patches=37, width=64, heads=2, shared=False

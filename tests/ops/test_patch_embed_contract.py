@@ -110,7 +110,7 @@ def test_packed_for_cuda_as_the_header_says() -> None:
     for patch in (1, 5, 14, 16, 32):
         weight = torch.randn(3, 3, patch, patch)
         factors = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
-        packed, table = _patch_extension.pack_for_cuda(weight, torch.zeros(3), torch.zeros(2, 3), factors)
+        packed, table = _patch_extension.pack_stages(weight, torch.zeros(3), torch.zeros(2, 3), factors)
         assert packed.numel() == facts.packed_weight_elements(patch, 3)
         expected = torch.zeros(packed.numel(), dtype=torch.float16)
         scale = torch.tensor(factors[0]) * facts.weight_scale

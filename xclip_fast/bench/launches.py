@@ -4,8 +4,8 @@ A call goes from frames on the GPU, normalised or decoded bytes, to logits; clas
 operator that writes memory is one launch, also a cast or a reshape that has to copy; views and allocations are none.
 The fused ops say how many kernels they launch; attention counts as one, whatever backend would serve it.
 
-Bytes are counted as the compiled extension embeds them in half precision: its kernel, the norm behind it, and in the
-layers the packing of the patch weights before it, at each call. Hugging Face's model takes none, and what normalises
+Bytes are counted as the compiled extension embeds them in half precision: as many kernels as for others, and in the
+layers the packing of the patch weights before them, at each call. Hugging Face's model takes none, and what normalises
 them is counted with it. The engine replays its kernels as one graph: they are counted, and not the copies of the frames
 into it and of the logits out of it, two more a call.
 """
@@ -52,8 +52,8 @@ MANY = {
     "message_key_value": key_value_launches,
     "temporal_block": temporal_launches,
     "feed_forward": lambda *arguments: 2,
-    # the product, and the norm where one is given
-    "patch_embed": lambda *arguments: 1 + (arguments[4] is not None),
+    # rows, their product and what follows it; weights that have to be filled up are copied into zeros
+    "patch_embed": lambda *arguments: 3 + 2 * (arguments[1][0].numel() % 8 > 0),
 }
 
 

@@ -183,7 +183,7 @@ class CudaTower:
         self.config, self.packing, self.rewrites = config, packing, packing.rewrites
         self.positions = exact(visual.positional_embedding)
         self.grids: dict[tuple[int, int], Tensor] = {}
-        self.packed_patches: dict[tuple[int, int], _patch_extension.Packed] = {}
+        self.packed_patches: dict[tuple[int, int], _patch_extension.AnyPacked] = {}
         self.patch = packing.tensor(visual.conv1.weight)
         self.class_embedding = packing.tensor(visual.class_embedding)
         self.norm_pre = packing.tensor(visual.ln_pre.weight), packing.tensor(visual.ln_pre.bias)

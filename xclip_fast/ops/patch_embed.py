@@ -29,7 +29,7 @@ def patch_embed(
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-    _packed: _patch_extension.Packed | None = None,
+    _packed: _patch_extension.AnyPacked | None = None,
 ) -> Tensor:
     """The tokens of frames, from decoded bytes in one pass: normalise, project, prepend the class, add positions, norm.
 
@@ -185,10 +185,9 @@ def _patch_embed(
     if runs_kernels(weight):
         from xclip_fast.kernels.patch_embed import patch_embed_fwd
 
-        tokens, embedded = patch_embed_fwd(
-            channels_last(frames), weight, class_embedding, positions, *norm, affine(mean, std), dtype
+        return patch_embed_fwd(
+            channels_last(frames), weight, class_embedding, positions, *norm, affine(mean, std), dtype, save_embedded
         )
-        return tokens, embedded if save_embedded else embedded.new_empty(0)
     embedded = _embedded_torch(*tensors, mean, std, dtype)
     tokens = _normed_torch(embedded, *norm).to(dtype)
     return tokens, embedded if save_embedded else embedded.new_empty(0)
