@@ -12,8 +12,8 @@ from torch import Tensor
 from xclip_fast.kernels._launch import on_device_of
 from xclip_fast.kernels.layer_norm import BACKWARD_PROGRAMS, backward_block_shape
 
-# numbers of a program of the forward pass, 32 a thread where it has eight warps
-FORWARD_TILE = 8192
+# patches of which each program holds more frames: they leave multiprocessors idle anyway
+FEW_PATCHES = 256
 
 
 class Tile(NamedTuple):
@@ -24,10 +24,11 @@ class Tile(NamedTuple):
     warps: int
 
 
-def forward_tile(frames: int, width: int) -> Tile:
-    """All frames of a patch where they fit: they are on their way together, and summed up once."""
+def forward_tile(patches: int, frames: int, width: int) -> Tile:
+    """32 numbers a thread. Of few patches all frames are on their way at once; many gain by more programs at a time."""
     columns = triton.next_power_of_2(width)
-    rows = min(triton.next_power_of_2(frames), max(1, FORWARD_TILE // columns))
+    rows = max(1, (8192 if patches <= FEW_PATCHES else 4096) // columns)
+    rows = min(rows, triton.next_power_of_2(frames))
     return Tile(rows, columns, min(8, max(1, rows * columns // 1024)))
 
 
@@ -205,7 +206,7 @@ def mean_norm_over_frames_fwd(
     tokens, added = _addressable(tokens, residual)
     batch, frames, patches, width = tokens.shape
     out = torch.empty(batch, patches, width, dtype=tokens.dtype, device=tokens.device)
-    tile = forward_tile(frames, width)
+    tile = forward_tile(batch * patches, frames, width)
     if out.numel():
         with on_device_of(tokens):
             _mean_norm_over_frames_fwd_kernel[(batch * patches,)](

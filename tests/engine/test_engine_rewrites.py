@@ -145,6 +145,23 @@ def test_stream_is_updated_in_place(model: XCLIP) -> None:
         assert found.branch is None
 
 
+def test_video_features_are_made_beside_the_prompts(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(model, CudaTower, ALL)
+    order: list[str] = []
+
+    def logged(owner: Any, name: str) -> None:
+        run = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: (order.append(name), run(*arguments))[1])
+
+    for owner, name in ((engine._side, "begin"), (engine._heads, "_prompts"), (engine._side, "join")):
+        logged(owner, name)
+    engine(random_video(), random_tokens())
+    assert order == ["begin", "_prompts", "join"]
+    order.clear()
+    engine.encode_video(random_video())
+    assert order == ["begin", "join"]
+
+
 def test_text_is_cut(model: XCLIP) -> None:
     tokens = random_tokens()
     with Trace() as trace:

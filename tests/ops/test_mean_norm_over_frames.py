@@ -94,6 +94,10 @@ def test_constant(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         check_op(mean_norm_over_frames, inputs, what="mean_norm_over_frames exact constant", gradients=False)
 
 
+def test_many_patches_hold_fewer_frames_at_once() -> None:
+    check_op(mean_norm_over_frames, arguments((2, 5, 129, 1025), torch.float16), what="many patches", gradients=False)
+
+
 def test_frames_beyond_the_last_add_nothing_without_eps() -> None:
     inputs = arguments((1, 3, 2, 48), torch.float32)
     found = mean_norm_over_frames(**inputs, eps=0.0, backend="triton")
