@@ -1,4 +1,4 @@
-"""The vision tower on the fused ops: a residual stream without biases, CFA on a stream of its own. Never run on a GPU.
+"""The vision tower on the fused ops: a residual stream without biases, CFA on a stream of its own.
 
 The ops run anywhere, so the CPU's tests hold this tower to the reference; what a GPU alone has, the second stream, is
 in ``Side``.

@@ -1,7 +1,4 @@
-"""CUDA graphs: one a batch bucket, frames, resolution and class set, the least recently used out first.
-
-Never run on a GPU.
-"""
+"""CUDA graphs: one a batch bucket, frames, resolution and class set, the least recently used out first."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ class QnnpackInt8Product:
 
 
 class Float8Product:
-    """``torch._scaled_mm`` with a scale for each row of both sides, on Hopper and newer; never run on a GPU so far.
+    """``torch._scaled_mm`` with a scale for each row of both sides, on Hopper and newer.
 
     ``multiply`` takes rows that a norm or an activation has quantised on its way, all else quantises them itself.
 
