@@ -21,7 +21,7 @@ from xclip_fast.engine.packing import CUDA_REWRITES
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the engine itself")
 
 
-OPS = ("patch_embed", "frame_attention", "folded_message", "layer_norm", "mean_norm_over_frames", "clip_logits")
+OPS = ("patch_tokens", "frame_attention", "folded_message", "layer_norm", "mean_norm_over_frames", "clip_logits")
 
 
 def parts(model: Any, video: Tensor, tokens: Tensor) -> dict[str, Tensor]:
