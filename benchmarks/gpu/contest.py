@@ -138,11 +138,6 @@ def memory(desk: Desk, case: Case, providers: Sequence[str]) -> Found:
     return {"status": desk.verdict(True), MEMORY: found}
 
 
-def forget(desk: Desk, case: Case) -> None:
-    """Free what was built for a case."""
-    desk.drop(f"contest {case}")
-
-
 def profile(desk: Desk, case: Case, providers: Sequence[str]) -> Found:
     """The kernels of one call of each, longest first."""
     contest = _built(desk, case, providers)

@@ -71,14 +71,6 @@ class Desk:
         """What was made under this name in this process, or None."""
         return self._kept.get(name)
 
-    def drop(self, *names: str) -> None:
-        """Free what was kept."""
-        import torch
-
-        for name in names:
-            self._kept.pop(name, None)
-        torch.cuda.empty_cache()
-
     def wait_while(self, busy: Callable[[str], bool]) -> None:
         """Wait until no other lane is at a case of which this is true; one that has not begun is at its imports."""
         self.turns.waiting(True)
