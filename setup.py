@@ -43,8 +43,8 @@ def compile_cuda(nvcc: str, folder: Path) -> tuple[str, str]:
         if name.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     folder.mkdir(parents=True, exist_ok=True)
-    output = str(folder / "patch_embed_cuda.o")
-    source = "csrc/patch_embed_cuda.cu"
+    output = str(folder / "patch_rows_cuda.o")
+    source = "csrc/patch_rows_cuda.cu"
     subprocess.run([nvcc, "-std=c++20", "-O3", "-Xcompiler=-fPIC", *flags, "-c", source, "-o", output], check=True)
     trial = subprocess.run([nvcc, "--dryrun", "-E", source], capture_output=True, text=True).stderr
     homes = [Path(line.split("=", 1)[1]) for line in trial.splitlines() if line.startswith("#$ TOP=")]

@@ -17,7 +17,7 @@
 #include "patch_embed_cpu.h"
 
 #ifdef XCLIP_FAST_CUDA
-#include "patch_embed_cuda.h"
+#include "patch_rows_cuda.h"
 #endif
 
 namespace {
@@ -201,35 +201,8 @@ std::tuple<Tensor, double, int64_t> int8_rows(const Tensor& rows, int64_t steps)
 }
 
 #ifdef XCLIP_FAST_CUDA
-// The caller has made the device of the frames current; `stream` is a cudaStream_t of it.
-Tensor patch_embed_cuda(const Tensor& frames, const Tensor& weight, const Tensor& table, int64_t patch,
-                        ScalarType dtype, int64_t stream) {
-  const int64_t count = frames.size(0), width = table.size(1);
-  Tensor tokens = torch::stable::new_empty(frames, {count, table.size(0), width}, dtype);
-  const xclip_fast::PatchEmbedArguments arguments{
-      .pixels = static_cast<const uint8_t*>(frames.const_data_ptr()),
-      .frame_stride = frames.stride(0),
-      .row_stride = frames.stride(1),
-      .column_stride = frames.stride(2),
-      .channel_stride = frames.stride(3),
-      .frames = count,
-      .height = frames.size(1),
-      .width = frames.size(2),
-      .patch = patch,
-      .token_width = width,
-      .weight = weight.const_data_ptr(),
-      .table = static_cast<const float*>(table.const_data_ptr()),
-      .tokens = tokens.mutable_data_ptr(),
-      .token_type = dtype == ScalarType::Half       ? xclip_fast::TokenType::kFloat16
-                    : dtype == ScalarType::BFloat16 ? xclip_fast::TokenType::kBFloat16
-                                                    : xclip_fast::TokenType::kFloat32,
-  };
-  const char* refusal = xclip_fast::patch_embed_launch(arguments, reinterpret_cast<void*>(stream));
-  STD_TORCH_CHECK(refusal == nullptr, refusal);
-  return tokens;
-}
-
-// The rows of float16 that patch_embed_cuda.h describes.
+// The rows of float16 that patch_rows_cuda.h describes. The caller has made the device of the frames current; `stream` is
+// a cudaStream_t of it.
 Tensor patch_rows_cuda(const Tensor& frames, int64_t patch, int64_t stream) {
   const int64_t count = frames.size(0), height = frames.size(1), width = frames.size(2);
   const int64_t patches = count * (height / patch) * (width / patch);
@@ -255,7 +228,7 @@ Tensor patch_rows_cuda(const Tensor& frames, int64_t patch, int64_t stream) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 5; }
+extern "C" __attribute__((visibility("default"))) int xclip_fast_interface() { return 6; }
 
 extern "C" __attribute__((visibility("default"))) const char* xclip_fast_architectures() {
   return XCLIP_FAST_ARCHITECTURES;
@@ -280,8 +253,6 @@ STABLE_TORCH_LIBRARY(xclip_fast_native, m) {
   m.def(
       "linear(Tensor rows, Tensor panels, int columns, Tensor? bias, Tensor(a!)? stream, bool silu) -> Tensor");
   m.def("int8_rows(Tensor rows, int steps) -> (Tensor, float, int)");
-  m.def(
-      "patch_embed_cuda(Tensor frames, Tensor weight, Tensor table, int patch, ScalarType dtype, int stream) -> Tensor");
   m.def("patch_rows_cuda(Tensor frames, int patch, int stream) -> Tensor");
 }
 
@@ -297,7 +268,6 @@ STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CPU, m) {
 
 #ifdef XCLIP_FAST_CUDA
 STABLE_TORCH_LIBRARY_IMPL(xclip_fast_native, CUDA, m) {
-  m.impl("patch_embed_cuda", TORCH_BOX(&patch_embed_cuda));
   m.impl("patch_rows_cuda", TORCH_BOX(&patch_rows_cuda));
 }
 #endif

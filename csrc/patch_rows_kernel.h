@@ -1,5 +1,5 @@
 // The kernel that gathers the patches of uint8 frames into rows of float16, for a product that another library computes.
-// Compiled for GPUs and emulated on the host (tests/csrc); never yet run on a GPU.
+// Compiled for GPUs and emulated on the host (tests/csrc).
 //
 // A thread writes one piece, eight columns of a row, in 16 bytes; neighbouring threads write neighbouring pieces. Pixels
 // become uint8 - 128, which float16 holds exactly. What is read twice, by patches side by side, comes from caches.
@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "patch_embed_cuda.h"
-#include "patch_embed_index.h"
+#include "patch_rows_cuda.h"
+#include "patch_rows_index.h"
 
 namespace xclip_fast {
 
@@ -18,30 +18,28 @@ struct RowsProblem {
   PatchGrid grid;
   const uint8_t* pixels;
   uint16_t* rows;
+  int64_t bands;    // of all frames: a band is a row of patches
   uint32_t pieces;  // of a row
-  uint32_t down;    // bands of a frame: a band is a row of patches
+  uint32_t down;    // bands of a frame
   uint32_t chunks;  // blocks of a band
 };
 
 inline RowsProblem make_rows_problem(const PatchRowsArguments& arguments) {
-  const PatchGrid grid = patch_grid(
-      reinterpret_cast<uintptr_t>(arguments.pixels), arguments.frame_stride, arguments.row_stride,
-      arguments.column_stride, arguments.channel_stride, arguments.frames, arguments.height, arguments.width,
-      arguments.patch);
-  const int64_t pieces = patch_row_columns(grid.patch) / kPiece;
+  const int64_t down = arguments.height / arguments.patch, across = arguments.width / arguments.patch;
+  const int64_t pieces = patch_row_columns(arguments.patch) / kPiece;
   return {
-      grid,
+      {arguments.frame_stride, arguments.row_stride, arguments.column_stride, arguments.channel_stride,
+       arguments.patch, across},
       arguments.pixels,
       static_cast<uint16_t*>(arguments.rows),
+      arguments.frames * down,
       static_cast<uint32_t>(pieces),
-      static_cast<uint32_t>(arguments.height / grid.patch),
-      static_cast<uint32_t>(ceil_div(grid.across * pieces, kRowThreads)),
+      static_cast<uint32_t>(down),
+      static_cast<uint32_t>(ceil_div(across * pieces, kRowThreads)),
   };
 }
 
-inline int64_t rows_blocks(const RowsProblem& problem) {
-  return problem.grid.patches / problem.grid.across * problem.chunks;
-}
+inline int64_t rows_blocks(const RowsProblem& problem) { return problem.bands * problem.chunks; }
 
 // two bytes of `word` to float16 less 128: 0x6400 | byte is the float16 1024 + byte
 template <uint32_t kSelector>

@@ -13,7 +13,6 @@ from xclip_fast.kernels import (
     layer_norm,
     linear_quick_gelu,
     message_attention,
-    patch_embed,
     prompt_attention,
     skinny_linear,
 )
@@ -96,12 +95,6 @@ def _class_gradients(load: Load) -> list[Any]:
     return _classes(load)[:4]
 
 
-def _pixels(load: Load) -> list[Any]:
-    sizes = [(128, 128, 32, 8, 3), (64, 64, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 2)]
-    sizes += [(128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 32, 4, 4), (64, 256, 32, 8, 3)]
-    return [patch_embed.Tile(*size) for size in sizes]
-
-
 def _skinny(load: Load) -> list[Any]:
     sizes = [(16, 32, 128, 4, 4), (16, 32, 128, 4, 3), (16, 64, 128, 4, 3), (16, 32, 256, 4, 2)]
     sizes += [(16, 16, 128, 4, 4), (32, 32, 128, 4, 4), (64, 32, 64, 4, 4), (16, 64, 64, 4, 4)]
@@ -125,7 +118,6 @@ def _long_clips(load: Load) -> list[Any]:
 CHOICES = [
     Choice("linear_quick_gelu", linear_quick_gelu, "tiling", _products),
     Choice("frame_attention", frame_attention, "forward_plan", _frames),
-    Choice("patch_embed", patch_embed, "tile", _pixels),
     Choice("layer_norm", layer_norm, "forward_block_shape", _rows),
     Choice("message_key_value", skinny_linear, "tile", _skinny),
     Choice("message_attention", message_attention, "fused_tile", _messages),

@@ -159,7 +159,7 @@ def _extension_tasks(desk: Desk) -> dict[str, Task]:
                     30, partial(_check_op, desk, *arguments)
                 )
     if not desk.tiny:
-        # one-hot pixels on every path and tile, large batches, graphs: as its tests have them
+        # one-hot pixels by every read, large batches, graphs: as its tests have them
         found["extension tests"] = Task(100, partial(_extension_tests, desk))
     return found
 

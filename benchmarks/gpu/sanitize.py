@@ -26,7 +26,6 @@ NAMES = (
     "_bwd_kernel",
     "_bwd_key_kernel",
     "_bwd_query_kernel",
-    "patch_embed_kernel",
     "patch_rows_kernel",
 )
 FILTERS = [option for name in NAMES for option in ("--kernel-name", f"kns={name}")]

@@ -88,30 +88,22 @@ def enter() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     if _extension.cuda_refusal() is None:
         _library.append(torch.library.Library("xclip_fast_native", "IMPL"))
-        _library[0].impl("patch_embed_cuda", _patch_embed, "CUDA", allow_override=True)
         _library[0].impl("patch_rows_cuda", _patch_rows, "CUDA", allow_override=True)
 
 
 _library: list[Any] = []
 
 
-def _patch_embed(frames: Any, weight: Any, table: Any, patch: int, dtype: Any, stream: int) -> Any:
-    return _launched(frames.new_empty(len(frames), *table.shape, dtype=dtype), stream)
-
-
 def _patch_rows(frames: Any, patch: int, stream: int) -> Any:
+    """What the operator of the extension gives back, after the one launch that it makes on the stream it is given."""
     import torch
 
     patches = len(frames) * (frames.shape[1] // patch) * (frames.shape[2] // patch)
-    return _launched(frames.new_empty(patches, -(-3 * patch**2 // 8) * 8, dtype=torch.float16), stream)
-
-
-def _launched(result: Any, stream: int) -> Any:
-    """What an operator of the extension gives back, after the one launch that it makes on the stream it is given."""
+    rows = frames.new_empty(patches, -(-3 * patch**2 // 8) * 8, dtype=torch.float16)
     error = ctypes.CDLL(None).standin_launch(ctypes.c_void_p(stream))
     if error:
         raise RuntimeError(f"the stand-in refused a launch of the extension with {error}")
-    return result
+    return rows
 
 
 COUNTED = (

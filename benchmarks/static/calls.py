@@ -19,7 +19,7 @@ from xclip_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
 from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd, quick_gelu_bwd
 from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd, mean_norm_over_frames_fwd
 from xclip_fast.kernels.message_attention import message_attention_fwd, message_key_value_fwd
-from xclip_fast.kernels.patch_embed import patch_embed_fwd, patch_embed_in_one_fwd, patch_tokens
+from xclip_fast.kernels.patch_embed import patch_embed_fwd, patch_tokens
 from xclip_fast.kernels.prompt_attention import prompt_attention_bwd, prompt_attention_fwd
 from xclip_fast.kernels.quantize_rows import quantize_rows_fwd
 from xclip_fast.kernels.temporal_block import temporal_block_fwd
@@ -120,7 +120,6 @@ def patch_embed(
     weights = make(width, 3, patch, patch), make(width), make(1 + grid**2, width), make(width), make(width)
     last = weights[0].dtype
     found = [*patch_embed_fwd(images, *weights, EPS, [[0.02] * 3, [-1.5] * 3], last, pixels is None)]
-    found += patch_embed_in_one_fwd(images, *weights, EPS, [[0.02] * 3, [-1.5] * 3], last)
     # the product of what the extension packs
     product = make(frames * grid**2, width, dtype=torch.float16).contiguous()
     scale, table = make(width, dtype=torch.float32), make(1 + grid**2, width, dtype=torch.float32)

@@ -376,7 +376,7 @@ def test_sanitizers_look_at_every_kernel() -> None:
     assert len(kernels) >= 18
     for name in [*kernels, "planted_fwd_kernel"]:
         assert any(part in name for part in sanitize.NAMES), name
-    assert "patch_embed_kernel(" in (ROOT / "csrc" / "patch_embed_kernel.h").read_text()
+    assert "patch_rows_kernel(" in (ROOT / "csrc" / "patch_rows_kernel.h").read_text()
     assert "planted_fwd_kernel<<<" in (ROOT / "benchmarks" / "gpu" / "planted.cu").read_text()
     assert (ROOT / sanitize.EXTENSION).exists()
 

@@ -14,14 +14,22 @@ from pointer_check import checked_pointers
 from torch import Tensor
 
 from xclip_fast import ops
-from xclip_fast.engine import Engine
+from xclip_fast.engine import Engine, cuda
 from xclip_fast.engine.cuda import CudaTower
-from xclip_fast.engine.packing import CUDA_REWRITES
+from xclip_fast.engine.packing import CUDA_REWRITES, Packing
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the engine itself")
 
 
-OPS = ("patch_tokens", "frame_attention", "folded_message", "layer_norm", "mean_norm_over_frames", "clip_logits")
+OPS = (
+    "patch_rows",
+    "patch_tokens",
+    "frame_attention",
+    "folded_message",
+    "layer_norm",
+    "mean_norm_over_frames",
+    "clip_logits",
+)
 
 
 def parts(model: Any, video: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -29,6 +37,30 @@ def parts(model: Any, video: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     features = model.encode_video(video)
     found = {"video": features.video, "patches": features.patches, "logits": model(video, tokens)}
     return found | {"video alone": features.video}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@torch.inference_mode()
+def test_normalised_frames_are_rounded_as_patches_are_gathered(
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype
+) -> None:
+    model = small_model()
+    tower = CudaTower(model.visual, model.config, Packing(torch.device("cpu"), dtype, CUDA_REWRITES))
+    video = torch.randn(2, 4, 3, 32, 32)
+    given = []
+    inner = cuda.patch_embed
+
+    def spy(frames: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        given.append(frames)
+        return inner(frames, *arguments, **options)
+
+    monkeypatch.setattr(cuda, "patch_embed", spy)
+    with interpreted_bfloat16(), ops.backend(backend):
+        found, rounded = tower._embed(video), tower._embed(video.to(dtype))
+    assert given[0].data_ptr() == video.data_ptr()
+    assert found.dtype == dtype
+    assert torch.equal(found, rounded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -22,11 +22,8 @@ from xclip_fast.ops._patch_contract import affine
 from xclip_fast.ops._patch_extension import (
     PIECE,
     PIXEL_CENTRE,
-    STAGE_BYTES,
-    WEIGHT_SCALE,
-    AnyPacked,
+    Packed,
     pack_for_cuda,
-    pack_rows,
 )
 from xclip_fast.ops.patch_embed import patch_embed_ref
 from xclip_fast.reference import XCLIP
@@ -42,27 +39,17 @@ def emulated_rows(frames: Tensor, patch: int, stream: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % PIECE))
 
 
-def emulated(frames: Tensor, weight: Tensor, table: Tensor, patch: int, dtype: torch.dtype, stream: int) -> Tensor:
-    """What ``patch_embed_cuda`` computes, from the packed weights and the table alone."""
-    columns = weight.transpose(1, 2).unflatten(-1, (STAGE_BYTES // 16, 2, 4, 2)).transpose(-3, -2)
-    rows = columns.flatten(2)[:, :, : 3 * patch]
-    count, height, width, _ = frames.shape
-    pixels = (frames.double() - PIXEL_CENTRE).view(count, height // patch, patch, width // patch, 3 * patch)
-    tokens = torch.einsum("fypxc,pdc->fyxd", pixels, rows.double()).flatten(1, 2) / WEIGHT_SCALE
-    return (torch.cat([torch.zeros_like(tokens[:, :1]), tokens], dim=1) + table).to(dtype)
-
-
-@pytest.fixture(params=[True, False], ids=["rows", "stages"])
-def extension(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """The extension as on a GPU; what was packed for it, and what each call used of that."""
     seen: dict[str, list[Any]] = {"packed": [], "used": []}
     inner = _patch_extension.on_cuda
 
-    def pack(*arguments: Any) -> AnyPacked:
+    def pack(*arguments: Any) -> Packed:
         seen["packed"].append(pack_for_cuda(*arguments))
         return seen["packed"][-1]
 
-    def on_cuda(call: _patch_extension.Call, packed: AnyPacked) -> tuple[Tensor, Tensor]:
+    def on_cuda(call: _patch_extension.Call, packed: Packed) -> tuple[Tensor, Tensor]:
         seen["used"].append(packed.weight)
         return inner(call, packed)
 
@@ -70,8 +57,6 @@ def extension(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_patch_extension, "takes_packed", lambda frames, weight: True)
     monkeypatch.setattr(_patch_extension, "pack_for_cuda", pack)
     monkeypatch.setattr(_patch_extension, "on_cuda", on_cuda)
-    monkeypatch.setattr(_patch_extension, "GATHERS", request.param)
-    monkeypatch.setattr(torch.ops.xclip_fast_native, "patch_embed_cuda", emulated, raising=False)
     monkeypatch.setattr(torch.ops.xclip_fast_native, "patch_rows_cuda", emulated_rows, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
@@ -133,7 +118,6 @@ def test_packed_weights_give_the_bits_of_the_op(model: XCLIP, extension: dict[st
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("patch", [14, 16])
-@pytest.mark.parametrize("extension", [True], indirect=True, ids=["rows"])
 @torch.inference_mode()
 def test_rows_and_packed_weights_are_no_less_exact_than_the_definition(
     patch: int, dtype: torch.dtype, extension: dict[str, list[Any]]
@@ -154,7 +138,7 @@ def test_rows_and_packed_weights_are_no_less_exact_than_the_definition(
         weights = [tensor * scale for tensor in (weight, *embedding)]
         for vectors in ((None, None), tuple(vector.to(dtype) for vector in norm)):
             call = _patch_extension.Call(frames, *weights, *vectors, 1e-5 * scale**2, affine(mean, std), dtype, False)
-            found, _ = _patch_extension.on_cuda(call, pack_rows(*weights, call.factors))
+            found, _ = _patch_extension.on_cuda(call, pack_for_cuda(*weights, call.factors))
             exact = [None if x is None else x.double() for x in (*weights, *vectors)]
             truth = patch_embed_ref(frames, *exact, call.eps, mean, std, torch.float64)
             plain = patch_embed_ref(frames, *weights, *vectors, call.eps, mean, std, dtype)
@@ -165,12 +149,12 @@ def test_rows_and_packed_weights_are_no_less_exact_than_the_definition(
 def test_no_sum_of_packed_weights_overflows() -> None:
     white, black = (torch.full((1, 16, 16, 3), value, dtype=torch.uint8) for value in (255, 0))
     for weight in (torch.full((8, 3, 16, 16), 1e30), torch.rand(8, 3, 16, 16), torch.full((8, 3, 16, 16), 1e-30)):
-        packed = pack_rows(weight.bfloat16(), torch.zeros(8), torch.zeros(2, 8), affine(CLIP_MEAN, CLIP_STD))
+        packed = pack_for_cuda(weight.bfloat16(), torch.zeros(8), torch.zeros(2, 8), affine(CLIP_MEAN, CLIP_STD))
         for frames in (white, black):
             sums = emulated_rows(frames, 16, 0).double() @ packed.weight.double().T
             assert sums.abs().max() <= 2**15 * 1.001
         assert packed.weight.abs().max() >= 2**-6
-    zeros = pack_rows(torch.zeros(8, 3, 14, 14), torch.zeros(8), torch.ones(2, 8), affine(CLIP_MEAN, CLIP_STD))
+    zeros = pack_for_cuda(torch.zeros(8, 3, 14, 14), torch.zeros(8), torch.ones(2, 8), affine(CLIP_MEAN, CLIP_STD))
     assert torch.equal(zeros.weight, torch.zeros(8, 592, dtype=torch.float16))
     assert torch.equal(zeros.table, torch.ones(2, 8))
 

@@ -107,15 +107,15 @@ def test_without_the_extension_torch_does_the_work(monkeypatch: pytest.MonkeyPat
 
 def test_packed_for_cuda_as_the_header_says() -> None:
     facts = pytest.importorskip("xclip_fast._buildinfo", reason="the extension is not built")
+    assert facts.pixel_centre == _patch_extension.PIXEL_CENTRE
+    assert facts.longest_side == _patch_extension.LONGEST_SIDE
+    factors = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
     for patch in (1, 5, 14, 16, 32):
         weight = torch.randn(3, 3, patch, patch)
-        factors = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
-        packed, table = _patch_extension.pack_stages(weight, torch.zeros(3), torch.zeros(2, 3), factors)
-        assert packed.numel() == facts.packed_weight_elements(patch, 3)
-        expected = torch.zeros(packed.numel(), dtype=torch.float16)
-        scale = torch.tensor(factors[0]) * facts.weight_scale
-        for place in torch.cartesian_prod(*map(torch.arange, weight.shape)).tolist():
-            expected[facts.packed_weight_index(patch, 3, *place)] = (weight[tuple(place)] * scale[place[1]]).half()
-        assert torch.equal(packed.flatten(), expected)
+        packed, scale, table = _patch_extension.pack_for_cuda(weight, torch.zeros(3), torch.zeros(2, 3), factors)
+        assert packed.shape == (3, facts.patch_row_columns(patch))
+        expected = (weight * torch.tensor(factors[0])[:, None, None]).permute(0, 2, 3, 1).flatten(1)
+        assert torch.allclose(packed[:, : expected.shape[1]] * scale[:, None], expected, rtol=1e-3, atol=1e-5)
+        assert not packed[:, expected.shape[1] :].any()
         bias = torch.einsum("dcyx,c->d", weight, 128 * torch.tensor(factors[0]) + torch.tensor(factors[1]))
         assert torch.allclose(table[1], bias, atol=1e-3)

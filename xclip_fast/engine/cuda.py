@@ -183,7 +183,7 @@ class CudaTower:
         self.config, self.packing, self.rewrites = config, packing, packing.rewrites
         self.positions = exact(visual.positional_embedding)
         self.grids: dict[tuple[int, int], Tensor] = {}
-        self.packed_patches: dict[tuple[int, int], _patch_extension.AnyPacked] = {}
+        self.packed_patches: dict[tuple[int, int], _patch_extension.Packed] = {}
         self.patch = packing.tensor(visual.conv1.weight)
         self.class_embedding = packing.tensor(visual.class_embedding)
         self.norm_pre = packing.tensor(visual.ln_pre.weight), packing.tensor(visual.ln_pre.bias)
@@ -237,8 +237,6 @@ class CudaTower:
                 packed = self.packing.once(
                     self.packed_patches, grid, lambda: _patch_extension.pack_for_cuda(*weights, affine(mean, std))
                 )
-        else:
-            frames = frames.to(self.packing.dtype)
         tokens = patch_embed(
             frames,
             self.patch,

@@ -13,15 +13,11 @@ from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.ops._patch_contract import channels_last
 from xclip_fast.ops.layer_norm import layer_norm
 
-# as in csrc/patch_embed_index.h
+# as in csrc/patch_rows_index.h
 PIXEL_CENTRE = 128
-WEIGHT_SCALE = 256.0
-STAGE_BYTES = 48
 PIECE = 8
 # the largest sum of a row of rows of patches times packed weights, half of what float16 holds
 LARGEST_SUM = 2.0**15
-# on CUDA: rows of patches for a product by PyTorch's library, or one kernel for all, until a GPU has timed both
-GATHERS = True
 LONGEST_SIDE = 32768
 # the sum of one row of bytes times bytes must fit 32 bits
 MAX_INTEGER_ROW = 2**31 // (128 * 128) - 1
@@ -77,13 +73,6 @@ class Call(NamedTuple):
     save_embedded: bool
 
 
-class PackedStages(NamedTuple):
-    """Weights and table of one grid of patches, as ``csrc/patch_embed_cuda.h`` describes them."""
-
-    weight: Tensor
-    table: Tensor
-
-
 class Packed(NamedTuple):
     """Weights and table of one grid of patches, for rows of pixels less 128.
 
@@ -96,9 +85,6 @@ class Packed(NamedTuple):
     weight: Tensor
     scale: Tensor
     table: Tensor
-
-
-AnyPacked = Packed | PackedStages
 
 
 def patch_embed_fwd(call: Call) -> tuple[Tensor, Tensor]:
@@ -144,10 +130,8 @@ def _on_cpu(call: Call) -> tuple[Tensor, Tensor]:
     return tokens, embedded
 
 
-def on_cuda(call: Call, packed: AnyPacked) -> tuple[Tensor, Tensor]:
+def on_cuda(call: Call, packed: Packed) -> tuple[Tensor, Tensor]:
     """As ``patch_embed_fwd``, by what ``pack_for_cuda`` made of the weights of the call."""
-    if isinstance(packed, PackedStages):
-        return _in_one(call, packed)
     frames = channels_last(call.frames)
     # the operator neither looks up the stream nor changes the device: torch's C functions for it differ by version
     with torch.cuda.device(frames.device):
@@ -170,63 +154,22 @@ def on_cuda(call: Call, packed: AnyPacked) -> tuple[Tensor, Tensor]:
     return tokens.to(call.dtype), (embedded if call.save_embedded else embedded.new_empty(0)).to(wide)
 
 
-def _in_one(call: Call, packed: PackedStages) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(call.weight.dtype, call.dtype)
-    written = call.dtype if call.norm_weight is None else wide
-    if written not in (torch.float16, torch.bfloat16):
-        written = torch.float32
-    with torch.cuda.device(call.frames.device):
-        tokens = torch.ops.xclip_fast_native.patch_embed_cuda(
-            channels_last(call.frames),
-            *packed,
-            call.weight.shape[-1],
-            written,
-            torch.cuda.current_stream().cuda_stream,
-        )
-    if call.norm_weight is None or call.norm_bias is None:
-        return tokens.to(call.dtype), tokens.new_empty(0, dtype=wide)
-    normed, _ = layer_norm(tokens, call.norm_weight, call.norm_bias, eps=call.eps)
-    return normed.to(call.dtype), tokens.to(wide) if call.save_embedded else tokens.new_empty(0, dtype=wide)
-
-
-def pack_for_cuda(weight: Tensor, class_embedding: Tensor, positions: Tensor, factors: list[list[float]]) -> AnyPacked:
-    """What the CUDA operators read: the normalisation is folded into weights and table."""
-    return (pack_rows if GATHERS else pack_stages)(weight, class_embedding, positions, factors)
-
-
-def pack_rows(weight: Tensor, class_embedding: Tensor, positions: Tensor, factors: list[list[float]]) -> Packed:
-    """For a product with rows of pixels."""
+def pack_for_cuda(weight: Tensor, class_embedding: Tensor, positions: Tensor, factors: list[list[float]]) -> Packed:
+    """The normalisation folded into weights, for a product with rows of pixels, and into the table."""
     # factors stay numbers: a tensor of them would be copied from the host, which no CUDA graph can capture
-    scaled = torch.stack(
-        [channel * factor for channel, factor in zip(weight.float().unbind(1), factors[0], strict=True)], dim=-1
-    ).flatten(1)
+    channels = weight.float().unbind(1)
+    scaled = torch.stack([channel * factor for channel, factor in zip(channels, factors[0], strict=True)], dim=-1)
+    scaled = scaled.flatten(1)
     # no sum is larger than that of its weights' magnitudes times 128, and a power of two above that rounds nothing
     _, exponent = torch.frexp(scaled.abs().sum(1) * (PIXEL_CENTRE / LARGEST_SUM))
     # for weights near the smallest float32 the scale itself stays a normal number
     scale = torch.ldexp(torch.ones_like(scaled[:, 0]), exponent.clamp(min=-100))
     packed = torch.nn.functional.pad((scaled / scale[:, None]).half(), (0, -scaled.shape[1] % PIECE))
-    return Packed(packed.contiguous(), scale, _packed_table(weight, class_embedding, positions, factors))
-
-
-def pack_stages(weight: Tensor, class_embedding: Tensor, positions: Tensor, factors: list[list[float]]) -> PackedStages:
-    """For the kernel that does it all."""
-    width, _, patch, _ = weight.shape
-    channels = zip(weight.float().unbind(1), factors[0], strict=True)
-    scaled = torch.stack([channel * (WEIGHT_SCALE * scale) for channel, scale in channels], dim=-1)
-    rows = scaled.transpose(0, 1).reshape(patch, width, 3 * patch)
-    rows = torch.nn.functional.pad(rows, (0, -3 * patch % STAGE_BYTES))
-    # the four bytes that a lane loads at once belong to columns 2t, 2t + 1, 2t + 8 and 2t + 9 of a matrix fragment
-    packed = rows.unflatten(-1, (-1, STAGE_BYTES // 16, 4, 2, 2)).transpose(-3, -2).flatten(-4).transpose(1, 2)
-    table = _packed_table(weight, class_embedding, positions, factors)
-    return PackedStages(packed.to(torch.float16).contiguous(), table)
-
-
-def _packed_table(weight: Tensor, class_embedding: Tensor, positions: Tensor, factors: list[list[float]]) -> Tensor:
-    """float32 (1 + N, D): the class token, then positions with what the normalisation adds to each sum."""
-    channels = zip(weight.float().unbind(1), *factors, strict=True)
-    sums = [channel.sum((1, 2)) * (PIXEL_CENTRE * scale + offset) for channel, scale, offset in channels]
+    parts = zip(channels, *factors, strict=True)
+    sums = [channel.sum((1, 2)) * (PIXEL_CENTRE * factor + offset) for channel, factor, offset in parts]
     bias = sums[0] + sums[1] + sums[2]
-    return torch.cat([class_embedding.float()[None], bias.expand(len(positions) - 1, -1)]) + positions.float()
+    table = torch.cat([class_embedding.float()[None], bias.expand(len(positions) - 1, -1)]) + positions.float()
+    return Packed(packed.contiguous(), scale, table)
 
 
 def _multiplies_bytes(frames: Tensor, weight: Tensor) -> bool:

@@ -29,9 +29,9 @@ def patch_embed(
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-    _packed: _patch_extension.AnyPacked | None = None,
+    _packed: _patch_extension.Packed | None = None,
 ) -> Tensor:
-    """The tokens of frames, from decoded bytes in one pass: normalise, project, prepend the class, add positions, norm.
+    """The tokens of frames, from decoded bytes on: normalise, project, prepend the class, add positions, norm.
 
     Args:
         frames: uint8 (F, H, W, 3) or (F, 3, H, W), any strides, so a crop needs no copy; where both readings fit it is
@@ -46,8 +46,10 @@ def patch_embed(
         backend: "reference", "torch", "triton", "extension", or the automatic choice.
 
     Returns:
-        (F, 1 + N, D). Sums and the norm are in float32 where the kernels or the extension compute them. The extension
-        rounds weights of uint8 frames to 24 bits (float32) or 16 bits (half precision) beside the largest of their row.
+        (F, 1 + N, D). Sums and the norm are in float32 where the kernels or the extension compute them; on a GPU the
+        product is rounded before them, to the dtype of the weights, and by the extension to float16. On the CPU the
+        extension rounds weights of uint8 frames to 24 bits (float32) or 16 bits (half precision) beside the largest of
+        their row, on CUDA to float16 beside the sum of their row.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, frames or tokens have 2^31 elements or more, mean or std are
