@@ -6,7 +6,6 @@ needs no mask, and one small masked tail; the message is one more key of the tai
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -14,12 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
 from xclip_fast.kernels._launch import on_device_of
+from xclip_fast.kernels.frame_attention_head import _frame_attention_head_kernel
 from xclip_fast.tuning import tunable
 
-LOG2_E = tl.constexpr(math.log2(math.e))
 # the smallest side of a tensor core product
 SMALLEST_TILE = 16
+# bodies of kept keys are cut into two powers of two, of this or more
+KEPT_STEP = 64
+# fewer tokens have no body, of more not all scores of a query fit the registers
+KEPT_TOKENS = range(64, 321)
 
 
 class Tiles(NamedTuple):
@@ -36,21 +40,36 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Tiles and launch options of one kernel."""
+    """Tiles and launch options of one kernel; a key block of 0 means that a program keeps all keys of a head."""
 
     queries: Tiles
     keys: Tiles
     num_warps: int
     num_stages: int
 
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether a program has all queries of a head."""
+        return self.keys.block == 0
+
+    @property
+    def programs(self) -> int:
+        """Of a head."""
+        return 1 if self.keeps_keys else self.queries.count
+
     def options(self) -> dict[str, int]:
         """The keyword arguments of a launch."""
+        launch = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.keeps_keys:
+            first = triton.next_power_of_2(self.keys.body) // 2
+            cut = {"KEY_FIRST": first, "KEY_SECOND": self.keys.body - first, "KEY_TAIL": self.keys.tail}
+            return {"QUERY_BLOCK": self.queries.block, **cut, **launch}
         blocks = {
             f"{name}_{part.upper()}": rows
             for name, cut in (("QUERY", self.queries), ("KEY", self.keys))
             for part, rows in cut._asdict().items()
         }
-        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return blocks | launch
 
 
 def query_tiles(tokens: int, block: int) -> Tiles:
@@ -68,7 +87,17 @@ def key_tiles(tokens: int, block: int) -> Tiles:
 
 
 def plan(tokens: int, queries: int, keys: int, num_warps: int, num_stages: int = 2) -> Plan:
-    """Cut a frame's queries and keys into blocks of the sizes given."""
+    """Cut a frame's queries and keys into blocks of the sizes given; 0 keys keep all, see ``keeps_keys``.
+
+    Raises:
+        ValueError: all keys cannot be kept of so many tokens.
+    """
+    if keys == 0:
+        if tokens not in KEPT_TOKENS:
+            raise ValueError(f"keys of {tokens} tokens are not kept, those of {KEPT_TOKENS} are")
+        body = tokens // KEPT_STEP * KEPT_STEP
+        whole = Tiles(queries, triton.cdiv(tokens, queries) * queries, 0)
+        return Plan(whole, Tiles(0, body, _tile(tokens - body + 1)), num_warps, num_stages)
     return Plan(query_tiles(tokens, queries), key_tiles(tokens, keys), num_warps, num_stages)
 
 
@@ -82,15 +111,13 @@ def tuned_plan(tokens: int, head_dim: int, element_size: int, *numbers: int) -> 
     return plan(tokens, *numbers)
 
 
-@tunable("frame_attention", numbers=plan_numbers, build=tuned_plan)
-def forward_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
-    """Tiles and launch options of the forward pass: the largest that leave every number in a register.
+def keeps_keys(tokens: int, head_dim: int, element_size: int) -> bool:
+    """Whether there is a kernel that keeps all keys of a head, on Hopper; see ``forward_plan``."""
+    return tokens in KEPT_TOKENS and head_dim == 64 and element_size == 2
 
-    Args:
-        tokens: rows of a frame, S.
-        head_dim: 32, 64 or 128.
-        element_size: bytes of an element; the products of float32 know no tensor cores and need small tiles.
-    """
+
+def streamed_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
+    """The plan that streams the keys, for every GPU: the largest tiles that leave every number in a register."""
     if element_size == 4:
         return plan(tokens, 32, 16, num_warps=8)
     if head_dim == 128:
@@ -102,59 +129,26 @@ def forward_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
     return plan(tokens, 64, 64, num_warps=4)
 
 
-def padded_work(tokens: int, head_dim: int = 64, element_size: int = 2) -> float:
-    """Multiply-accumulates of the forward tiles over those of S queries on S + 1 keys."""
-    queries, keys, _, _ = forward_plan(tokens, head_dim, element_size)
+@tunable("frame_attention", numbers=plan_numbers, build=tuned_plan, optional=(1,))
+def forward_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
+    """Tiles and launch options of the forward pass.
+
+    Args:
+        tokens: rows of a frame, S.
+        head_dim: 32, 64 or 128.
+        element_size: bytes of an element; the products of float32 know no tensor cores and need small tiles.
+    """
+    return streamed_plan(tokens, head_dim, element_size)
+
+
+def padded_work(tokens: int, cut: Plan) -> float:
+    """Multiply-accumulates of a plan's tiles over those of S queries on S + 1 keys."""
+    queries, keys, _, _ = cut
     return (queries.body + queries.tail) * (keys.body + keys.tail) / (tokens * (tokens + 1))
 
 
 def _tile(rows: int) -> int:
     return max(SMALLEST_TILE, triton.next_power_of_2(rows))
-
-
-@triton.jit
-def place(TILES: tl.constexpr, HEADS: tl.constexpr):
-    """Frame, head and tile of a program: the tiles of a head are neighbours, so that its keys stay in the cache."""
-    program = tl.program_id(0)
-    head = program // TILES
-    return (head // HEADS).to(tl.int64), head % HEADS, program % TILES
-
-
-@triton.jit
-def load_rows(rows_ptr, row, row_stride, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """One head of the given rows, [ROWS, HEAD_DIM]; zero behind the last token."""
-    element = rows_ptr + row.to(tl.int64)[:, None] * row_stride + tl.arange(0, HEAD_DIM)[None, :]
-    if MASKED:
-        return tl.load(element, mask=(row < TOKENS)[:, None], other=0.0)
-    return tl.load(element)
-
-
-@triton.jit
-def store_rows(rows_ptr, row, row_stride, rows, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """The opposite of ``load_rows``."""
-    element = rows_ptr + row.to(tl.int64)[:, None] * row_stride + tl.arange(0, HEAD_DIM)[None, :]
-    rows = rows.to(rows_ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(element, rows, mask=(row < TOKENS)[:, None])
-    else:
-        tl.store(element, rows)
-
-
-@triton.jit
-def tail_rows(
-    rows_ptr,
-    message_ptr,
-    row_stride,
-    TOKENS: tl.constexpr,
-    BODY: tl.constexpr,
-    TAIL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Pointers to the tail of the keys, [TAIL, HEAD_DIM]: the rows the body left, then the message; and which exist."""
-    lane = tl.arange(0, TAIL)
-    rows = rows_ptr + (BODY + lane).to(tl.int64) * row_stride
-    rows = tl.where(lane == TOKENS - BODY, message_ptr, rows)
-    return rows[:, None] + tl.arange(0, HEAD_DIM)[None, :], lane <= TOKENS - BODY
 
 
 @triton.jit
@@ -287,10 +281,14 @@ def frame_attention_fwd(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: b
     width = packed // 3
     out = torch.empty(frames, tokens, width, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((frames, heads, tokens) if with_lse else 0, dtype=torch.float32, device=qkv.device)
-    cut = forward_plan(tokens, width // heads, qkv.element_size())
+    shape = tokens, width // heads, qkv.element_size()
+    cut = forward_plan(*shape)
+    if cut.keeps_keys and not (keeps_keys(*shape) and _can_keep(qkv.device)):
+        cut = streamed_plan(*shape)
+    attention_kernel = _frame_attention_head_kernel if cut.keeps_keys else _frame_attention_fwd_kernel
     if frames:
         with on_device_of(qkv):
-            _frame_attention_fwd_kernel[(frames * heads * cut.queries.count,)](
+            attention_kernel[(frames * heads * cut.programs,)](
                 qkv_ptr=qkv,
                 message_ptr=message_kv,
                 out_ptr=out,
@@ -305,6 +303,12 @@ def frame_attention_fwd(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: b
                 **cut.options(),
             )
     return out, lse
+
+
+def _can_keep(device: torch.device) -> bool:
+    # older GPUs have no products that read keys in shared memory, and spill; on Blackwell the tensor memory of a
+    # multiprocessor has room for one program; without a GPU are the interpreter and the static report
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:

@@ -12,19 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
 from xclip_fast.kernels._launch import on_device_of
-from xclip_fast.kernels.frame_attention import (
-    LOG2_E,
-    Plan,
-    load_rows,
-    place,
-    plan,
-    plan_numbers,
-    rows_contiguous,
-    store_rows,
-    tail_rows,
-    tuned_plan,
-)
+from xclip_fast.kernels.frame_attention import Plan, plan, plan_numbers, rows_contiguous, tuned_plan
 from xclip_fast.tuning import tunable
 
 

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xclip_fast.kernels._frame_rows import LOG2_E
 from xclip_fast.kernels._launch import on_device_of
-from xclip_fast.kernels.frame_attention import LOG2_E
 from xclip_fast.kernels.frame_attention import _accumulate as accumulate
 from xclip_fast.tuning import tunable
 

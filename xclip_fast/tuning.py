@@ -82,6 +82,7 @@ class Tunable:
         fixed: places of the result that are what the kernel needs, not a choice.
         numbers: the result as numbers for a table; by default its own.
         build: the result from the arguments and such numbers.
+        optional: places of the numbers that may be 0.
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class Tunable:
         fixed: Sequence[int],
         numbers: Callable[[Any], list[int]],
         build: Callable[..., Any] | None,
+        optional: Sequence[int],
     ) -> None:
         update_wrapper(self, default)
         self.default, self.name, self.fixed, self.numbers, self.build = default, name, fixed, numbers, build
+        self.optional = optional
         # by the function's arguments; nothing until the table is read
         self.tuned: dict[tuple[Any, ...], Any] | None = None
 
@@ -134,7 +137,8 @@ class Tunable:
         if not isinstance(entry, list) or len(entry) != len(usual):
             raise ValueError(f"{len(usual)} numbers are needed, found {entry!r}")
         for place, (number, one) in enumerate(zip(entry, usual, strict=True)):
-            if type(number) is not int or not 1 <= number <= max(LARGEST, one):
+            least = 0 if place in self.optional else 1
+            if type(number) is not int or not least <= number <= max(LARGEST, one):
                 raise ValueError(f"no such size: {number!r}")
             # the last is often that of stages
             if number & (number - 1) and not (place == len(usual) - 1 and number <= MOST_STAGES):
@@ -152,9 +156,10 @@ def tunable(
     fixed: Sequence[int] = (),
     numbers: Callable[[Any], list[int]] = list,
     build: Callable[..., Any] | None = None,
+    optional: Sequence[int] = (),
 ) -> Callable[[Callable[..., Any]], Tunable]:
     """Make a function of tiles tunable; see ``Tunable``."""
-    return lambda default: Tunable(default, name, fixed, numbers, build)
+    return lambda default: Tunable(default, name, fixed, numbers, build, optional)
 
 
 def tuned_backend(op: str, tensors: Sequence[Tensor | None]) -> str | None:

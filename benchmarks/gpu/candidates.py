@@ -57,8 +57,12 @@ def _plans(load: Load, sizes: list[tuple[int, int, int, int]]) -> list[Any]:
 
 
 def _frames(load: Load) -> list[Any]:
-    sizes = [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)]
-    return _plans(load, [*sizes, (128, 64, 4, 2), (64, 32, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)])
+    sizes = [(64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)]
+    sizes += [(128, 64, 4, 2), (64, 32, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)]
+    if load.config.patches + 1 in frame_attention.KEPT_TOKENS:
+        # behind the default's, in place of what comes last
+        sizes[1:] = [(64, 0, 4, 2), (64, 0, 4, 1), *sizes[1:-2]]
+    return _plans(load, sizes)
 
 
 def _query_gradients(load: Load) -> list[Any]:

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from benchmarks.static.capture import Launch
+from xclip_fast.kernels.frame_attention_head import _frame_attention_head_kernel
 
 KILOBYTE = 1024
 REGISTERS = 65536
@@ -89,7 +90,9 @@ def _stem(instruction: str) -> str:
 
 
 def oldest(launch: Launch) -> int:
-    """The first architecture that has the dtypes of a launch: no instruction before sm_89 writes e4m3."""
+    """The first architecture that makes a launch: no instruction before sm_89 writes e4m3."""
+    if launch.kernel is _frame_attention_head_kernel:
+        return 90
     tensors = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
     return 89 if any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors) else min(SHARED)
 

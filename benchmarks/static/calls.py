@@ -6,11 +6,14 @@ awkward places.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from xclip_fast.kernels import frame_attention as plans
 from xclip_fast.kernels.clip_logits import clip_logits_bwd, clip_logits_fwd
 from xclip_fast.kernels.folded_message import folded_message_fwd
 from xclip_fast.kernels.frame_attention import frame_attention_fwd
@@ -137,15 +140,29 @@ def prompt_attention(
 
 
 def frame_attention(
-    make: Make, frames: int, tokens: int, heads: int, *, head_dim: int = 64, training: bool
+    make: Make,
+    frames: int,
+    tokens: int,
+    heads: int,
+    *,
+    head_dim: int = 64,
+    training: bool,
+    numbers: tuple[int, ...] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Only training keeps the log-sum-exp and has a backward pass."""
+    """Only training keeps the log-sum-exp and has a backward pass; ``numbers`` are a plan's, as a table has them."""
     width = heads * head_dim
-    qkv, message_kv = make(frames, tokens, 3 * width), make(frames, 2 * width)
-    out, lse = frame_attention_fwd(qkv, message_kv, heads, training)
+    qkv, message_kv = make(frames, tokens, 3 * width, dtype=dtype), make(frames, 2 * width, dtype=dtype)
+    tuned: AbstractContextManager[object] = nullcontext()
+    if numbers:
+        cut = plans.plan(tokens, *numbers)
+        tuned = patch.object(plans, "forward_plan", lambda *shape: cut)
+    with tuned:
+        out, lse = frame_attention_fwd(qkv, message_kv, heads, training)
     if not training:
         return [out]
-    return [out, lse, *frame_attention_bwd(make(frames, tokens, width), qkv, message_kv, out, lse, heads)]
+    grad = make(frames, tokens, width, dtype=dtype)
+    return [out, lse, *frame_attention_bwd(grad, qkv, message_kv, out, lse, heads)]
 
 
 def message_attention(

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.static import calls
 from benchmarks.static.capture import Launch, captured_launches
 from xclip_fast.config import VARIANTS, XCLIPConfig
+from xclip_fast.kernels.frame_attention import KEPT_TOKENS
 
 CLASSES = 400
 FRAMES = (8, 16, 32)
@@ -72,6 +73,12 @@ def _model(shape: str, config: XCLIPConfig, frames: int, batch: int) -> Iterator
     attention = partial(calls.frame_attention, make, images, tokens, config.vision_heads)
     yield Case(shape, partial(attention, training=False))
     yield Case(f"{shape} training", partial(attention, training=True))
+    if tokens in KEPT_TOKENS:
+        # a GPU's table takes one or the other
+        for name, numbers in (("streamed", (64, 64, 4, 2)), ("kept", (64, 0, 4, 2))):
+            for training in (False, True):
+                chosen = partial(attention, training=training, numbers=numbers)
+                yield Case(f"{shape} keys {name}{' training' * training}", chosen)
     for call, heads in ((calls.message_attention, config.vision_heads), (calls.temporal_block, config.embed_heads)):
         for ragged in (False, True):
             name = f"{shape} ragged" if ragged else shape

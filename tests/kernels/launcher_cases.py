@@ -56,6 +56,15 @@ CASES: dict[str, Callable[..., Any]] = {
     "frame_attention": partial(calls.frame_attention, frames=2, tokens=66, heads=2, head_dim=32, training=True),
     "frame_attention one": partial(calls.frame_attention, frames=2, tokens=1, heads=1, head_dim=32, training=True),
     "frame_attention tail": partial(calls.frame_attention, frames=2, tokens=17, heads=1, head_dim=64, training=False),
+    "frame_attention head": partial(
+        calls.frame_attention,
+        frames=2,
+        tokens=65,
+        heads=2,
+        training=True,
+        numbers=(64, 0, 4, 2),
+        dtype=torch.float16,
+    ),
     "message_attention": partial(calls.message_attention, clips=2, frames=3, heads=2, head_dim=32),
     "message_attention ragged": partial(calls.message_attention, clips=2, frames=5, heads=1, head_dim=32, ragged=True),
     # more clips than one launch takes, rows few enough for the skinny product

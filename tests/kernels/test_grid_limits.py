@@ -36,6 +36,7 @@ LARGEST: dict[str, Callable[[], Any]] = {
     "prompt_attention patches": partial(calls.prompt_attention, make, 2**8, 1, 2**20, 32, 1, shared=True),
     "frame_attention frames": partial(calls.frame_attention, make, 2**28, 1, 1, head_dim=32, training=True),
     "frame_attention tokens": partial(calls.frame_attention, make, 2**10, 2**18, 1, head_dim=32, training=True),
+    "frame_attention heads": partial(calls.frame_attention, make, 2**19, 64, 2, training=True, numbers=(64, 0, 4, 2)),
     "message_attention clips": partial(calls.message_attention, make, 2**27, 1, 1, head_dim=32, ragged=True),
     "message_attention frames": partial(calls.message_attention, make, 1, 2**27, 1, head_dim=32),
     "message_attention heads": partial(calls.message_attention, make, 2, 64, 2**9, head_dim=128),

@@ -21,7 +21,7 @@ from launcher_cases import CASES, LAUNCHERS, random_cases  # noqa: E402
 from pointer_check import checked_pointers  # noqa: E402
 from programs import programs  # noqa: E402
 
-from benchmarks.static.calls import EPS  # noqa: E402
+from benchmarks.static.calls import EPS, frame_attention  # noqa: E402
 from benchmarks.static.gate import kernels  # noqa: E402
 from xclip_fast.kernels.clip_logits import clip_logits_fwd  # noqa: E402
 from xclip_fast.kernels.frame_attention import frame_attention_fwd  # noqa: E402
@@ -127,6 +127,9 @@ LONG = {
         repeated(count, 1, 2, 32), VECTORS[32], VECTORS[32], None, None, EPS
     ),
     "frame_attention": lambda count: frame_attention_fwd(repeated(count, 2, 96), repeated(count, 64), 1, True)[0],
+    "frame_attention head": lambda count: frame_attention(
+        lambda *shape, dtype: repeated(shape[0], *shape[1:]), count, 64, 1, training=False, numbers=(64, 0, 4, 2)
+    )[0],
     "prompt_attention": lambda count: prompt_attention_fwd(
         repeated(1, 2, 32), repeated(count, 3, 32), repeated(count, 3, 32), 1
     )[0],

@@ -112,8 +112,9 @@ def test_every_kernel_has_a_production_shape(oldest_of: dict[str, int]) -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_kernel_has_budgets(arch: int, oldest_of: dict[str, int]) -> None:
     compiled = {name for name, first in oldest_of.items() if first <= arch}
-    # nothing before sm_89 writes float8
-    assert kernels().keys() - compiled == ({"_quantize_rows_fwd_kernel"} if arch == 80 else set())
+    # nothing before sm_89 writes float8, nor before sm_90 has products that read keys where they are kept
+    newer = {"_quantize_rows_fwd_kernel", "_frame_attention_head_kernel"}
+    assert kernels().keys() - compiled == (newer if arch == 80 else set())
     for path in budget_file().parent.glob("*.json"):
         budgets = read_budgets(path)
         with_budget = {name.split(",")[0] for name in budgets if name.endswith(f"sm_{arch}")}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from xclip_fast import tuning
-from xclip_fast.kernels import frame_attention, layer_norm, linear_quick_gelu, message_attention
+from xclip_fast.kernels import frame_attention, frame_attention_bwd, layer_norm, linear_quick_gelu, message_attention
 from xclip_fast.ops import _backends
 from xclip_fast.tuning import Tunable
 
@@ -32,7 +32,8 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def using(function: Tunable, content: dict[str, Any] | None) -> Tunable:
         table = None if content is None else tuning.read(write(tmp_path / "table.json", **content))
         monkeypatch.setattr(tuning, "_read", table)
-        return Tunable(function.default, function.name, function.fixed, function.numbers, function.build)
+        facts = function.fixed, function.numbers, function.build, function.optional
+        return Tunable(function.default, function.name, *facts)
 
     return using
 
@@ -56,6 +57,15 @@ def test_results_of_other_kinds(use: Any) -> None:
     block = use(layer_norm.forward_block_shape, tiles("layer_norm", "768", [2, 1024]))
     assert block(768) == (2, 1024)
     assert type(block(768)) is tuple
+
+
+def test_keys_are_kept_where_they_can_be(use: Any) -> None:
+    table = {f"{tokens} 64 2": [64, 0, 4, 2] for tokens in (63, 64, 320, 321)} | {"197 64 2": [0, 0, 4, 2]}
+    found = use(frame_attention.forward_plan, {"tiles": {"frame_attention": table}})
+    assert [found(tokens, 64, 2).keeps_keys for tokens in (63, 64, 197, 320, 321)] == [False, True, False, True, False]
+    assert frame_attention.plan_numbers(found(64, 64, 2)) == [64, 0, 4, 2]
+    backward = use(frame_attention_bwd.key_gradient_plan, tiles("frame_attention_bwd_key", "64 64 2", [64, 0, 4, 2]))
+    assert backward(64, 64, 2) == backward.default(64, 64, 2)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from pointer_check import Launches
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from xclip_fast.kernels.frame_attention import Plan, forward_plan, frame_attention_fwd, padded_work
+from xclip_fast.kernels.frame_attention import KEPT_TOKENS, Plan, frame_attention_fwd, padded_work, plan, streamed_plan
 from xclip_fast.kernels.frame_attention_bwd import key_gradient_plan, query_gradient_plan
 from xclip_fast.ops import explain, frame_attention
 from xclip_fast.reference.vision import FrameAttention, attend_within_frame
 
-PLANS = [forward_plan, query_gradient_plan, key_gradient_plan]
+PLANS = [streamed_plan, query_gradient_plan, key_gradient_plan]
 
 # frames, tokens, heads, head dimension: tokens around each border of a block or a tail; several frames or heads, since
 # the gradient of one message holds too few numbers to compare the largest errors of two methods
@@ -387,13 +387,14 @@ def test_operations_are_counted() -> None:
 
 @pytest.mark.parametrize("tokens", [197, 257])
 def test_padding_costs_little(tokens: int) -> None:
-    assert 1.0 < padded_work(tokens) <= 1.12
-    assert padded_work(577) <= 1.14
+    assert 1.0 < padded_work(tokens, streamed_plan(tokens, 64, 2)) <= 1.12
+    assert padded_work(577, streamed_plan(577, 64, 2)) <= 1.14
 
 
 def test_padded_work_is_of_whole_tiles() -> None:
-    assert padded_work(50) == 64 * 64 / (50 * 51)
-    assert padded_work(257) == 272 * 272 / (257 * 258)
+    assert padded_work(50, streamed_plan(50, 64, 2)) == 64 * 64 / (50 * 51)
+    assert padded_work(257, streamed_plan(257, 64, 2)) == 272 * 272 / (257 * 258)
+    assert padded_work(257, plan(257, 64, 0, 4)) == 320 * 272 / (257 * 258)
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
@@ -415,6 +416,21 @@ def test_tiles_cover_each_row_once(make_plan, head_dim: int, element_size: int) 
         assert keys.body <= tokens < keys.body + keys.tail
         assert keys.tail <= keys.block
         assert {queries.block, keys.block, keys.tail, queries.tail or 16} <= {16, 32, 64, 128}
+
+
+def test_kept_keys_are_two_powers_of_two_and_a_tail() -> None:
+    for tokens in KEPT_TOKENS:
+        cut = plan(tokens, 64, 0, 4)
+        options = cut.options()
+        sides = [options[f"KEY_{part}"] for part in ("FIRST", "SECOND", "TAIL")]
+        assert all(side >= 16 and side & (side - 1) == 0 for side in sides)
+        assert sum(sides[:2]) == cut.keys.body <= tokens < cut.keys.body + cut.keys.tail
+        assert cut.queries.body - 64 < tokens <= cut.queries.body
+        assert cut.queries.tail == 0
+        assert cut.programs == 1
+    for tokens in (63, 321):
+        with pytest.raises(ValueError, match=f"keys of {tokens} tokens are not kept"):
+            plan(tokens, 64, 0, 4)
 
 
 def test_wrong_arguments_are_named() -> None:
