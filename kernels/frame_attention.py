@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
-from xclip_fast.kernels._launch import on_device_of
+from xclip_fast.kernels._launch import multiprocessors, on_device_of
 from xclip_fast.kernels.frame_attention_head import _frame_attention_head_kernel
 from xclip_fast.tuning import tunable
 
@@ -283,7 +283,7 @@ def frame_attention_fwd(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: b
     lse = torch.empty((frames, heads, tokens) if with_lse else 0, dtype=torch.float32, device=qkv.device)
     shape = tokens, width // heads, qkv.element_size()
     cut = forward_plan(*shape)
-    if cut.keeps_keys and not (keeps_keys(*shape) and _can_keep(qkv.device)):
+    if cut.keeps_keys and not (keeps_keys(*shape) and _can_keep(qkv.device, frames * heads)):
         cut = streamed_plan(*shape)
     attention_kernel = _frame_attention_head_kernel if cut.keeps_keys else _frame_attention_fwd_kernel
     if frames:
@@ -305,10 +305,13 @@ def frame_attention_fwd(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: b
     return out, lse
 
 
-def _can_keep(device: torch.device) -> bool:
+def _can_keep(device: torch.device, programs: int) -> bool:
     # older GPUs have no products that read keys in shared memory, and spill; on Blackwell the tensor memory of a
     # multiprocessor has room for one program; without a GPU are the interpreter and the static report
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    if device.type != "cuda":
+        return True
+    # of few heads each is better cut up, lest most multiprocessors wait for the others
+    return torch.cuda.get_device_capability(device)[0] == 9 and programs >= 2 * multiprocessors(device)
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.kernels._launch import as_rows, multiprocessors, on_device_of
 from xclip_fast.tuning import tunable
 
 # x * sigmoid(1.702 x) = x / (1 + 2^(-1.702 log2(e) x)): one exp2 and one division, where tl.sigmoid takes 13 operations
@@ -235,7 +234,7 @@ def _persists(x: Tensor, weight: Tensor) -> bool:
     if x.dtype == torch.float32 or x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] != 9:
         return False
     tiles = triton.cdiv(len(x), PERSISTENT.block_m) * triton.cdiv(len(weight), PERSISTENT.block_n)
-    if tiles < _multiprocessors(x.device):
+    if tiles < multiprocessors(x.device):
         return False
     sizes = x.stride(0), weight.stride(0), weight.shape[0]
     # a descriptor takes rows of whole 16 bytes, one behind another
@@ -243,16 +242,11 @@ def _persists(x: Tensor, weight: Tensor) -> bool:
     return aligned and x.stride(0) >= x.shape[1] <= weight.stride(0)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _launch_persistent(x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor) -> None:
     """Rows (M, K), (N, K), (N,) and (M, N), each with unit stride."""
     tile = PERSISTENT
     tiles = triton.cdiv(len(x), tile.block_m) * triton.cdiv(len(weight), tile.block_n)
-    programs = min(tiles, _multiprocessors(x.device))
+    programs = min(tiles, multiprocessors(x.device))
     with on_device_of(x):
         _linear_quick_gelu_persistent_kernel[(programs,)](
             x=TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),

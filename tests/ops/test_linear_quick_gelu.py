@@ -61,7 +61,7 @@ def test_persistent_parity(size: tuple[int, int, int], dtype: torch.dtype, monke
     kernels = importlib.import_module("xclip_fast.kernels.linear_quick_gelu")
     monkeypatch.setattr(kernels, "_persists", lambda *tensors: True)
     # three programs: some take several tiles, and one fewer than the others
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 3)
     check_op(linear_quick_gelu, arguments(*size, dtype), what="linear_quick_gelu", gradients=False, ceiling=1e-2)
 
 
