@@ -128,7 +128,12 @@ LONG = {
     ),
     "frame_attention": lambda count: frame_attention_fwd(repeated(count, 2, 96), repeated(count, 64), 1, True)[0],
     "frame_attention head": lambda count: frame_attention(
-        lambda *shape, dtype: repeated(shape[0], *shape[1:]), count, 64, 1, training=False, numbers=(64, 0, 4, 2)
+        lambda *shape, dtype: repeated(shape[0], *shape[1:]),
+        -(-count // 64),
+        64,
+        1,
+        training=False,
+        numbers=(64, 0, 4, 2),
     )[0],
     "prompt_attention": lambda count: prompt_attention_fwd(
         repeated(1, 2, 32), repeated(count, 3, 32), repeated(count, 3, 32), 1
