@@ -146,6 +146,17 @@ def test_changed_weights_are_packed_anew() -> None:
 
 
 @needs_cuda_extension
+@torch.inference_mode()
+def test_only_packed_weights_are_worth_the_extension() -> None:
+    inputs = arguments(*SHAPES[0], "bfloat16") | {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+    assert torch.equal(patch_embed(**inputs), patch_embed(**inputs, backend="triton"))
+    weights = (inputs[name] for name in ("weight", "class_embedding", "positions"))
+    packed = pack_for_cuda(*weights, affine(inputs["mean"], inputs["std"]))
+    wanted = patch_embed(**inputs, backend="extension")
+    assert torch.equal(patch_embed(**inputs, _packed=packed), wanted)
+
+
+@needs_cuda_extension
 def test_repeats_are_bit_equal() -> None:
     inputs = arguments(*LARGE[1], "bfloat16")
     first = patch_embed(**inputs, backend="extension")

@@ -4,9 +4,8 @@ A call goes from frames on the GPU, normalised or decoded bytes, to logits; clas
 operator that writes memory is one launch, also a cast or a reshape that has to copy; views and allocations are none.
 The fused ops say how many kernels they launch; attention counts as one, whatever backend would serve it.
 
-Bytes are counted as the compiled extension embeds them in half precision: as many kernels as for others, and in the
-layers the packing of the patch weights before them, at each call. Hugging Face's model takes none, and what normalises
-them is counted with it. The engine replays its kernels as one graph: they are counted, and not the copies of the frames
+Bytes are embedded by as many kernels as other frames. Hugging Face's model takes none, and what normalises them is
+counted with it. The engine replays its kernels as one graph: they are counted, and not the copies of the frames
 into it and of the logits out of it, two more a call.
 """
 
@@ -35,8 +34,6 @@ from xclip_fast.engine.packing import CUDA_REWRITES, Packing
 from xclip_fast.model import create_model
 from xclip_fast.ops import backend
 from xclip_fast.ops._folded_message import launches as folded_launches
-from xclip_fast.ops._patch_contract import affine
-from xclip_fast.ops._patch_extension import pack_for_cuda
 from xclip_fast.ops.message_attention import key_value_launches
 from xclip_fast.ops.message_attention import launches as message_launches
 from xclip_fast.ops.temporal_block import launches as temporal_launches
@@ -109,13 +106,7 @@ def layers(case: Case) -> Counter[str]:
     """Of the fused model."""
     config, dtype = config_of(case.variant, case.frames), getattr(torch, case.dtype)
     with torch.device("meta"):
-        model = create_model(config).to(dtype)
-        counted = _of_model(model, case)
-        if case.input == "uint8" and dtype != torch.float32:
-            visual, factors = model.visual, affine(config.pixel_mean, config.pixel_std)
-            tensors = visual.conv1.weight, visual.class_embedding, visual.positional_embedding
-            counted["pack_for_cuda"] += count(lambda: pack_for_cuda(*tensors, factors)).total()
-        return counted
+        return _of_model(create_model(config).to(dtype), case)
 
 
 def reference(case: Case) -> Counter[str]:

@@ -65,7 +65,9 @@ def patch_embed(
     mean, std = pixel_statistics(frames, mean, std)
     extension = _patch_extension.refusal(frames, weight)
     tensors = frames, weight, class_embedding, positions, norm_weight, norm_bias
-    chosen = choose("patch_embed", backend, *tensors, extension=extension)
+    # on a GPU packing takes as long as both kernels: only weights that are packed are worth it there
+    wins = frames.device.type != "cuda" or _packed is not None or kernel_refusal(*tensors) is not None
+    chosen = choose("patch_embed", backend, *tensors, extension=extension, extension_wins=wins)
     if chosen == "reference":
         return patch_embed_ref(*tensors, eps, mean, std, dtype)
     if chosen == "torch":
