@@ -142,7 +142,9 @@ def patch_embed_fwd(
     """
     wide = torch.promote_types(weight.dtype, dtype)
     matrix = weight.flatten(1)
-    matrix = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % PIECE))
+    if missing := -matrix.shape[1] % PIECE:
+        # no columns at all would be a copy
+        matrix = torch.nn.functional.pad(matrix, (0, missing))
     rows = patch_rows(pixels, weight.shape[-1], matrix.shape[1], affine, weight.dtype)
     # with a result to write to, so that autocast leaves the dtypes alone
     product = torch.mm(rows, matrix.T, out=rows.new_empty(len(rows), len(matrix)))

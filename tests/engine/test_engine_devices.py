@@ -13,7 +13,7 @@ from engine_cases import small_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xclip_fast.engine import Engine, api, cuda, heads
+from xclip_fast.engine import Engine, api, cuda
 from xclip_fast.engine.models import check_model
 from xclip_fast.model import create_model
 from xclip_fast.ops import _patch_extension
@@ -35,7 +35,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(api, "precision_of", lambda dtype, device: (*PRECISIONS[dtype], None))
     one_stream = cuda.Side(CPU)
-    for module in (api, cuda, heads):
+    for module in (api, cuda):
         monkeypatch.setattr(module, "Side", lambda device: one_stream)
     # the registered op has a fake, the extension's own operator has none
     monkeypatch.setattr(_patch_extension, "takes_packed", lambda frames, weight: False)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xclip_fast.engine import cuda
+from xclip_fast.engine import cuda, graphs
 from xclip_fast.engine.graphs import CudaGraph, GraphCache, bucket
 
 
@@ -132,8 +132,10 @@ class Cuda:
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
         self.now, before = stream.name, self.now
-        yield
-        self.now = before
+        try:
+            yield
+        finally:
+            self.now = before
 
     @contextmanager
     def graph(self, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
@@ -160,7 +162,20 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         "is_current_stream_capturing": lambda: fake.capturing,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(graphs, "_replayed", {})
     return fake
+
+
+def test_another_graph_waits_for_the_one_before(fake_cuda: Cuda) -> None:
+    example = torch.ones(2, 3)
+    one, two = (CudaGraph(lambda video: [video], example) for _ in range(2))
+    for graph in (one, two):
+        graph.graph.replay = lambda: None  # type: ignore[attr-defined]
+    fake_cuda.log.clear()
+    one(example)
+    two(example)
+    assert fake_cuda.log == ["main waits for an event", "main records an event"] * 2
+    assert len(graphs._replayed) == 1
 
 
 def test_a_graph_fills_its_input_and_hands_out_copies(fake_cuda: Cuda) -> None:
@@ -191,12 +206,24 @@ def test_side_work_starts_and_ends_in_order(fake_cuda: Cuda, capturing: bool, mo
     kept = []
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append(stream.name))
     side, ran = cuda.Side(torch.device("cuda")), []
-    result = side.begin(lambda: ran.append(fake_cuda.now) or torch.ones(1))
-    assert ran == ["side"]
-    assert fake_cuda.now == "main"
-    side.join(result)
+    with side.beside(lambda: ran.append(fake_cuda.now) or torch.ones(1)) as joined:
+        assert ran == ["side"]
+        assert fake_cuda.now == "main"
+        assert torch.equal(joined(), torch.ones(1))
     assert fake_cuda.log == ["side waits for main", "main waits for side"]
     assert kept == ([] if capturing else ["main"])
+
+
+@pytest.mark.parametrize("where", ["side", "main"])
+def test_an_exception_joins_what_is_apart(fake_cuda: Cuda, where: str) -> None:
+    def fail() -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    side = cuda.Side(torch.device("cuda"))
+    with pytest.raises(torch.OutOfMemoryError), side.beside(fail if where == "side" else lambda: torch.ones(1)):
+        fail()
+    assert fake_cuda.now == "main"
+    assert fake_cuda.log == ["side waits for main", "main waits for side"]
 
 
 def test_each_thread_has_a_side_stream(fake_cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +232,8 @@ def test_each_thread_has_a_side_stream(fake_cuda: Cuda, monkeypatch: pytest.Monk
 
     def work() -> None:
         for _ in range(2):
-            side.join(side.begin(lambda: torch.ones(1)))
+            with side.beside(lambda: torch.ones(1)) as joined:
+                joined()
         streams.append(side.local.stream)
 
     threads = [threading.Thread(target=work) for _ in range(2)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -149,14 +151,18 @@ def test_video_features_are_made_beside_the_prompts(model: XCLIP, monkeypatch: p
     engine = make_engine(model, CudaTower, ALL)
     order: list[str] = []
 
-    def logged(owner: Any, name: str) -> None:
-        run = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *arguments: (order.append(name), run(*arguments))[1])
+    beside, prompts = engine._side.beside, engine._heads._prompts
 
-    for owner, name in ((engine._side, "begin"), (engine._heads, "_prompts"), (engine._side, "join")):
-        logged(owner, name)
+    @contextmanager
+    def logged(work: Callable[[], Tensor]) -> Iterator[Callable[[], Tensor]]:
+        order.append("begin")
+        with beside(work) as joined:
+            yield lambda: (order.append("join"), joined())[1]
+
+    monkeypatch.setattr(engine._side, "beside", logged)
+    monkeypatch.setattr(engine._heads, "_prompts", lambda *given: (order.append("prompts"), prompts(*given))[1])
     engine(random_video(), random_tokens())
-    assert order == ["begin", "_prompts", "join"]
+    assert order == ["begin", "prompts", "join"]
     order.clear()
     engine.encode_video(random_video())
     assert order == ["begin", "join"]

@@ -128,7 +128,11 @@ class Engine:
         if narrow == "float8_e4m3fn" and (self.config.vision_width % 16 or self.config.vision_mlp_width % 16):
             raise InputError("an engine in float8_e4m3fn was asked for: widths must be multiples of 16; use bfloat16")
         rewrites = CUDA_REWRITES if self.device.type == "cuda" else CPU_REWRITES
-        self._packing = Packing(self.device, stream, rewrites if _rewrites is None else _rewrites, narrow, stored)
+        rewrites = rewrites if _rewrites is None else _rewrites
+        if stream == torch.float16:
+            # what waits for the division is as large as the message: beyond float16, where the message itself is not
+            rewrites -= {"message_product"}
+        self._packing = Packing(self.device, stream, rewrites, narrow, stored)
         self._model = weakref.ref(model)
         folder = None if text_cache is None else TextFolder(text_cache)
         with torch.no_grad(), self._quiet():
@@ -138,10 +142,12 @@ class Engine:
             self._tower: CpuTower | CudaTower
             if self.device.type == "cuda":
                 self._tower = CudaTower(model.visual, self.config, self._packing)
+                # what the tower does beside itself is joined before anything else begins
+                self._side = self._tower.side
             else:
                 self._tower = CpuTower(model.visual, self.config, self._packing, blocks=blocks)
+                self._side = Side(self.device)
             self._heads = Heads(model, self._packing)
-            self._side = Side(self.device)
             tower = TextTower(model, self._packing)
             encoder = b"" if folder is None else encoder_digest(model, self._packing)
             self._texts = KeptTexts(tower, self._heads.prepare, folder, encoder)
@@ -342,9 +348,9 @@ class Engine:
         """What ``then`` makes of the video features, which it asks for when it needs them, and the patch features."""
         classes, tokens = self._tower(video, patches=True)
         # beside the patches: few rows, and they meet at the logits. what the side reads lives as long as this call
-        integrated = self._side.begin(lambda: self._integrated(classes, video))
-        patches = self._heads.project_patches(tokens, video.shape[1], self._tower.lag)
-        return then(lambda: self._given(self._side.join(integrated)), self._given(patches))
+        with self._side.beside(lambda: self._integrated(classes, video)) as joined:
+            patches = self._heads.project_patches(tokens, video.shape[1], self._tower.lag)
+            return then(lambda: self._given(joined()), self._given(patches))
 
     def _integrated(self, classes: Tensor, video: Tensor) -> Tensor:
         features = self._tower.project(classes)

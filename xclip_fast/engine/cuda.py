@@ -7,7 +7,8 @@ in ``Side``.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -81,13 +82,13 @@ class _Block:
 
     def __call__(self, stream: _Stream, side: Side, class_row: bool) -> _Stream:
         """The stream behind the block, of the same tokens or of (B, T, 1, D); that before it may be written over."""
-        # the side reads what the stream was: its tensors live as long as this call
-        message_kv = side.begin(lambda: self.key_value(stream.class_tokens()))
         batch, frames, tokens, width = stream.tokens.shape
-        rows = stream.tokens.flatten(0, 2)
-        packed, rows = self._behind_norm(self.qkv, rows, stream.branch, self.norm_1, self.lag_1)
-        packed = packed.view(-1, tokens, 3 * width)
-        message_kv = side.join(message_kv)
+        # the side reads what the stream was: its tensors live as long as this call
+        with side.beside(lambda: self.key_value(stream.class_tokens())) as joined:
+            rows = stream.tokens.flatten(0, 2)
+            packed, rows = self._behind_norm(self.qkv, rows, stream.branch, self.norm_1, self.lag_1)
+            packed = packed.view(-1, tokens, 3 * width)
+            message_kv = joined()
         if class_row:
             mixed = self._mix_class(packed, message_kv)
             rows = rows[::tokens].contiguous()
@@ -141,30 +142,39 @@ def _added(product: Product, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor | 
 class Side:
     """Work beside the main stream; on the CPU it is simply done. Each thread has a stream of its own.
 
-    So what one thread captures is never mixed with what another runs.
+    So what one thread captures is not mixed with what another runs, as far as PyTorch's 32 streams reach.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.local = device, threading.local()
 
-    def begin(self, work: Callable[[], Tensor]) -> Tensor:
-        """Start work that reads what the main stream has made so far."""
+    @contextmanager
+    def beside(self, work: Callable[[], Tensor]) -> Iterator[Callable[[], Tensor]]:
+        """Start work that reads what the main stream has made so far; what is given joins it, and is its result.
+
+        An exception joins it too: a capture that ends while work is apart fails by that, and not by the exception.
+        """
         if self.device.type != "cuda":
-            return work()
+            result = work()
+            yield lambda: result
+            return
         if not hasattr(self.local, "stream"):
             self.local.stream = torch.cuda.Stream(self.device, priority=-1)
-        self.local.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.local.stream):
-            return work()
-
-    def join(self, result: Tensor) -> Tensor:
-        """The result, for the main stream."""
-        if self.device.type == "cuda":
-            main = torch.cuda.current_stream(self.device)
+        main = torch.cuda.current_stream(self.device)
+        self.local.stream.wait_stream(main)
+        try:
+            with torch.cuda.stream(self.local.stream):
+                result = work()
+            yield lambda: self._join(main, result)
+        except BaseException:
             main.wait_stream(self.local.stream)
-            # in a graph nothing but the graph's own order can reuse the memory
-            if not torch.cuda.is_current_stream_capturing():
-                result.record_stream(main)
+            raise
+
+    def _join(self, main: torch.cuda.Stream, result: Tensor) -> Tensor:
+        main.wait_stream(self.local.stream)
+        # in a graph nothing but the graph's own order can reuse the memory
+        if not torch.cuda.is_current_stream_capturing():
+            result.record_stream(main)
         return result
 
 
@@ -291,8 +301,7 @@ def _pack_message(
 ) -> tuple[dict[str, Any], tuple[Tensor, Tensor] | None]:
     """``_Block``'s message and message_kv, from the float64 rows (2D, D) and (2D,) of a message's key and value."""
     attention, norm = block.message_attn, block.message_ln
-    # what waits for the division is as large as the message: beyond float16, where the message itself is not
-    if "message_product" in packing.rewrites and packing.dtype != torch.float16:
+    if "message_product" in packing.rewrites:
         steps = (
             (exact(block.message_fc.weight), fc_bias),
             (exact(norm.weight), exact(norm.bias)),

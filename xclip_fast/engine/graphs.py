@@ -18,6 +18,9 @@ MAX_GRAPHS = 8
 MAX_PAIRS = 1 << 14  # of a video and a class in a graph: of more the buffers are large and the launches the least
 _TRIALS = 5  # of each way of running an odd batch
 _CAPTURE = threading.Lock()  # one at a time in a process: a capture begins by waiting for the whole device
+# replays of all graphs on a device run one behind another: what one thread captured shares its cuBLAS workspaces
+_REPLAY = threading.Lock()
+_replayed: dict[torch.device, torch.cuda.Event] = {}
 
 Pass = Callable[..., list[Tensor]]
 
@@ -30,7 +33,7 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A captured forward pass. One thread at a time runs it: its buffers are shared.
+    """A captured forward pass. One thread at a time queues one, and it waits for the one before: buffers are shared.
 
     Args:
         run: the forward pass, without a look at values.
@@ -49,19 +52,21 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.output = run(self.input)
-        self.done = torch.cuda.Event()
-        self.done.record(torch.cuda.current_stream(video.device))
-        self.lock = threading.Lock()
+        with _REPLAY:
+            replayed = _replayed.setdefault(video.device, torch.cuda.Event())
+            # the copy of the example, which a replay on another stream writes over
+            torch.cuda.current_stream(video.device).wait_event(replayed)
+            replayed.record(torch.cuda.current_stream(video.device))
 
     def __call__(self, video: Tensor) -> list[Tensor]:
-        with self.lock:
-            stream = torch.cuda.current_stream(video.device)
-            # a caller on another stream may still be reading the buffers
-            stream.wait_event(self.done)
+        with _REPLAY:
+            stream, replayed = torch.cuda.current_stream(video.device), _replayed[video.device]
+            # another stream may still replay this graph or another, or read its buffers
+            stream.wait_event(replayed)
             self.input.copy_(video)
             self.graph.replay()
             results = [x.clone() for x in self.output]
-            self.done.record(stream)
+            replayed.record(stream)
             return results
 
 

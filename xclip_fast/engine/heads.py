@@ -14,7 +14,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from xclip_fast.classes import class_chunks
 from xclip_fast.engine.block import PackedBlock
 from xclip_fast.engine.cpu import Norm
-from xclip_fast.engine.cuda import Side
 from xclip_fast.engine.packing import Packing, exact
 from xclip_fast.engine.products import Product
 from xclip_fast.engine.texts import EncodedTexts
@@ -80,7 +79,7 @@ class Heads:
         if lag is not None:
             # the op's norms read their vectors anyway
             packing = replace(packing, rewrites=packing.rewrites - {"norms"})
-        self.prompt_dtype, self.side = packing.dtype, Side(packing.device)
+        self.prompt_dtype = packing.dtype
         prompts = model.prompts_generator
         attentions = [layer.cross_attn for layer in prompts.decoder]
         self.heads = attentions[0].heads
@@ -176,22 +175,17 @@ class Heads:
         """What the prompts add to texts, before ``alpha`` and without ``lag``: (B, K, E)."""
         videos, (classes, width) = len(key_value), texts.features.shape
         query = texts.query if "prompt_query" in self.rewrites else self._first_query(texts.features)
-        # beside the first attention, which does not need it
-        rows = self.side.begin(lambda: self._copies(texts.features, videos))
+        # a copy for each video, in one pass: the products write over it
+        rows = texts.features.expand(videos, -1, -1)
+        rows = rows.to(self.prompt_dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
         for i, layer in enumerate(self.layers):
             if i:
                 query = layer.query(layer.norm_1(rows))
             key, value = key_value[:, :, i].unbind(2)
             mixed = prompt_attention(query.view(videos if i else 1, classes, width), key, value, self.heads)
-            rows = rows if i else self.side.join(rows)
             rows = layer.out.add(rows, mixed.reshape(rows.shape))
             rows = layer.projection.add(rows, layer.fc.activated(layer.norm_3(rows)))
         return rows.view(videos, classes, width)
-
-    def _copies(self, features: Tensor, videos: int) -> Tensor:
-        """Rows (videos K, E) of class texts (K, E), a copy for each video in one pass: the products write over it."""
-        rows = features.expand(videos, -1, -1)
-        return rows.to(self.prompt_dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
 
     def _first_query(self, features: Tensor) -> Tensor:
         return self.layers[0].query(self.layers[0].norm_1(features.to(self.prompt_dtype)))
