@@ -22,7 +22,7 @@ class OutOfBoundsError(AssertionError):
 
 @dataclass
 class Launches:
-    """Names of the kernels launched, in order, and the largest stride each kernel was given."""
+    """Names of the kernels launched, in order, and the largest stride of each that was given strides."""
 
     names: list[str] = field(default_factory=list)
     strides: dict[str, int] = field(default_factory=dict)
@@ -70,8 +70,10 @@ def checked_pointers() -> Iterator[Launches]:
         name = self.fn.__name__
         launches.names.append(name)
         strides = [value for key, value in kwargs.items() if key.endswith("_stride")]
-        launches.strides[name] = max([launches.strides.get(name, 0), *strides])
-        # a descriptor names its tensor
+        # a descriptor has the strides of its tensor, and names it
+        strides += [stride for value in kwargs.values() for stride in getattr(value, "strides", ())]
+        if strides:
+            launches.strides[name] = max(launches.strides.get(name, 0), *strides)
         values = (getattr(x, "base", x) for x in (*args, *kwargs.values()))
         spans[:] = [span(x) for x in values if isinstance(x, torch.Tensor)]
         return original[2](self, *args, **kwargs)

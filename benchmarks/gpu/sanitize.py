@@ -26,6 +26,7 @@ NAMES = (
     "_bwd_kernel",
     "_bwd_key_kernel",
     "_bwd_query_kernel",
+    "_head_kernel",
     "patch_rows_kernel",
 )
 FILTERS = [option for name in NAMES for option in ("--kernel-name", f"kns={name}")]

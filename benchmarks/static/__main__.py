@@ -20,7 +20,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 from rich.console import Console
 
-from benchmarks.static.build import SHARED, Build, compile_launch, measure, oldest
+from benchmarks.static.build import SHARED, Build, architectures, compile_launch, measure
 from benchmarks.static.cases import production_launches
 from benchmarks.static.gate import (
     BUDGETS,
@@ -41,7 +41,7 @@ def builds(arch: int, part: str, first: bool) -> list[Build]:
     seen: set[int] = set()
     found: list[Build] = []
     for shape, launch in production_launches(part):
-        if oldest(launch) > arch or (first and any(build.kernel == launch.name for build in found)):
+        if arch not in architectures(launch) or (first and any(build.kernel == launch.name for build in found)):
             continue
         compiled = compile_launch(launch, arch)
         if id(compiled) not in seen:

@@ -18,6 +18,7 @@ from triton.runtime.driver import driver
 
 from benchmarks.static.capture import Launch
 from xclip_fast.kernels.frame_attention_head import _frame_attention_head_kernel
+from xclip_fast.kernels.linear_quick_gelu import _linear_quick_gelu_persistent_fwd_kernel
 
 KILOBYTE = 1024
 REGISTERS = 65536
@@ -29,6 +30,15 @@ SHARED = {80: 164 * KILOBYTE, 90: 228 * KILOBYTE, 100: 228 * KILOBYTE}  # of a m
 # a warpgroup product takes 64 rows or more
 TALL = 64
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+# the instructions that matter: tensor cores, asynchronous copies, bulk copies either way, fast exponentials
+FEATURES = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG", "MUFU.EX2")
+# kernels that other architectures leave to another kernel
+TAKEN_ON = {
+    # products that read keys where they are kept
+    _frame_attention_head_kernel: (90, 100),
+    # measured on Hopper alone; four steps of operands need its shared memory
+    _linear_quick_gelu_persistent_fwd_kernel: (90,),
+}
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _PRODUCT = re.compile(r"tt\.dot\b.*-> tensor<(\d+)x\d+x")
@@ -78,9 +88,9 @@ class Build:
 
     @cached_property
     def features(self) -> tuple[str, ...]:
-        """The instructions that matter and are there: tensor cores, asynchronous copies, fast exponentials."""
+        """The instructions that matter and are there."""
         present = {_stem(name) for name in self.instructions}
-        return tuple(name for name in ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "MUFU.EX2") if name in present)
+        return tuple(name for name in FEATURES if name in present)
 
 
 def _stem(instruction: str) -> str:
@@ -89,12 +99,14 @@ def _stem(instruction: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "MUFU" else parts[0]
 
 
-def oldest(launch: Launch) -> int:
-    """The first architecture that makes a launch: no instruction before sm_89 writes e4m3."""
-    if launch.kernel is _frame_attention_head_kernel:
-        return 90
+def architectures(launch: Launch) -> tuple[int, ...]:
+    """Those that make a launch."""
+    if launch.kernel in TAKEN_ON:
+        return TAKEN_ON[launch.kernel]
     tensors = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
-    return 89 if any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors) else min(SHARED)
+    # no instruction before sm_89 writes e4m3
+    oldest = 89 if any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors) else min(SHARED)
+    return tuple(arch for arch in SHARED if arch >= oldest)
 
 
 class _Compiler:

@@ -19,7 +19,11 @@ from xclip_fast.kernels.folded_message import folded_message_fwd
 from xclip_fast.kernels.frame_attention import frame_attention_fwd
 from xclip_fast.kernels.frame_attention_bwd import frame_attention_bwd
 from xclip_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
-from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd, quick_gelu_bwd
+from xclip_fast.kernels.linear_quick_gelu import (
+    linear_quick_gelu_fwd,
+    linear_quick_gelu_persistent_fwd,
+    quick_gelu_bwd,
+)
 from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd, mean_norm_over_frames_fwd
 from xclip_fast.kernels.message_attention import message_attention_fwd, message_key_value_fwd
 from xclip_fast.kernels.patch_embed import patch_embed_fwd, patch_tokens
@@ -78,6 +82,14 @@ def linear_quick_gelu(make: Make, rows: int, width: int, hidden: int, *, trainin
         return [activated]
     grad = make(rows, hidden)
     return [activated, pre, *quick_gelu_bwd(grad, pre, False)[:1], *quick_gelu_bwd(grad, pre, True)]
+
+
+def linear_quick_gelu_persistent(
+    make: Make, rows: int, width: int, hidden: int, *, programs: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Forward alone; width and hidden are multiples of 8, so that rows begin where a descriptor takes them."""
+    x, weight, bias = make(rows, width, dtype=dtype), make(hidden, width, dtype=dtype), make(hidden, dtype=dtype)
+    return [linear_quick_gelu_persistent_fwd(x, weight, bias, programs)]
 
 
 def mean_norm_over_frames(

@@ -13,11 +13,13 @@ from benchmarks.static import calls
 from benchmarks.static.capture import Launch, captured_launches
 from xclip_fast.config import VARIANTS, XCLIPConfig
 from xclip_fast.kernels.frame_attention import KEPT_TOKENS
+from xclip_fast.kernels.linear_quick_gelu import tiles
 
 CLASSES = 400
 FRAMES = (8, 16, 32)
 # tiles depend on the rows: one video, enough of them to fill a GPU, more clips than one launch takes
 BATCHES = (1, 8, 32)
+MULTIPROCESSORS = 132  # of an H100 and an H200
 
 
 class Case(NamedTuple):
@@ -53,6 +55,10 @@ def _model(shape: str, config: XCLIPConfig, frames: int, batch: int) -> Iterator
         yield Case(f"{shape} {part} residual", partial(norm, residual=True))
         yield Case(f"{shape} {part}", partial(product, training=False))
         yield Case(f"{shape} {part} training", partial(product, training=True))
+        # on Hopper, where every program has a tile
+        if tiles(rows, 4 * width) >= MULTIPROCESSORS:
+            persistent = partial(calls.linear_quick_gelu_persistent, make, rows, width, 4 * width)
+            yield Case(f"{shape} {part} persistent", partial(persistent, programs=MULTIPROCESSORS))
     norm = partial(calls.layer_norm, make, images * tokens, wide)
     yield Case(f"{shape} constant", partial(norm, constant=True))
     yield Case(f"{shape} both", partial(norm, residual=True, constant=True))

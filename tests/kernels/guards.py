@@ -14,8 +14,10 @@ from benchmarks.static.calls import Make
 # of each side of a tensor; a multiple of every alignment
 GUARD_BYTES = 4096
 GUARD = 0xA5
+# elements that no number of bytes makes unaligned: a descriptor takes rows that begin at multiples of 16 bytes
+ALIGNED = 8
 # elements between the rows of an input
-GAP = 3
+GAP = ALIGNED
 # more than an int32 can count
 FAR = 2**31
 STEP = 2**20
@@ -107,7 +109,7 @@ def factories(axis: int) -> tuple[Make, Make]:
         # whole steps, so that the inputs lie between each other's rows
         strides[axis] = -(-FAR // (shape[axis] - 1) // STEP) * STEP
         place = storage.as_strided(shape, strides, used)
-        used += found.numel()
+        used += -(-found.numel() // ALIGNED) * ALIGNED
         assert used <= STEP
         return place.copy_(found)
 

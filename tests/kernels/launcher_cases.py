@@ -30,6 +30,16 @@ CASES: dict[str, Callable[..., Any]] = {
     "linear_quick_gelu": partial(calls.linear_quick_gelu, rows=70, width=40, hidden=72, training=False),
     "linear_quick_gelu training": partial(calls.linear_quick_gelu, rows=33, width=24, hidden=66, training=True),
     "linear_quick_gelu tiles": partial(calls.linear_quick_gelu, rows=64, width=64, hidden=128, training=True),
+    # several tiles a program, one fewer for the last; ends inside of tiles
+    "linear_quick_gelu_persistent": partial(
+        calls.linear_quick_gelu_persistent, rows=261, width=72, hidden=264, programs=4, dtype=torch.float16
+    ),
+    "linear_quick_gelu_persistent one": partial(
+        calls.linear_quick_gelu_persistent, rows=1, width=8, hidden=8, programs=3, dtype=torch.float16
+    ),
+    "linear_quick_gelu_persistent tiles": partial(
+        calls.linear_quick_gelu_persistent, rows=384, width=64, hidden=256, programs=5, dtype=torch.float16
+    ),
     "mean_norm_over_frames": partial(calls.mean_norm_over_frames, batch=2, frames=3, patches=5, width=40),
     "mean_norm_over_frames one": partial(calls.mean_norm_over_frames, batch=3, frames=1, patches=2, width=33),
     "mean_norm_over_frames residual": partial(
@@ -104,6 +114,12 @@ def random_cases(launcher: str, count: int, longest: int) -> Iterator[Callable[.
             )
             | {"rows": size(), "width": size()},
             "linear_quick_gelu": {"rows": size(), "width": size(), "hidden": size(), "training": flag()},
+            "linear_quick_gelu_persistent": {
+                "rows": size(),
+                "width": -(-size() // 8) * 8,
+                "hidden": -(-size() // 8) * 8,
+                "programs": draw.randint(1, 132),
+            },
             "mean_norm_over_frames": {
                 "batch": draw.randint(1, 3),
                 "frames": draw.randint(1, 5),

@@ -25,6 +25,7 @@ LARGEST: dict[str, Callable[[], Any]] = {
     "quantize_rows": partial(calls.quantize_rows, make, 2**28, 32, norm=True, residual=True, constant=True),
     "linear_quick_gelu rows": partial(calls.linear_quick_gelu, make, 2**27, 64, 64, training=True),
     "linear_quick_gelu columns": partial(calls.linear_quick_gelu, make, 2**13, 64, 2**20, training=True),
+    "linear_quick_gelu_persistent": partial(calls.linear_quick_gelu_persistent, make, 2**27, 8, 64, programs=2**31),
     "mean_norm_over_frames": partial(calls.mean_norm_over_frames, make, 2**13, 8, 2**12, 32),
     "mean_norm_over_frames videos": partial(calls.mean_norm_over_frames, make, 2**28, 1, 1, 32),
     "clip_logits": partial(calls.clip_logits, make, 2**13, 2**15, 32),
