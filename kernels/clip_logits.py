@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import on_device_of
+from xclip_fast.kernels._launch import kernel, on_device_of
 from xclip_fast.tuning import tunable
 
 # below this length a vector is divided by it instead, as torch.nn.functional.normalize does
@@ -68,7 +68,7 @@ def _length(square_sum):
     return tl.where(length < TINY, TINY, length)
 
 
-@triton.jit
+@kernel
 def _clip_logits_fwd_kernel(
     video_ptr,
     text_ptr,
@@ -119,7 +119,7 @@ def _clip_logits_fwd_kernel(
     tl.store(logits_ptr + batch * classes + row, logits, mask=row < classes)
 
 
-@triton.jit
+@kernel
 def _clip_logits_bwd_kernel(
     grad_ptr,
     video_ptr,

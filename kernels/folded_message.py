@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.kernels._launch import as_rows, kernel, on_device_of
 from xclip_fast.kernels.message_attention import FUSED_FRAMES, FUSED_TILE, LOG2_E, frame_block, launch_long
 from xclip_fast.kernels.skinny_linear import MAX_ROWS, dot_precision, skinny_linear
 
@@ -17,7 +17,7 @@ from xclip_fast.kernels.skinny_linear import MAX_ROWS, dot_precision, skinny_lin
 FUSED_HEADS = 32
 
 
-@triton.jit
+@kernel
 def _folded_message_fwd_kernel(
     first_ptr,
     shift_ptr,
@@ -70,7 +70,7 @@ def _folded_message_fwd_kernel(
     tl.store(out_ptr + row[:, None] * WIDTH + channel[None, :], attended.to(dtype), mask=inside)
 
 
-@triton.jit
+@kernel
 def _scaled_parts_fwd_kernel(
     x_ptr,
     bias_ptr,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
-from xclip_fast.kernels._launch import multiprocessors, on_device_of
+from xclip_fast.kernels._launch import kernel, multiprocessors, on_device_of
 from xclip_fast.kernels.frame_attention_head import _frame_attention_head_kernel
 from xclip_fast.tuning import tunable
 
@@ -208,7 +208,7 @@ def _attend(
         tl.store(lse_ptr + row, highest + tl.log2(total), mask=row < TOKENS)
 
 
-@triton.jit
+@kernel
 def _frame_attention_fwd_kernel(
     qkv_ptr,
     message_ptr,

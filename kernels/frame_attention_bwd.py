@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
-from xclip_fast.kernels._launch import on_device_of
+from xclip_fast.kernels._launch import kernel, on_device_of
 from xclip_fast.kernels.frame_attention import Plan, plan, plan_numbers, rows_contiguous, tuned_plan
 from xclip_fast.tuning import tunable
 
@@ -93,7 +93,7 @@ def _query_gradient(
     store_rows(grad_query_ptr, row, 3 * WIDTH, acc * HEAD_DIM**-0.5, TOKENS, HEAD_DIM, MASKED)
 
 
-@triton.jit
+@kernel
 def _frame_attention_bwd_query_kernel(
     qkv_ptr,
     message_ptr,
@@ -267,7 +267,7 @@ def _key_gradient(
     return grad_key * HEAD_DIM**-0.5, grad_value
 
 
-@triton.jit
+@kernel
 def _frame_attention_bwd_key_kernel(
     qkv_ptr,
     message_ptr,

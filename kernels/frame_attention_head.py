@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
+from xclip_fast.kernels._launch import kernel
 
 # the least a product of tensor cores gives
 SUM_COLUMNS = tl.constexpr(8)
@@ -27,7 +28,7 @@ def _weigh(scores, peak, value, acc, sums, SCALE: tl.constexpr):
     return acc, sums
 
 
-@triton.jit
+@kernel
 def _frame_attention_head_kernel(
     qkv_ptr,
     message_ptr,

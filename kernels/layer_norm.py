@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.kernels._launch import as_rows, cdiv, contiguous_like, kernel, on_device_of
 from xclip_fast.tuning import tunable
 
 # a program of the backward pass walks over many blocks of rows and writes one partial sum
 BACKWARD_PROGRAMS = 512
 
 
-@triton.jit
+@kernel
 def _layer_norm_fwd_kernel(
     x_ptr,
     residual_ptr,
@@ -61,7 +61,7 @@ def _layer_norm_fwd_kernel(
     tl.store(rstd_ptr + row, rstd, mask=in_row)
 
 
-@triton.jit
+@kernel
 def _layer_norm_bwd_kernel(
     grad_normed_ptr,
     grad_stream_ptr,
@@ -149,14 +149,14 @@ def layer_norm_fwd(
     flat = as_rows(x)
     rows, width = flat.shape
     added = None if residual is None else as_rows(residual)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stream = torch.empty(x.shape if residual is not None else 0, dtype=x.dtype, device=x.device)
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    normed = contiguous_like(x)
+    stream = x.new_empty(0) if residual is None else contiguous_like(x)
+    mean = x.new_empty(rows, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     block_rows, block_width = forward_block_shape(width)
     if rows:
         with on_device_of(x):
-            _layer_norm_fwd_kernel[(triton.cdiv(rows, block_rows),)](
+            _layer_norm_fwd_kernel[(cdiv(rows, block_rows),)](
                 x_ptr=flat,
                 residual_ptr=added,
                 constant_ptr=constant,
@@ -195,9 +195,9 @@ def layer_norm_bwd(
     grad_added = None if grad_stream is None else as_rows(grad_stream)
     rows, width = flat.shape
     block_rows, block_width = backward_block_shape(width)
-    programs = min(triton.cdiv(rows, block_rows), BACKWARD_PROGRAMS)
-    grad_x = torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
-    partial = torch.empty(programs, 3, width, dtype=torch.float32, device=stream.device)
+    programs = min(cdiv(rows, block_rows), BACKWARD_PROGRAMS)
+    grad_x = contiguous_like(stream)
+    partial = stream.new_empty(programs, 3, width, dtype=torch.float32)
     if rows:
         with on_device_of(stream):
             _layer_norm_bwd_kernel[(programs,)](

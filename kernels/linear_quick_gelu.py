@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from xclip_fast.kernels._launch import as_rows, multiprocessors, on_device_of
+from xclip_fast.kernels._launch import as_rows, kernel, multiprocessors, on_device_of
 from xclip_fast.tuning import tunable
 
 # x * sigmoid(1.702 x) = x / (1 + 2^(-1.702 log2(e) x)): one exp2 and one division, where tl.sigmoid takes 13 operations
@@ -67,7 +67,7 @@ def _tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + within % height, within // height
 
 
-@triton.jit
+@kernel
 def _linear_quick_gelu_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -178,7 +178,7 @@ def _linear_quick_gelu_persistent_fwd_kernel(
         _store_activated(third, fourth, bias_ptr, hidden, row, column + BLOCK_N // 2, HIDDEN, BLOCK_N // 4)
 
 
-@triton.jit
+@kernel
 def _quick_gelu_bwd_kernel(
     grad_ptr,
     pre_ptr,

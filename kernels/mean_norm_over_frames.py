@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import on_device_of
+from xclip_fast.kernels._launch import kernel, on_device_of
 from xclip_fast.kernels.layer_norm import BACKWARD_PROGRAMS, backward_block_shape
 
 # patches of which each program holds more frames: they leave multiprocessors idle anyway
@@ -69,7 +69,7 @@ def _normalise(x, in_width, eps, WIDTH: tl.constexpr):
     return centred * rstd[:, None], rstd
 
 
-@triton.jit
+@kernel
 def _mean_norm_over_frames_fwd_kernel(
     tokens_ptr,
     weight_ptr,
@@ -127,7 +127,7 @@ def _mean_norm_over_frames_fwd_kernel(
     tl.store(out_ptr + patch * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=in_width)
 
 
-@triton.jit
+@kernel
 def _mean_norm_over_frames_bwd_kernel(
     grad_ptr,
     tokens_ptr,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.kernels._launch import as_rows, kernel, on_device_of
 from xclip_fast.kernels.skinny_linear import (
     Norm,
     dot_precision,
@@ -53,7 +53,7 @@ def clip_extent(bounds_ptr, clip, longest, total_frames, RAGGED: tl.constexpr):
     return first, length
 
 
-@triton.jit
+@kernel
 def _message_attention_fwd_kernel(
     message_ptr,
     norm_weight_ptr,
@@ -134,7 +134,7 @@ def _message_attention_fwd_kernel(
     tl.store(out, attended.to(dtype), mask=in_clip[:, None])
 
 
-@triton.jit
+@kernel
 def _long_clip_attention_fwd_kernel(
     packed_ptr,
     bounds_ptr,

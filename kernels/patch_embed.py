@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.kernels._launch import as_rows, kernel, on_device_of
 from xclip_fast.kernels.layer_norm import forward_block_shape
 
 PIECE = 8  # columns that rows of patches are filled up to a multiple of: libraries want rows at 16 bytes
 GATHERED = 16, 128  # the most rows, and the columns, of a program of the gather
 
 
-@triton.jit
+@kernel
 def _patch_rows_fwd_kernel(
     frames_ptr,
     rows_ptr,
@@ -63,7 +63,7 @@ def _patch_rows_fwd_kernel(
     tl.store(out, x.to(rows_ptr.dtype.element_ty), mask=(k < WIDTH)[:, None] & in_row)
 
 
-@triton.jit
+@kernel
 def _patch_tokens_fwd_kernel(
     product_ptr,
     scale_ptr,

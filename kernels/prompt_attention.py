@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._frame_rows import LOG2_E
-from xclip_fast.kernels._launch import on_device_of
+from xclip_fast.kernels._launch import kernel, on_device_of
 from xclip_fast.kernels.frame_attention import _accumulate as accumulate
 from xclip_fast.tuning import tunable
 
@@ -55,7 +55,7 @@ def _load_tile(start_ptr, row, rows, row_stride, HEAD_DIM: tl.constexpr):
     return tl.load(start_ptr + row[:, None] * row_stride + column[None, :], mask=(row < rows)[:, None], other=0.0)
 
 
-@triton.jit
+@kernel
 def _prompt_attention_fwd_kernel(
     query_ptr,
     key_ptr,
@@ -97,7 +97,7 @@ def _prompt_attention_fwd_kernel(
     tl.store(lse_ptr + (video * HEADS + head) * classes + row, highest + tl.log2(total), mask=row < classes)
 
 
-@triton.jit
+@kernel
 def _prompt_attention_bwd_query_kernel(
     grad_ptr,
     query_ptr,
@@ -152,7 +152,7 @@ def _prompt_attention_bwd_query_kernel(
     tl.store(place, grad_query.to(grad_query_ptr.dtype.element_ty), mask=(row < classes)[:, None])
 
 
-@triton.jit
+@kernel
 def _prompt_attention_bwd_key_kernel(
     grad_ptr,
     query_ptr,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.kernels._launch import as_rows, kernel, on_device_of
 from xclip_fast.kernels.layer_norm import block_shape
 from xclip_fast.kernels.linear_quick_gelu import EXPONENT
 from xclip_fast.kernels.mean_norm_over_frames import _normalise
@@ -29,7 +29,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     return x / (1.0 + tl.exp2(x * EXPONENT))
 
 
-@triton.jit
+@kernel
 def _quantize_rows_fwd_kernel(
     x_ptr,
     residual_ptr,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.kernels._launch import as_rows, kernel, on_device_of
 from xclip_fast.kernels.layer_norm import layer_norm_fwd
 from xclip_fast.tuning import tunable
 
@@ -67,7 +67,7 @@ def normalised(x, mean, rstd, weight_ptr, bias_ptr, column, WIDTH: tl.constexpr)
     return ((x.to(tl.float32) - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]).to(x.dtype)
 
 
-@triton.jit
+@kernel
 def _skinny_linear_fwd_kernel(
     x_ptr,
     norm_weight_ptr,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from inspect import Signature, signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +31,8 @@ _asked: ContextVar[str | None] = ContextVar("xclip_fast.ops.backend", default=No
 # torch.compile sets no context variable, and reads none before PyTorch 2.14: there it sees what belongs to the thread
 _traced = threading.local()
 _COMPILE_READS_CONTEXT = torch.__version__ >= "2.14"
-_refusals: dict[str, Callable[..., str | None]] = {}
-_extension_refusals: dict[str, Callable[..., str | None]] = {}
+_Refusal = Callable[..., str | None] | None
+_explained: dict[str, tuple[Signature, _Refusal, _Refusal]] = {}
 
 
 @contextmanager
@@ -92,56 +95,77 @@ def choose(
     name = asked or _entered() or (_asked.get() if _COMPILE_READS_CONTEXT else None)
     if name in ("reference", "torch"):
         return name
-    if name is None and is_transformed():
+    transformed = is_transformed()
+    if name is not None:
+        _check_name(name)
+        reason = extension if name == "extension" else refusal or _tensor_refusal(tensors)
+        reason = _TRANSFORMED if transformed else reason
+        if reason is not None:
+            raise ValueError(f"{op}: the {name} backend was asked for, but {reason}; use backend='torch'")
+        return name
+    if transformed:
         # each of its lines has every derivative, which not even PyTorch's own attention has
         return "reference"
-    if name is None:
-        on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
-        tuned = tuned_backend(op, tensors) if on_gpu else None
-        if tuned == "torch" or (tuned == "triton" and (refusal or kernel_refusal(*tensors)) is None):
-            return tuned
-        if extension is None and extension_wins:
-            return "extension"
-    reason = refusal or kernel_refusal(*tensors)
-    if name == "extension":
-        reason = _TRANSFORMED if is_transformed() else extension
-    if name is None:
-        return "triton" if on_gpu and reason is None else "torch"
-    _check_name(name)
-    if reason is not None:
-        raise ValueError(f"{op}: the {name} backend was asked for, but {reason}; use backend='torch'")
-    return name
+    on_gpu = tensors[0] is not None and tensors[0].is_cuda
+    tuned = tuned_backend(op, tensors) if on_gpu else None
+    if tuned == "torch":
+        return tuned
+    # asked only where the answer is used
+    served = on_gpu and (tuned == "triton" or extension is not None or not extension_wins)
+    if served and (refusal or _tensor_refusal(tensors)) is None:
+        return "triton"
+    if extension is None and extension_wins:
+        return "extension"
+    return "torch"
 
 
 def kernel_refusal(*tensors: Tensor | None) -> str | None:
-    """Why the Triton kernels cannot take these tensors, or nothing; meta tensors are taken, to count launches."""
-    if is_transformed():
-        return _TRANSFORMED
+    """The reason why the Triton kernels cannot take these tensors, or None; meta tensors are taken, to be counted."""
+    return _TRANSFORMED if is_transformed() else _tensor_refusal(tensors)
+
+
+def _tensor_refusal(tensors: Sequence[Tensor | None]) -> str | None:
+    if _on_one_gpu(tensors):
+        return None
     present = [tensor for tensor in tensors if tensor is not None]
+    first = present[0]
     for tensor in present:
-        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
+        if tensor.dtype not in KERNEL_DTYPES and tensor.is_floating_point():
             return f"it takes float16, bfloat16 and float32, found {tensor.dtype}"
-    places = {tensor.device for tensor in present}
-    if len(places) > 1:
-        return f"the tensors are on several devices: {', '.join(sorted(map(str, places)))}"
-    kind = present[0].device.type
-    if kind == "meta":
+    place = first.device
+    if any(tensor.device != place for tensor in present):
+        return f"the tensors are on several devices: {', '.join(sorted({str(tensor.device) for tensor in present}))}"
+    if place.type == "meta":
         return None
     if not _TRITON_INSTALLED:
         return "triton is not installed"
-    if kind == "cpu" and interpreting():
+    if place.type == "cpu" and interpreting():
         if reason := interpreter_refusal():
             return reason
         if any(tensor.is_floating_point() and tensor.dtype not in INTERPRETED_DTYPES for tensor in present):
             return "Triton's interpreter computes bfloat16 wrongly"
         return None
-    if kind != "cuda":
-        return f"the tensors are on {kind}, and Triton needs a CUDA GPU (TRITON_INTERPRET=1 emulates one, slowly)"
-    return (
-        None
-        if torch.cuda.get_device_capability(present[0].device) >= (8, 0)
-        else "it needs compute capability 8.0 or newer"
-    )
+    if place.type != "cuda":
+        return f"the tensors are on {place.type}, and Triton needs a CUDA GPU (TRITON_INTERPRET=1 emulates one, slowly)"
+    return None if compute_capability(place) >= (8, 0) else "it needs compute capability 8.0 or newer"
+
+
+def _on_one_gpu(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether that is all there is to ask: the usual call, which every op makes."""
+    place = -1
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not tensor.is_cuda or tensor.dtype not in KERNEL_DTYPES or place not in (-1, tensor.get_device()):
+            return False
+        place = tensor.get_device()
+    return _TRITON_INSTALLED and compute_capability(torch.device("cuda", place)) >= (8, 0)
+
+
+@cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU."""
+    return torch.cuda.get_device_capability(device)
 
 
 def is_transformed() -> bool:
@@ -176,41 +200,65 @@ def _minor(version: str) -> tuple[int, int]:
 
 
 def runs_kernels(tensor: Tensor) -> bool:
-    """Whether a registered op called directly on this tensor executes Triton (else the torch formulation)."""
-    return kernel_refusal(tensor) is None and tensor.device.type != "meta"
+    """Whether a registered op called directly on this tensor executes Triton, or falls back to plain PyTorch."""
+    if tensor.is_cuda:
+        known = tensor.dtype in KERNEL_DTYPES or not tensor.is_floating_point()
+        return known and _TRITON_INSTALLED and compute_capability(tensor.device) >= (8, 0)
+    return not tensor.is_meta and kernel_refusal(tensor) is None
 
 
-def explains(op: str, *, extension: bool = False) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
-    """Register the function that tells why the kernels, or the extension, cannot serve a call with these arguments."""
+def explains(
+    op: Callable[..., Any],
+    refusal: Callable[..., str | None] | None = None,
+    *,
+    extension: Callable[..., str | None] | None = None,
+) -> None:
+    """Let ``explain`` know a public op.
 
-    def register(function: Callable[..., str | None]) -> Callable[..., str | None]:
-        (_extension_refusals if extension else _refusals)[op] = function
-        return function
-
-    return register
+    Args:
+        op: the public function.
+        refusal: the reason why its kernels cannot serve a call's sizes, or None; its parameters are some of the op's.
+        extension: the same of the compiled extension.
+    """
+    _explained[op.__name__] = signature(op), refusal, extension
 
 
 def explain(op: str, *args: object, **kwargs: object) -> dict[str, str | None]:
-    """Why each backend can or cannot serve a call of an op.
+    """The reason why each backend cannot serve a call of an op, or None where it can.
 
     Args:
         op: name of the op, as in ``xclip_fast.ops``.
         args, kwargs: the arguments the op would be called with.
 
     Returns:
-        Backend name to the reason it cannot serve the call, or None where it can.
+        Backend name to reason or None.
 
     Raises:
         ValueError: there is no such op.
+        TypeError: the op does not take these arguments.
+
+    Example:
+        >>> x, vector = torch.randn(4, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+        >>> explain("layer_norm", x, vector, vector)["triton"]
+        'it takes float16, bfloat16 and float32, found torch.float64'
     """
-    if op not in _refusals:
-        raise ValueError(f"unknown op {op!r}: choose one of {', '.join(sorted(_refusals))}")
-    compiled = _extension_refusals.get(op)
+    if op not in _explained:
+        raise ValueError(f"unknown op {op!r}: choose one of {', '.join(sorted(_explained))}")
+    known, refusal, extension = _explained[op]
+    bound = known.bind(*args, **kwargs)
+    bound.apply_defaults()
+    found = bound.arguments
+
+    def ask(function: Callable[..., str | None]) -> str | None:
+        return function(**{name: found[name] for name in signature(function).parameters})
+
+    flat = [one for value in found.values() for one in (value if isinstance(value, tuple) else (value,))]
+    tensors = [value for value in flat if isinstance(value, Tensor)]
     return {
         "reference": None,
         "torch": None,
-        "triton": _refusals[op](*args, **kwargs),
-        "extension": compiled(*args, **kwargs) if compiled else NO_EXTENSION,
+        "triton": (refusal and ask(refusal)) or kernel_refusal(*tensors),
+        "extension": ask(extension) if extension else NO_EXTENSION,
     }
 
 

@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn import functional
-from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import exact_dtype
-from xclip_fast.ops._fake import register_fake
 from xclip_fast.ops._frames import Clips, attention_refusal, check_heads
+from xclip_fast.ops._register import fused_op
 
 
 class Folded(NamedTuple):
@@ -101,7 +99,7 @@ def folded_message(
     refusal = attention_refusal(class_tokens.shape[-1], heads)
     if choose("folded_message", backend, class_tokens, *weights, refusal=refusal) != "triton":
         return folded_message_ref(class_tokens, *weights, heads, eps, pair_eps)
-    return torch.ops.xclip_fast.folded_message(class_tokens, *weights, heads, eps, pair_eps)
+    return folded_message_op(class_tokens, *weights, heads, eps, pair_eps)
 
 
 def folded_message_ref(
@@ -134,8 +132,18 @@ def _inverse_deviation(x: Tensor, eps: float) -> Tensor:
     return ((wide - wide.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
-@custom_op("xclip_fast::folded_message", mutates_args=())
-def _folded_message(
+def _fake(class_tokens: Tensor, *_: object) -> Tensor:
+    return class_tokens.new_empty(*class_tokens.shape[:-1], 2 * class_tokens.shape[-1])
+
+
+def _flops(class_shape: Any, *_: object, **kwargs: object) -> int:
+    """Nine products of D by D a frame, and its attention to the frames of its clip."""
+    frames, width = class_shape[-2:]
+    return math.prod(class_shape[:-1]) * (18 * width**2 + 4 * frames * width)
+
+
+@fused_op("folded_message", launcher="folded_message.folded_message_fwd", fake=_fake, flops=_flops)
+def folded_message_op(
     class_tokens: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -148,23 +156,7 @@ def _folded_message(
     pair_eps: float,
 ) -> Tensor:
     arguments = class_tokens, weight, bias, shift, out_weight, out_bias, pair_shift, heads, eps, pair_eps
-    if runs_kernels(class_tokens):
-        from xclip_fast.kernels.folded_message import folded_message_fwd
-
-        return folded_message_fwd(*arguments)
     return folded_message_ref(*arguments)
-
-
-@register_fake("xclip_fast::folded_message")
-def _folded_message_fake(class_tokens: Tensor, *_: object) -> Tensor:
-    return class_tokens.new_empty(*class_tokens.shape[:-1], 2 * class_tokens.shape[-1])
-
-
-@register_flop_formula(torch.ops.xclip_fast.folded_message)
-def _flops(class_shape: Any, *_: object, **kwargs: object) -> int:
-    """Nine products of D by D a frame, and its attention to the frames of its clip."""
-    frames, width = class_shape[-2:]
-    return math.prod(class_shape[:-1]) * (18 * width**2 + 4 * frames * width)
 
 
 def launches(*arguments: Any) -> int:
@@ -172,13 +164,6 @@ def launches(*arguments: Any) -> int:
     from xclip_fast.kernels.folded_message import launches
 
     return launches(*arguments)
-
-
-@explains("folded_message")
-def _refusal(
-    class_tokens: Tensor, weights: Folded, heads: int, *, eps: float = 1e-5, pair_eps: float = 1e-5
-) -> str | None:
-    return attention_refusal(class_tokens.shape[-1], heads) or kernel_refusal(class_tokens, *weights)
 
 
 def _check(class_tokens: Tensor, weights: Folded, heads: int) -> None:
@@ -193,3 +178,6 @@ def _check(class_tokens: Tensor, weights: Folded, heads: int) -> None:
             raise ValueError(
                 f"{name} must be {dtype} {shape} to fit class_tokens, found {tensor.dtype} {tuple(tensor.shape)}"
             )
+
+
+explains(folded_message, lambda class_tokens, heads: attention_refusal(class_tokens.shape[-1], heads))

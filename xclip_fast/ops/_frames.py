@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xclip_fast.ops._dtypes import exact_dtype
-from xclip_fast.ops.layer_norm import MAX_WIDTH, layer_norm_ref
+from xclip_fast.ops.layer_norm import MAX_WIDTH, layer_norm_backward_op, layer_norm_op, layer_norm_ref
 
 HEAD_DIMS = (32, 64, 128)  # tiles of the kernels
 
@@ -85,7 +85,7 @@ def frames_attention_backward(
 
     The products run in the dtype of the rows, everything among the frames of a clip in float32: its share is tiny.
     """
-    normed, _, mean, rstd = torch.ops.xclip_fast.layer_norm(rows, norm_weight, norm_bias, None, None, eps)
+    normed, _, mean, rstd = layer_norm_op(rows, norm_weight, norm_bias, None, None, eps)
     packed = torch.addmm(in_proj_bias, normed, in_proj_weight.t())
     clips = Clips.of(rows, cu_frames, longest)
     query, key, value = clips.split(packed.to(mean.dtype), heads, 3)
@@ -100,9 +100,7 @@ def frames_attention_backward(
     grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * scale
     grads = (grad_scores @ key, grad_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ grad_attended)
     grad_packed = torch.cat([clips.merge(part) for part in grads], -1).to(rows.dtype)
-    grad_rows, vectors = torch.ops.xclip_fast.layer_norm_backward(
-        grad_packed @ in_proj_weight, grad, rows, norm_weight, None, mean, rstd
-    )
+    grad_rows, vectors = layer_norm_backward_op(grad_packed @ in_proj_weight, grad, rows, norm_weight, None, mean, rstd)
     return [
         grad_rows,
         vectors,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn import functional
-from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._backends import choose, explains, interpreting, kernel_refusal, runs_kernels
+from xclip_fast.ops._backends import choose, compute_capability, explains, interpreting
 from xclip_fast.ops._dtypes import exact_dtype
-from xclip_fast.ops._fake import register_fake
+from xclip_fast.ops._register import fused_op
 from xclip_fast.ops.layer_norm import layer_norm_ref, size_refusal
 from xclip_fast.ops.linear_quick_gelu import SLOPE
 
@@ -59,7 +57,7 @@ def quantize_rows(
         return quantize_rows_ref(*tensors, eps, activation)
     if chosen == "torch":
         return _quantize_rows_torch(*tensors, eps, activation)
-    quantized, scale, stream = torch.ops.xclip_fast.quantize_rows(*tensors, eps, activation)
+    quantized, scale, stream = quantize_rows_op(*tensors, eps, activation)
     return quantized, scale, x if residual is None else stream
 
 
@@ -116,27 +114,16 @@ def _quantize_rows_torch(
     return (wide * scale.reciprocal()).to(torch.float8_e4m3fn), scale, stream
 
 
-@custom_op("xclip_fast::quantize_rows", mutates_args=())
-def _quantize_rows(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    constant: Tensor | None,
-    eps: float,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantized, scale and stream, which is empty without a residual."""
-    if runs_kernels(x) and _float8_refusal(x) is None:
-        from xclip_fast.kernels.quantize_rows import quantize_rows_fwd
-
-        return quantize_rows_fwd(x, weight, bias, residual, constant, eps, activation)
-    quantized, scale, stream = _quantize_rows_torch(x, weight, bias, residual, constant, eps, activation)
-    return quantized, scale, x.new_empty(0) if residual is None else stream
+def _float8_refusal(x: Tensor) -> str | None:
+    """Why the kernel cannot write float8 on the device of ``x``, or nothing."""
+    if x.device.type == "cuda" and compute_capability(x.device) < (8, 9):
+        return "float8 needs compute capability 8.9 or newer"
+    if x.device.type == "cpu" and interpreting():
+        return "Triton's interpreter rounds float8 wrongly"
+    return None
 
 
-@register_fake("xclip_fast::quantize_rows")
-def _quantize_rows_fake(
+def _fake(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -150,33 +137,19 @@ def _quantize_rows_fake(
     return quantized, scale, x.new_empty(0 if residual is None else x.shape)
 
 
-@register_flop_formula(torch.ops.xclip_fast.quantize_rows)
-def _flops(*args: object, **kwargs: object) -> int:
-    """No product."""
-    return 0
-
-
-@explains("quantize_rows")
-def _refusal(
+@fused_op("quantize_rows", launcher="quantize_rows.quantize_rows_fwd", fake=_fake, refusal=_float8_refusal)
+def quantize_rows_op(
     x: Tensor,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    constant: Tensor | None = None,
-    eps: float = 1e-5,
-    activation: str | None = None,
-) -> str | None:
-    return size_refusal(x) or kernel_refusal(x, weight, bias, residual, constant) or _float8_refusal(x)
-
-
-def _float8_refusal(x: Tensor) -> str | None:
-    """Why the kernel cannot write float8 on the device of ``x``, or nothing."""
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
-        return "float8 needs compute capability 8.9 or newer"
-    if x.device.type == "cpu" and interpreting():
-        return "Triton's interpreter rounds float8 wrongly"
-    return None
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    constant: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized, scale and stream, which is empty without a residual."""
+    quantized, scale, stream = _quantize_rows_torch(x, weight, bias, residual, constant, eps, activation)
+    return quantized, scale, x.new_empty(0) if residual is None else stream
 
 
 def _check(
@@ -205,3 +178,6 @@ def _check(
         )
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+
+
+explains(quantize_rows, lambda x: size_refusal(x) or _float8_refusal(x))

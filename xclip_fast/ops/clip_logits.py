@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd
 from torch.nn.functional import normalize
-from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
-from xclip_fast.ops._fake import register_fake
+from xclip_fast.ops._register import fused_op
 from xclip_fast.ops.layer_norm import size_refusal
 
 
@@ -51,7 +51,7 @@ def clip_logits(
         return clip_logits_ref(*tensors)
     if chosen == "torch":
         return _clip_logits_torch(*tensors)
-    return torch.ops.xclip_fast.clip_logits(*tensors)
+    return clip_logits_op(*tensors)
 
 
 def clip_logits_ref(
@@ -77,59 +77,54 @@ def _clip_logits_torch(
     return (logit_scale.to(exact).exp() * dots / lengths).to(text.dtype)
 
 
-@custom_op("xclip_fast::clip_logits", mutates_args=())
-def _clip_logits(
-    video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
-) -> Tensor:
-    if runs_kernels(video):
-        from xclip_fast.kernels.clip_logits import clip_logits_fwd
-
-        return clip_logits_fwd(video, text, prompts, alpha, logit_scale, residual)
-    return clip_logits_ref(video, text, prompts, alpha, logit_scale, residual)
-
-
-@register_fake("xclip_fast::clip_logits")
-def _clip_logits_fake(
+def _fake(
     video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
 ) -> Tensor:
     return text.new_empty(prompts.shape[:2])
 
 
-@custom_op("xclip_fast::clip_logits_backward", mutates_args=())
-def _clip_logits_backward(
-    grad: Tensor,
-    video: Tensor,
-    text: Tensor,
-    prompts: Tensor,
-    alpha: Tensor,
-    logit_scale: Tensor,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the normalised videos, text, prompts, alpha and logit_scale; all but the texts' not rounded."""
-    if runs_kernels(video):
-        from xclip_fast.kernels.clip_logits import clip_logits_bwd
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
 
-        return clip_logits_bwd(grad, video, text, prompts, alpha, logit_scale, residual)
-    exact = exact_dtype(video.dtype)
-    prompted = prompts.to(exact) if residual is None else prompts.to(exact) + residual
-    adapted = text.to(exact) + alpha * prompted
-    length = torch.linalg.vector_norm(adapted, dim=-1, keepdim=True).clamp_min(1e-12)
-    direction = adapted / length
-    unit = normalize(video.to(exact), dim=-1).unsqueeze(1)
-    cosine = (direction * unit).sum(-1, keepdim=True)
-    scaled = grad.to(exact).unsqueeze(-1) * logit_scale.to(exact).exp()
-    grad_adapted = scaled / length * (unit - cosine * direction)
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    video, _, _, alpha, logit_scale, residual = ctx.saved_tensors
+    grad_unit, grad_text, grad_prompts, grad_alpha, grad_scale = clip_logits_backward_op(grad, *ctx.saved_tensors)
+    # through the normalisation of the videos: B rows, left to torch
+    exact = video.to(grad_unit.dtype)
+    length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).clamp_min(1e-12)
+    unit = exact / length
+    grad_video = (grad_unit - (grad_unit * unit).sum(-1, keepdim=True) * unit) / length
     return (
-        (scaled * direction).sum(1),
-        grad_adapted.sum(0).to(text.dtype),
-        (grad_adapted * alpha).to(prompts.dtype),
-        (grad_adapted * prompted).sum((0, 1)),
-        (scaled * cosine).sum(),
+        grad_video.to(video.dtype),
+        grad_text,
+        grad_prompts,
+        grad_alpha.to(alpha.dtype),
+        grad_scale.to(logit_scale.dtype),
+        None if residual is None else grad_prompts,
     )
 
 
-@register_fake("xclip_fast::clip_logits_backward")
-def _clip_logits_backward_fake(
+def _flops(video_shape: Any, text_shape: Any, prompts_shape: Any, *args: object, **kwargs: object) -> int:
+    """One dot product a video and class."""
+    return 2 * torch.Size(prompts_shape).numel()
+
+
+@fused_op(
+    "clip_logits",
+    launcher="clip_logits.clip_logits_fwd",
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    flops=_flops,
+)
+def clip_logits_op(
+    video: Tensor, text: Tensor, prompts: Tensor, alpha: Tensor, logit_scale: Tensor, residual: Tensor | None
+) -> Tensor:
+    return clip_logits_ref(video, text, prompts, alpha, logit_scale, residual)
+
+
+def _backward_fake(
     grad: Tensor,
     video: Tensor,
     text: Tensor,
@@ -148,56 +143,40 @@ def _clip_logits_backward_fake(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    video, _, _, alpha, logit_scale, residual = ctx.saved_tensors
-    grad_unit, grad_text, grad_prompts, grad_alpha, grad_scale = torch.ops.xclip_fast.clip_logits_backward(
-        grad, *ctx.saved_tensors
-    )
-    # through the normalisation of the videos: B rows, left to torch
-    exact = video.to(grad_unit.dtype)
-    length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).clamp_min(1e-12)
-    unit = exact / length
-    grad_video = (grad_unit - (grad_unit * unit).sum(-1, keepdim=True) * unit) / length
-    return (
-        grad_video.to(video.dtype),
-        grad_text,
-        grad_prompts,
-        grad_alpha.to(alpha.dtype),
-        grad_scale.to(logit_scale.dtype),
-        None if residual is None else grad_prompts,
-    )
-
-
-register_autograd("xclip_fast::clip_logits", _backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.xclip_fast.clip_logits)
-def _flops(video_shape, text_shape, prompts_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
-    """One dot product a video and class."""
-    return 2 * torch.Size(prompts_shape).numel()
-
-
-@register_flop_formula(torch.ops.xclip_fast.clip_logits_backward)
-def _backward_flops(grad_shape, video_shape, text_shape, prompts_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
+def _backward_flops(
+    grad_shape: Any, video_shape: Any, text_shape: Any, prompts_shape: Any, *args: object, **kwargs: object
+) -> int:
     """Two, one for each factor."""
     return 4 * torch.Size(prompts_shape).numel()
 
 
-@explains("clip_logits")
-def _refusal(
+@fused_op("clip_logits_backward", launcher="clip_logits.clip_logits_bwd", fake=_backward_fake, flops=_backward_flops)
+def clip_logits_backward_op(
+    grad: Tensor,
     video: Tensor,
     text: Tensor,
     prompts: Tensor,
     alpha: Tensor,
     logit_scale: Tensor,
-    *,
-    residual: Tensor | None = None,
-) -> str | None:
-    return size_refusal(video) or kernel_refusal(video, text, prompts, alpha, logit_scale, residual)
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the normalised videos, text, prompts, alpha and logit_scale; all but the texts' not rounded."""
+    exact = exact_dtype(video.dtype)
+    prompted = prompts.to(exact) if residual is None else prompts.to(exact) + residual
+    adapted = text.to(exact) + alpha * prompted
+    length = torch.linalg.vector_norm(adapted, dim=-1, keepdim=True).clamp_min(1e-12)
+    direction = adapted / length
+    unit = normalize(video.to(exact), dim=-1).unsqueeze(1)
+    cosine = (direction * unit).sum(-1, keepdim=True)
+    scaled = grad.to(exact).unsqueeze(-1) * logit_scale.to(exact).exp()
+    grad_adapted = scaled / length * (unit - cosine * direction)
+    return (
+        (scaled * direction).sum(1),
+        grad_adapted.sum(0).to(text.dtype),
+        (grad_adapted * alpha).to(prompts.dtype),
+        (grad_adapted * prompted).sum((0, 1)),
+        (scaled * cosine).sum(),
+    )
 
 
 def _check(
@@ -227,3 +206,6 @@ def _check(
         raise ValueError(f"alpha must have shape ({width},) to fit video, found {tuple(alpha.shape)}")
     if logit_scale.numel() != 1 or logit_scale.ndim != 0:
         raise ValueError(f"logit_scale must be a scalar tensor, found shape {tuple(logit_scale.shape)}")
+
+
+explains(clip_logits, lambda video: size_refusal(video))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd
-from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops import _attention_extension
-from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
-from xclip_fast.ops._fake import register_fake
+from xclip_fast.ops._register import fused_op
 
 HEAD_DIMS = (32, 64, 128)  # a head is one power of two of columns in a kernel's tile
 
@@ -48,7 +47,7 @@ def frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, *, backend: str
         backend,
         qkv,
         message_kv,
-        refusal=_size_refusal(qkv, heads),
+        refusal=size_refusal(qkv, heads),
         extension=_attention_extension.refusal(qkv, message_kv, heads),
         # its backward pass is the one below, in float32: for long frames slower than that of PyTorch's own attention
         extension_wins=not with_lse,
@@ -57,7 +56,7 @@ def frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, *, backend: str
         return frame_attention_ref(qkv, message_kv, heads)
     if chosen == "torch":
         return _frame_attention_torch(qkv, message_kv, heads)
-    return torch.ops.xclip_fast.frame_attention(qkv, message_kv, heads, with_lse, chosen == "extension")[0]
+    return frame_attention_op(qkv, message_kv, heads, with_lse, chosen == "extension")[0]
 
 
 def frame_attention_ref(qkv: Tensor, message_kv: Tensor, heads: int) -> Tensor:
@@ -81,26 +80,24 @@ def _query_key_value(qkv: Tensor, message_kv: Tensor, heads: int) -> tuple[Tenso
     return query, key, value
 
 
-@custom_op("xclip_fast::frame_attention", mutates_args=())
-def _frame_attention(
-    qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool = True, extension: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The rows, and the base 2 log-sum-exp of the scores as (F, heads, S), not rounded; empty where not asked for."""
-    if extension:
-        scale = (qkv.shape[-1] // 3 // heads) ** -0.5
-        return _attention_extension.frame_attention_fwd(qkv, message_kv, heads, qkv.shape[1], scale, with_lse)
-    if runs_kernels(qkv) and _size_refusal(qkv, heads) is None:
-        from xclip_fast.kernels.frame_attention import frame_attention_fwd
-
-        return frame_attention_fwd(qkv, message_kv, heads, with_lse)
-    out = _frame_attention_torch(qkv, message_kv, heads).contiguous()
-    if not with_lse:
-        return out, _no_lse(qkv)
-    return out, _scores(qkv, message_kv, heads).logsumexp(dim=-1) * math.log2(math.e)
+def size_refusal(qkv: Tensor, heads: int) -> str | None:
+    head_dim = qkv.shape[-1] // 3 // heads
+    if head_dim in HEAD_DIMS:
+        return None
+    return f"it takes heads of {', '.join(map(str, HEAD_DIMS))} numbers, found {head_dim}"
 
 
-@register_fake("xclip_fast::frame_attention")
-def _frame_attention_fake(
+def _launch(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool, extension: bool) -> tuple[Tensor, Tensor]:
+    from xclip_fast.kernels.frame_attention import frame_attention_fwd
+
+    return frame_attention_fwd(qkv, message_kv, heads, with_lse)
+
+
+def _kernel_refusal(qkv: Tensor, heads: int, extension: bool) -> str | None:
+    return "the extension was asked for" if extension else size_refusal(qkv, heads)
+
+
+def _fake(
     qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool = True, extension: bool = False
 ) -> tuple[Tensor, Tensor]:
     frames, tokens, packed = qkv.shape
@@ -108,15 +105,75 @@ def _frame_attention_fake(
     return qkv.new_empty(frames, tokens, packed // 3), lse
 
 
-@custom_op("xclip_fast::frame_attention_backward", mutates_args=())
-def _frame_attention_backward(
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    qkv, message_kv, heads, with_lse, _ = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, message_kv, out, lse)
+    ctx.heads, ctx.with_lse = heads, with_lse
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
+    if grad is None:
+        return (None,) * 5
+    if not ctx.with_lse:
+        raise ValueError("frame_attention was called with with_lse=False, which has no backward pass")
+    grads = frame_attention_backward_op(grad, *ctx.saved_tensors, ctx.heads)
+    return *grads, None, None, None
+
+
+def _flops(qkv_shape: torch.Size, message_shape: torch.Size, heads: int, *args: object, **kwargs: object) -> int:
+    """Two products of S queries with S + 1 keys."""
+    frames, tokens, packed = qkv_shape
+    return 4 * frames * tokens * (tokens + 1) * (packed // 3)
+
+
+@fused_op(
+    "frame_attention",
+    launcher=_launch,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    flops=_flops,
+    refusal=_kernel_refusal,
+)
+def frame_attention_op(
+    qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool = True, extension: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The rows, and the base 2 log-sum-exp of the scores as (F, heads, S), not rounded; empty where not asked for."""
+    if extension:
+        scale = (qkv.shape[-1] // 3 // heads) ** -0.5
+        return _attention_extension.frame_attention_fwd(qkv, message_kv, heads, qkv.shape[1], scale, with_lse)
+    out = _frame_attention_torch(qkv, message_kv, heads).contiguous()
+    if not with_lse:
+        return out, _no_lse(qkv)
+    return out, _scores(qkv, message_kv, heads).logsumexp(dim=-1) * math.log2(math.e)
+
+
+def _backward_fake(
+    grad: Tensor, qkv: Tensor, message_kv: Tensor, out: Tensor, lse: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), qkv.new_empty(message_kv.shape)
+
+
+def _backward_flops(grad_shape: torch.Size, qkv_shape: torch.Size, *args: object, **kwargs: object) -> int:
+    """Five products, as PyTorch counts its own attention; the kernels recompute two of them and execute seven."""
+    frames, tokens, packed = qkv_shape
+    return 10 * frames * tokens * (tokens + 1) * (packed // 3)
+
+
+@fused_op(
+    "frame_attention_backward",
+    launcher="frame_attention_bwd.frame_attention_bwd",
+    fake=_backward_fake,
+    flops=_backward_flops,
+    refusal=size_refusal,
+)
+def frame_attention_backward_op(
     grad: Tensor, qkv: Tensor, message_kv: Tensor, out: Tensor, lse: Tensor, heads: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``qkv`` and ``message_kv``."""
-    if runs_kernels(qkv) and _size_refusal(qkv, heads) is None:
-        from xclip_fast.kernels.frame_attention_bwd import frame_attention_bwd
-
-        return frame_attention_bwd(grad, qkv, message_kv, out, lse, heads)
     exact = exact_dtype(qkv.dtype)
     query, key, value = (part.to(exact) for part in _query_key_value(qkv, message_kv, heads))
     grad_heads = grad.to(exact).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -129,67 +186,6 @@ def _frame_attention_backward(
     tokens = qkv.shape[1]
     grad_qkv = torch.cat([grad_query, grad_key[:, :tokens], grad_value[:, :tokens]], dim=-1)
     return grad_qkv, torch.cat([grad_key[:, tokens], grad_value[:, tokens]], dim=-1)
-
-
-@register_fake("xclip_fast::frame_attention_backward")
-def _frame_attention_backward_fake(
-    grad: Tensor, qkv: Tensor, message_kv: Tensor, out: Tensor, lse: Tensor, heads: int
-) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), qkv.new_empty(message_kv.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    qkv, message_kv, heads, with_lse, _ = inputs
-    out, lse = output
-    ctx.save_for_backward(qkv, message_kv, out, lse)
-    ctx.heads, ctx.with_lse = heads, with_lse
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
-
-
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    if grad is None:
-        return (None,) * 5
-    if not ctx.with_lse:
-        raise ValueError("frame_attention was called with with_lse=False, which has no backward pass")
-    grads = torch.ops.xclip_fast.frame_attention_backward(grad, *ctx.saved_tensors, ctx.heads)
-    return *grads, None, None, None
-
-
-register_autograd("xclip_fast::frame_attention", _backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.xclip_fast.frame_attention)
-def _forward_flops(
-    qkv_shape: torch.Size, message_shape: torch.Size, heads: int, *args: object, **kwargs: object
-) -> int:
-    """Two products of S queries with S + 1 keys."""
-    frames, tokens, packed = qkv_shape
-    return 4 * frames * tokens * (tokens + 1) * (packed // 3)
-
-
-@register_flop_formula(torch.ops.xclip_fast.frame_attention_backward)
-def _backward_flops(grad_shape: torch.Size, qkv_shape: torch.Size, *args: object, **kwargs: object) -> int:
-    """Five products, as PyTorch counts its own attention; the kernels recompute two of them and execute seven."""
-    frames, tokens, packed = qkv_shape
-    return 10 * frames * tokens * (tokens + 1) * (packed // 3)
-
-
-@explains("frame_attention")
-def _refusal(qkv: Tensor, message_kv: Tensor, heads: int) -> str | None:
-    return _size_refusal(qkv, heads) or kernel_refusal(qkv, message_kv)
-
-
-@explains("frame_attention", extension=True)
-def _no_extension(qkv: Tensor, message_kv: Tensor, heads: int) -> str | None:
-    return _attention_extension.refusal(qkv, message_kv, heads)
-
-
-def _size_refusal(qkv: Tensor, heads: int) -> str | None:
-    head_dim = qkv.shape[-1] // 3 // heads
-    if head_dim in HEAD_DIMS:
-        return None
-    return f"it takes heads of {', '.join(map(str, HEAD_DIMS))} numbers, found {head_dim}"
 
 
 def _scores(qkv: Tensor, message_kv: Tensor, heads: int) -> Tensor:
@@ -214,3 +210,6 @@ def _check(qkv: Tensor, message_kv: Tensor, heads: int) -> None:
         raise ValueError(
             f"message_kv must be {qkv.dtype} {expected} to fit qkv, found {message_kv.dtype} {tuple(message_kv.shape)}"
         )
+
+
+explains(frame_attention, size_refusal, extension=_attention_extension.refusal)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd
 from torch.nn.functional import linear, silu
-from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_product
-from xclip_fast.ops._fake import register_fake
+from xclip_fast.ops._register import fused_op
 
 SLOPE = 1.702  # QuickGELU is x * sigmoid(SLOPE * x)
 
@@ -39,7 +39,7 @@ def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str |
         return linear_quick_gelu_ref(x, weight, bias)
     if chosen == "torch":
         return _linear_quick_gelu_torch(x, weight, bias)
-    return torch.ops.xclip_fast.linear_quick_gelu(x, weight, bias, _needs_gradient(x, weight, bias))[0]
+    return linear_quick_gelu_op(x, weight, bias, _needs_gradient(x, weight, bias))[0]
 
 
 def feed_forward(
@@ -75,7 +75,7 @@ def feed_forward(
         return linear(linear_quick_gelu_ref(x, fc_weight, fc_bias), proj_weight, proj_bias)
     if chosen == "torch":
         return _feed_forward_with_gradient(*tensors) if _needs_gradient(*tensors) else _feed_forward_torch(*tensors)
-    return torch.ops.xclip_fast.feed_forward(*tensors, _needs_gradient(*tensors))[0]
+    return feed_forward_op(*tensors, _needs_gradient(*tensors))[0]
 
 
 def linear_quick_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -112,50 +112,73 @@ def _feed_forward_with_gradient(
     return linear(hidden, proj_weight, proj_bias * SLOPE) / SLOPE
 
 
-@custom_op("xclip_fast::linear_quick_gelu", mutates_args=())
-def _linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
-    """The activated rows, and the pre-activation if it is to be saved."""
-    if runs_kernels(x):
-        from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd
-
-        return linear_quick_gelu_fwd(x, weight, bias, save_pre)
-    pre = linear(x, weight, bias.to(x.dtype)).contiguous()
-    return pre * torch.sigmoid(SLOPE * pre), pre if save_pre else x.new_empty(0)
+def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, ``weight`` and ``bias`` of a linear layer."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0).to(bias.dtype)
 
 
-@register_fake("xclip_fast::linear_quick_gelu")
-def _linear_quick_gelu_fake(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape if save_pre else 0)
 
 
-@custom_op("xclip_fast::quick_gelu_backward", mutates_args=())
-def _quick_gelu_backward(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
-    """The gradient of the pre-activation, and the activation computed again if it is wanted."""
-    if runs_kernels(pre):
-        from xclip_fast.kernels.linear_quick_gelu import quick_gelu_bwd
+def _save_linear(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, save_pre = inputs
+    ctx.save_for_backward(x, weight, bias, output[1] if save_pre else None)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
 
-        return quick_gelu_bwd(grad, pre, write_hidden)
+
+def _backward_linear(ctx: Any, grad: Tensor | None, _: None) -> Any:
+    x, weight, bias, pre = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None
+    pre = linear(x, weight, bias.to(x.dtype)) if pre is None else pre
+    grad_pre, _ = quick_gelu_backward_op(grad, pre, False)
+    return *_linear_gradients(grad_pre, x, weight, bias), None
+
+
+def _linear_flops(x_shape: Any, weight_shape: Any, *args: object, **kwargs: object) -> int:
+    """One GEMM; the activation is not counted, like PyTorch's own."""
+    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+@fused_op(
+    "linear_quick_gelu",
+    launcher="linear_quick_gelu.linear_quick_gelu_fwd",
+    fake=_linear_fake,
+    save=_save_linear,
+    backward=_backward_linear,
+    flops=_linear_flops,
+)
+def linear_quick_gelu_op(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
+    """The activated rows, and the pre-activation if it is to be saved."""
+    pre = linear(x, weight, bias.to(x.dtype)).contiguous()
+    return pre * torch.sigmoid(SLOPE * pre), pre if save_pre else x.new_empty(0)
+
+
+def _activation_fake(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(pre), pre.new_empty(pre.shape if write_hidden else 0)
+
+
+@fused_op("quick_gelu_backward", launcher="linear_quick_gelu.quick_gelu_bwd", fake=_activation_fake)
+def quick_gelu_backward_op(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of the pre-activation, and the activation computed again if it is wanted."""
     sigmoid = torch.sigmoid(SLOPE * pre)
     grad_pre = grad.contiguous() * (sigmoid + SLOPE * pre * sigmoid * (1 - sigmoid))
     return grad_pre, pre * sigmoid if write_hidden else pre.new_empty(0)
 
 
-@register_fake("xclip_fast::quick_gelu_backward")
-def _quick_gelu_backward_fake(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(pre), pre.new_empty(pre.shape if write_hidden else 0)
-
-
-@custom_op("xclip_fast::feed_forward", mutates_args=())
-def _feed_forward(
+def _launch_feed_forward(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, save_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the pre-activation if it is to be saved."""
-    hidden, pre = torch.ops.xclip_fast.linear_quick_gelu(x, fc_weight, fc_bias, save_pre)
-    return linear(hidden, proj_weight, proj_bias).contiguous(), pre
+    from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd
+
+    hidden, pre = linear_quick_gelu_fwd(x, fc_weight, fc_bias, save_pre)
+    return linear(hidden, proj_weight, proj_bias), pre
 
 
-@register_fake("xclip_fast::feed_forward")
 def _feed_forward_fake(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, save_pre: bool
 ) -> tuple[Tensor, Tensor]:
@@ -163,73 +186,47 @@ def _feed_forward_fake(
     return x.new_empty(*x.shape[:-1], proj_weight.shape[0]), x.new_empty(pre_shape)
 
 
-def _setup_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, save_pre = inputs
-    ctx.save_for_backward(x, weight, bias, output[1] if save_pre else None)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward_linear(ctx, grad, _):  # type: ignore[no-untyped-def]
-    x, weight, bias, pre = ctx.saved_tensors
-    if grad is None:
-        return None, None, None, None
-    pre = linear(x, weight, bias.to(x.dtype)) if pre is None else pre
-    grad_pre, _ = torch.ops.xclip_fast.quick_gelu_backward(grad, pre, False)
-    return *_product_gradients(grad_pre, x, weight, bias), None
-
-
-def _setup_feed_forward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_feed_forward(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, save_pre = inputs
     ctx.save_for_backward(*tensors, output[1] if save_pre else None)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward_feed_forward(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _backward_feed_forward(ctx: Any, grad: Tensor | None, _: None) -> Any:
     x, fc_weight, fc_bias, proj_weight, proj_bias, pre = ctx.saved_tensors
     if grad is None:
         return None, None, None, None, None, None
     pre = linear(x, fc_weight, fc_bias) if pre is None else pre
-    grad_pre, hidden = torch.ops.xclip_fast.quick_gelu_backward(grad @ proj_weight, pre, True)
+    grad_pre, hidden = quick_gelu_backward_op(grad @ proj_weight, pre, True)
     rows = grad.reshape(-1, grad.shape[-1])
     grad_proj_weight = rows.T @ hidden.reshape(-1, hidden.shape[-1])
     grad_proj_bias = rows.sum(0).to(proj_bias.dtype)
-    return *_product_gradients(grad_pre, x, fc_weight, fc_bias), grad_proj_weight, grad_proj_bias, None
+    return *_linear_gradients(grad_pre, x, fc_weight, fc_bias), grad_proj_weight, grad_proj_bias, None
 
 
-def _product_gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``weight`` and ``bias`` of a linear layer."""
-    rows = grad.reshape(-1, grad.shape[-1])
-    return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0).to(bias.dtype)
-
-
-register_autograd("xclip_fast::linear_quick_gelu", _backward_linear, setup_context=_setup_linear)
-register_autograd("xclip_fast::feed_forward", _backward_feed_forward, setup_context=_setup_feed_forward)
-
-
-@register_flop_formula(torch.ops.xclip_fast.linear_quick_gelu)
-def _linear_flops(x_shape, weight_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
-    """One product; the activation is not counted, like PyTorch's own."""
-    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
-
-
-@register_flop_formula(torch.ops.xclip_fast.feed_forward)
-def _feed_forward_flops(x_shape, fc_shape, fc_bias, proj_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
-    """Two products."""
+def _feed_forward_flops(
+    x_shape: Any, fc_shape: Any, fc_bias: Any, proj_shape: Any, *args: object, **kwargs: object
+) -> int:
+    """Two GEMMs."""
     rows = torch.Size(x_shape[:-1]).numel()
     return 2 * rows * (fc_shape[0] * fc_shape[1] + proj_shape[0] * proj_shape[1])
 
 
-@register_flop_formula(torch.ops.xclip_fast.quick_gelu_backward)
-def _activation_flops(*args: object, **kwargs: object) -> int:
-    """No product."""
-    return 0
-
-
-@explains("linear_quick_gelu")
-def _refusal(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    return kernel_refusal(x, weight, bias)
+@fused_op(
+    "feed_forward",
+    launcher=_launch_feed_forward,
+    fake=_feed_forward_fake,
+    save=_save_feed_forward,
+    backward=_backward_feed_forward,
+    flops=_feed_forward_flops,
+)
+def feed_forward_op(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, save_pre: bool
+) -> tuple[Tensor, Tensor]:
+    """The result, and the pre-activation if it is to be saved."""
+    hidden, pre = linear_quick_gelu_op(x, fc_weight, fc_bias, save_pre)
+    return linear(hidden, proj_weight, proj_bias).contiguous(), pre
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
@@ -247,3 +244,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"bias must have shape ({weight.shape[0]},) to fit weight, found {tuple(bias.shape)}")
     if bias.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"bias must be {x.dtype} like x, or torch.float32, found {bias.dtype}")
+
+
+explains(linear_quick_gelu)
+explains(feed_forward)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd
-from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_sum, exact_dtype
-from xclip_fast.ops._fake import register_fake
+from xclip_fast.ops._register import fused_op
 from xclip_fast.ops.layer_norm import size_refusal
 
 
@@ -53,7 +53,7 @@ def mean_norm_over_frames(
         return mean_norm_over_frames_ref(tokens, weight, bias, residual, constant, eps)
     if chosen == "torch":
         return _mean_norm_over_frames_torch(tokens, weight, bias, residual, constant, eps)
-    return torch.ops.xclip_fast.mean_norm_over_frames(tokens, weight, bias, residual, constant, eps)
+    return mean_norm_over_frames_op(tokens, weight, bias, residual, constant, eps)
 
 
 def mean_norm_over_frames_ref(
@@ -76,33 +76,55 @@ def _mean_norm_over_frames_torch(
     return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps).mean(1)
 
 
-@custom_op("xclip_fast::mean_norm_over_frames", mutates_args=())
-def _mean_norm_over_frames(
-    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
-) -> Tensor:
-    if runs_kernels(tokens):
-        from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_fwd
-
-        return mean_norm_over_frames_fwd(tokens, weight, bias, residual, constant, eps)
-    return _mean_norm_over_frames_torch(tokens, weight, bias, residual, constant, eps)
-
-
-@register_fake("xclip_fast::mean_norm_over_frames")
-def _mean_norm_over_frames_fake(
+def _fake(
     tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> Tensor:
     return tokens.new_empty(tokens.shape[0], tokens.shape[2], tokens.shape[3])
 
 
-@custom_op("xclip_fast::mean_norm_over_frames_backward", mutates_args=())
-def _mean_norm_over_frames_backward(
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    tokens, weight, bias, residual, constant, ctx.eps = inputs
+    ctx.save_for_backward(tokens, weight, residual, constant)
+    ctx.bias_dtype = bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    tokens, weight, residual, constant = ctx.saved_tensors
+    grad_tokens, vectors = mean_norm_over_frames_backward_op(grad, tokens, weight, residual, constant, ctx.eps)
+    grad_residual = None if residual is None else grad_tokens
+    grad_constant = grad_tokens.sum((0, 1, 2)).to(constant.dtype) if ctx.needs_input_grad[4] else None
+    return grad_tokens, vectors[0].to(weight.dtype), vectors[1].to(ctx.bias_dtype), grad_residual, grad_constant, None
+
+
+@fused_op(
+    "mean_norm_over_frames",
+    launcher="mean_norm_over_frames.mean_norm_over_frames_fwd",
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
+def mean_norm_over_frames_op(
+    tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
+) -> Tensor:
+    return _mean_norm_over_frames_torch(tokens, weight, bias, residual, constant, eps)
+
+
+def _backward_fake(
+    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    exact = exact_dtype(tokens.dtype)
+    return tokens.new_empty(tokens.shape), tokens.new_empty(2, tokens.shape[-1], dtype=exact)
+
+
+@fused_op(
+    "mean_norm_over_frames_backward",
+    launcher="mean_norm_over_frames.mean_norm_over_frames_bwd",
+    fake=_backward_fake,
+)
+def mean_norm_over_frames_backward_op(
     grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the tokens and the residual, and of weight and bias as (2, D) not rounded; statistics anew."""
-    if runs_kernels(tokens):
-        from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_bwd
-
-        return mean_norm_over_frames_bwd(grad, tokens, weight, residual, constant, eps)
     exact = exact_dtype(tokens.dtype)
     x = tokens.to(exact) if residual is None else tokens.to(exact) + residual
     x = x if constant is None else x + constant
@@ -115,54 +137,6 @@ def _mean_norm_over_frames_backward(
     grad_weight = (spread * normalised).sum((0, 1, 2))
     grad_tokens = (grad_x * rstd).to(tokens.dtype).contiguous()
     return grad_tokens, torch.stack([grad_weight, grad.to(exact).sum((0, 1))])
-
-
-@register_fake("xclip_fast::mean_norm_over_frames_backward")
-def _mean_norm_over_frames_backward_fake(
-    grad: Tensor, tokens: Tensor, weight: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    exact = exact_dtype(tokens.dtype)
-    return tokens.new_empty(tokens.shape), tokens.new_empty(2, tokens.shape[-1], dtype=exact)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    tokens, weight, bias, residual, constant, ctx.eps = inputs
-    ctx.save_for_backward(tokens, weight, residual, constant)
-    ctx.bias_dtype = bias.dtype
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    tokens, weight, residual, constant = ctx.saved_tensors
-    grad_tokens, vectors = torch.ops.xclip_fast.mean_norm_over_frames_backward(
-        grad, tokens, weight, residual, constant, ctx.eps
-    )
-    grad_residual = None if residual is None else grad_tokens
-    grad_constant = grad_tokens.sum((0, 1, 2)).to(constant.dtype) if ctx.needs_input_grad[4] else None
-    return grad_tokens, vectors[0].to(weight.dtype), vectors[1].to(ctx.bias_dtype), grad_residual, grad_constant, None
-
-
-register_autograd("xclip_fast::mean_norm_over_frames", _backward, setup_context=_setup_context)
-
-
-@register_flop_formula(
-    [torch.ops.xclip_fast.mean_norm_over_frames, torch.ops.xclip_fast.mean_norm_over_frames_backward]
-)
-def _flops(*args: object, **kwargs: object) -> int:
-    """No product."""
-    return 0
-
-
-@explains("mean_norm_over_frames")
-def _refusal(
-    tokens: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    residual: Tensor | None = None,
-    constant: Tensor | None = None,
-    eps: float = 1e-5,
-) -> str | None:
-    return size_refusal(tokens) or kernel_refusal(tokens, weight, bias, residual, constant)
 
 
 def _check(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None) -> None:
@@ -179,3 +153,6 @@ def _check(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
             f"residual must be {tokens.dtype} {tuple(tokens.shape)} like tokens, "
             f"found {residual.dtype} {tuple(residual.shape)}"
         )
+
+
+explains(mean_norm_over_frames, lambda tokens: size_refusal(tokens))

@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd
 from torch.nn import functional
-from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_product
-from xclip_fast.ops._fake import register_fake
 from xclip_fast.ops._frames import (
     attention_refusal,
     check_heads,
@@ -26,7 +23,8 @@ from xclip_fast.ops._frames import (
     split_norm_grads,
     width_refusal,
 )
-from xclip_fast.ops.layer_norm import layer_norm_ref
+from xclip_fast.ops._register import fused_op
+from xclip_fast.ops.layer_norm import layer_norm_backward_op, layer_norm_op, layer_norm_ref
 
 
 def message_attention(
@@ -96,7 +94,7 @@ def message_attention(
         return message_attention_ref(*tensors, heads=heads, eps=eps)
     if chosen == "torch":
         return _message_attention_torch(*tensors, heads, longest, eps)
-    return torch.ops.xclip_fast.message_attention(*tensors, heads, longest, eps)
+    return message_attention_op(*tensors, heads, longest, eps)
 
 
 def message_attention_ref(
@@ -125,8 +123,40 @@ def _message_attention_torch(class_tokens: Tensor, fc_weight: Tensor, fc_bias: T
     return frames_attention_torch(message, *attention).view(class_tokens.shape)
 
 
-@custom_op("xclip_fast::message_attention", mutates_args=())
-def _message_attention(
+def _fake(class_tokens: Tensor, *_: object) -> Tensor:
+    return class_tokens.new_empty(class_tokens.shape)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.heads, ctx.longest, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    *tensors, _, cu_frames = ctx.saved_tensors
+    class_grad, fc_weight_grad, fc_bias_grad, vectors, *grads = message_attention_backward_op(
+        grad, *tensors, cu_frames, ctx.heads, ctx.longest, ctx.eps
+    )
+    norm_grads = split_norm_grads(vectors, tensors[3], tensors[4])
+    return class_grad, fc_weight_grad, fc_bias_grad, *norm_grads, *grads, None, None, None, None
+
+
+def _flops(class_shape: Any, *arguments: Any, **kwargs: object) -> int:
+    """Five GEMMs of D by D a frame, and its attention to ``longest`` frames: of ragged clips the bound."""
+    *frames, width = class_shape
+    longest = arguments[-2]
+    return math.prod(frames) * (10 * width**2 + 4 * longest * width)
+
+
+@fused_op(
+    "message_attention",
+    launcher="message_attention.message_attention_fwd",
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    flops=_flops,
+)
+def message_attention_op(
     class_tokens: Tensor,
     fc_weight: Tensor,
     fc_bias: Tensor,
@@ -143,20 +173,25 @@ def _message_attention(
 ) -> Tensor:
     attention = norm_weight, norm_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
     arguments = (class_tokens, fc_weight, fc_bias, *attention, cu_frames, heads, longest, eps)
-    if runs_kernels(class_tokens):
-        from xclip_fast.kernels.message_attention import message_attention_fwd
-
-        return message_attention_fwd(*arguments)
     return _message_attention_torch(*arguments)
 
 
-@register_fake("xclip_fast::message_attention")
-def _message_attention_fake(class_tokens: Tensor, *_: object) -> Tensor:
-    return class_tokens.new_empty(class_tokens.shape)
+def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    class_tokens, fc_weight, fc_bias, _, _, in_proj_weight, in_proj_bias, out_weight = arguments[:8]
+    before = [tensor.new_empty(tensor.shape) for tensor in (class_tokens, fc_weight, fc_bias)]
+    after = [tensor.new_empty(tensor.shape) for tensor in (in_proj_weight, in_proj_bias, out_weight, fc_bias)]
+    return [*before, empty_norm_grads(class_tokens), *after]
 
 
-@custom_op("xclip_fast::message_attention_backward", mutates_args=())
-def _message_attention_backward(
+def _backward_flops(grad_shape: Any, *arguments: Any, **kwargs: object) -> int:
+    """Two GEMMs for each of the five, and four of them again; of the attention four, and two again."""
+    *frames, width = grad_shape
+    longest = arguments[-2]
+    return math.prod(frames) * (28 * width**2 + 12 * longest * width)
+
+
+@fused_op("message_attention_backward", launcher=None, fake=_backward_fake, flops=_backward_flops)
+def message_attention_backward_op(
     grad: Tensor,
     class_tokens: Tensor,
     fc_weight: Tensor,
@@ -181,31 +216,6 @@ def _message_attention_backward(
     )
     grad_rows = grad_message @ fc_weight
     return [grad_rows.view(class_tokens.shape), grad_message.t() @ rows, grad_message.sum(0), *grads]
-
-
-@register_fake("xclip_fast::message_attention_backward")
-def _message_attention_backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    class_tokens, fc_weight, fc_bias, _, _, in_proj_weight, in_proj_bias, out_weight = arguments[:8]
-    before = [tensor.new_empty(tensor.shape) for tensor in (class_tokens, fc_weight, fc_bias)]
-    after = [tensor.new_empty(tensor.shape) for tensor in (in_proj_weight, in_proj_bias, out_weight, fc_bias)]
-    return [*before, empty_norm_grads(class_tokens), *after]
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.heads, ctx.longest, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    *tensors, _, cu_frames = ctx.saved_tensors
-    class_grad, fc_weight_grad, fc_bias_grad, vectors, *grads = torch.ops.xclip_fast.message_attention_backward(
-        grad, *tensors, cu_frames, ctx.heads, ctx.longest, ctx.eps
-    )
-    norm_grads = split_norm_grads(vectors, tensors[3], tensors[4])
-    return class_grad, fc_weight_grad, fc_bias_grad, *norm_grads, *grads, None, None, None, None
-
-
-register_autograd("xclip_fast::message_attention", _backward, setup_context=_setup_context)
 
 
 def message_key_value(
@@ -252,7 +262,7 @@ def message_key_value(
         return message_key_value_ref(*tensors, eps)
     if chosen == "torch":
         return _message_key_value_torch(*tensors, eps)
-    return torch.ops.xclip_fast.message_key_value(*tensors, eps)
+    return message_key_value_op(*tensors, eps)
 
 
 def message_key_value_ref(
@@ -271,87 +281,65 @@ def _message_key_value_torch(
     return functional.linear(normed, weight, bias)
 
 
-@custom_op("xclip_fast::message_key_value", mutates_args=())
-def _message_key_value(
+def _key_value_fake(messages: Tensor, *parameters: Any) -> Tensor:
+    return messages.new_empty(*messages.shape[:-1], 2 * messages.shape[-1])
+
+
+def _save_key_value(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, _, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _key_value_backward(ctx: Any, grad: Tensor) -> Any:
+    saved = ctx.saved_tensors
+    messages_grad, vectors, *grads = message_key_value_backward_op(grad, *saved, ctx.eps)
+    return messages_grad, *split_norm_grads(vectors, saved[1], saved[2]), *grads, None
+
+
+def _key_value_flops(message_shape: Any, *arguments: Any, **kwargs: object) -> int:
+    """One GEMM of D by 2D a message."""
+    *frames, width = message_shape
+    return 4 * math.prod(frames) * width**2
+
+
+@fused_op(
+    "message_key_value",
+    launcher="message_attention.message_key_value_fwd",
+    fake=_key_value_fake,
+    save=_save_key_value,
+    backward=_key_value_backward,
+    flops=_key_value_flops,
+)
+def message_key_value_op(
     messages: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
-    if runs_kernels(messages):
-        from xclip_fast.kernels.message_attention import message_key_value_fwd
-
-        return message_key_value_fwd(messages, norm_weight, norm_bias, weight, bias, eps)
     rows = messages.reshape(-1, messages.shape[-1])
     packed = _message_key_value_torch(rows, norm_weight, norm_bias, weight, bias, eps)
     return packed.view(*messages.shape[:-1], bias.shape[0])
 
 
-@register_fake("xclip_fast::message_key_value")
-def _message_key_value_fake(messages: Tensor, *parameters: Any) -> Tensor:
-    return messages.new_empty(*messages.shape[:-1], 2 * messages.shape[-1])
-
-
-@custom_op("xclip_fast::message_key_value_backward", mutates_args=())
-def _message_key_value_backward(
-    grad: Tensor, messages: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
-) -> list[Tensor]:
-    """Gradients of messages, norm (the first two rows of (3, D), not rounded), weight and bias."""
-    width = messages.shape[-1]
-    normed, _, mean, rstd = torch.ops.xclip_fast.layer_norm(messages, norm_weight, norm_bias, None, None, eps)
-    grad = grad.reshape(-1, 2 * width)
-    grad_normed = (grad @ weight).view(messages.shape)
-    grad_messages, vectors = torch.ops.xclip_fast.layer_norm_backward(
-        grad_normed, None, messages, norm_weight, None, mean, rstd
-    )
-    return [grad_messages, vectors, grad.t() @ normed.view(-1, width), grad.sum(0)]
-
-
-@register_fake("xclip_fast::message_key_value_backward")
-def _message_key_value_backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+def _key_value_backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
     messages, _, _, weight = arguments[:4]
     grad_parameters = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
     return [messages.new_empty(messages.shape), empty_norm_grads(messages), *grad_parameters]
 
 
-def _setup_key_value_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, _, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _key_value_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors
-    messages_grad, vectors, *grads = torch.ops.xclip_fast.message_key_value_backward(grad, *saved, ctx.eps)
-    return messages_grad, *split_norm_grads(vectors, saved[1], saved[2]), *grads, None
-
-
-register_autograd("xclip_fast::message_key_value", _key_value_backward, setup_context=_setup_key_value_context)
-
-
-@register_flop_formula(torch.ops.xclip_fast.message_attention)
-def _flops(class_shape: Any, *arguments: Any, **kwargs: object) -> int:
-    """Five products of D by D a frame, and its attention to ``longest`` frames: of ragged clips the bound."""
-    *frames, width = class_shape
-    longest = arguments[-2]
-    return math.prod(frames) * (10 * width**2 + 4 * longest * width)
-
-
-@register_flop_formula(torch.ops.xclip_fast.message_attention_backward)
-def _backward_flops(grad_shape: Any, *arguments: Any, **kwargs: object) -> int:
-    """Two products for each of the five, and four of them again; of the attention four, and two again."""
-    *frames, width = grad_shape
-    longest = arguments[-2]
-    return math.prod(frames) * (28 * width**2 + 12 * longest * width)
-
-
-@register_flop_formula(torch.ops.xclip_fast.message_key_value)
-def _key_value_flops(message_shape: Any, *arguments: Any, **kwargs: object) -> int:
-    """One product of D by 2D a message."""
-    *frames, width = message_shape
-    return 4 * math.prod(frames) * width**2
-
-
-@register_flop_formula(torch.ops.xclip_fast.message_key_value_backward)
 def _key_value_backward_flops(grad_shape: Any, *arguments: Any, **kwargs: object) -> int:
-    """Two products of D by 2D a message."""
+    """Two GEMMs of D by 2D a message."""
     return 2 * _key_value_flops((*grad_shape[:-1], grad_shape[-1] // 2))
+
+
+@fused_op("message_key_value_backward", launcher=None, fake=_key_value_backward_fake, flops=_key_value_backward_flops)
+def message_key_value_backward_op(
+    grad: Tensor, messages: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
+) -> list[Tensor]:
+    """Gradients of messages, norm (the first two rows of (3, D), not rounded), weight and bias."""
+    width = messages.shape[-1]
+    normed, _, mean, rstd = layer_norm_op(messages, norm_weight, norm_bias, None, None, eps)
+    grad = grad.reshape(-1, 2 * width)
+    grad_normed = (grad @ weight).view(messages.shape)
+    grad_messages, vectors = layer_norm_backward_op(grad_normed, None, messages, norm_weight, None, mean, rstd)
+    return [grad_messages, vectors, grad.t() @ normed.view(-1, width), grad.sum(0)]
 
 
 def launches(*arguments: Any) -> int:
@@ -368,29 +356,5 @@ def key_value_launches(*arguments: Any) -> int:
     return key_value_launches(*arguments)
 
 
-@explains("message_attention")
-def _refusal(
-    class_tokens: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    in_proj_weight: Tensor,
-    in_proj_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    heads: int,
-    *,
-    cu_frames: Tensor | None = None,
-    max_frames: int | None = None,
-    eps: float = 1e-5,
-) -> str | None:
-    tensors = fc_weight, fc_bias, norm_weight, norm_bias, in_proj_weight, in_proj_bias, out_weight, out_bias, cu_frames
-    return attention_refusal(class_tokens.shape[-1], heads) or kernel_refusal(class_tokens, *tensors)
-
-
-@explains("message_key_value")
-def _key_value_refusal(
-    messages: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5
-) -> str | None:
-    return width_refusal(messages.shape[-1]) or kernel_refusal(messages, norm_weight, norm_bias, weight, bias)
+explains(message_attention, lambda class_tokens, heads: attention_refusal(class_tokens.shape[-1], heads))
+explains(message_key_value, lambda messages: width_refusal(messages.shape[-1]))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd
-from torch.utils.flop_counter import register_flop_formula
 
 from xclip_fast.ops import _patch_extension
-from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._backends import choose, explains, kernel_refusal
 from xclip_fast.ops._dtypes import autocast_dtype, exact_dtype
-from xclip_fast.ops._fake import register_fake
 from xclip_fast.ops._patch_contract import affine, channels_last, check, pixel_statistics, vector
+from xclip_fast.ops._register import fused_op
 
 
 def patch_embed(
@@ -78,7 +77,7 @@ def patch_embed(
         return _patch_extension.on_cuda(call, _packed)[0]
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     save_embedded = norm_weight is not None and wants_gradient
-    return torch.ops.xclip_fast.patch_embed(*tensors, eps, mean, std, dtype, save_embedded, chosen == "extension")[0]
+    return patch_embed_op(*tensors, eps, mean, std, dtype, save_embedded, chosen == "extension")[0]
 
 
 def patch_embed_ref(
@@ -164,8 +163,7 @@ def _rows_torch(frames: Tensor, patch: int, mean: Sequence[float], std: Sequence
     return grid.permute(0, 1, 3, 5, 2, 4).reshape(count * (height // patch) * (width // patch), 3 * patch * patch)
 
 
-@custom_op("xclip_fast::patch_embed", mutates_args=())
-def _patch_embed(
+def _launch(
     frames: Tensor,
     weight: Tensor,
     class_embedding: Tensor,
@@ -179,26 +177,32 @@ def _patch_embed(
     save_embedded: bool,
     extension: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The tokens, and what they were before their norm if that is to be saved."""
-    tensors = frames, weight, class_embedding, positions
-    norm = norm_weight, norm_bias, eps
-    if extension:
-        return _patch_extension.patch_embed_fwd(
-            _patch_extension.Call(*tensors, *norm, affine(mean, std), dtype, save_embedded)
-        )
-    if runs_kernels(weight):
-        from xclip_fast.kernels.patch_embed import patch_embed_fwd
+    from xclip_fast.kernels.patch_embed import patch_embed_fwd
 
-        return patch_embed_fwd(
-            channels_last(frames), weight, class_embedding, positions, *norm, affine(mean, std), dtype, save_embedded
-        )
-    embedded = _embedded_torch(*tensors, mean, std, dtype)
-    tokens = _normed_torch(embedded, *norm).to(dtype)
-    return tokens, embedded if save_embedded else embedded.new_empty(0)
+    tensors = weight, class_embedding, positions, norm_weight, norm_bias
+    return patch_embed_fwd(channels_last(frames), *tensors, eps, affine(mean, std), dtype, save_embedded)
 
 
-@register_fake("xclip_fast::patch_embed")
-def _patch_embed_fake(
+def _kernel_refusal(weight: Tensor, extension: bool) -> str | None:
+    return "the extension was asked for" if extension else kernel_refusal(weight)
+
+
+def _rows_fake(frames: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    count, height, width, _ = channels_last(frames).shape
+    return frames.new_empty(count * (height // patch) * (width // patch), 3 * patch * patch, dtype=dtype)
+
+
+@fused_op("patch_rows", launcher=None, fake=_rows_fake)
+def patch_rows_op(
+    frames: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """Patches as rows (F N, 3 P P), their pixels normalised: what the gradient of the weights multiplies."""
+    if _patch_extension.serves_rows(frames):
+        return _patch_extension.patch_rows(frames, patch, affine(mean, std), dtype)
+    return _rows_torch(frames, patch, mean, std, dtype).clone()
+
+
+def _fake(
     frames: Tensor,
     weight: Tensor,
     class_embedding: Tensor,
@@ -220,48 +224,33 @@ def _patch_embed_fake(
     )
 
 
-@custom_op("xclip_fast::patch_rows", mutates_args=())
-def _patch_rows(frames: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Patches as rows (F N, 3 P P), their pixels normalised: what the gradient of the weights multiplies."""
-    if _patch_extension.serves_rows(frames):
-        return _patch_extension.patch_rows(frames, patch, affine(mean, std), dtype)
-    return _rows_torch(frames, patch, mean, std, dtype).clone()
-
-
-@register_fake("xclip_fast::patch_rows")
-def _patch_rows_fake(
-    frames: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
-) -> Tensor:
-    count, height, width, _ = channels_last(frames).shape
-    return frames.new_empty(count * (height // patch) * (width // patch), 3 * patch * patch, dtype=dtype)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     frames, weight, class_embedding, positions, norm_weight, norm_bias, ctx.eps, ctx.mean, ctx.std, dtype, saved, _ = (
         inputs
     )
     ctx.dtypes = class_embedding.dtype, positions.dtype, None if norm_bias is None else norm_bias.dtype
     # to compute again what a call of the registered op did not save
-    embedding = (class_embedding, positions) if norm_weight is not None and not saved else (None, None)
+    embedding: Any = (class_embedding, positions) if norm_weight is not None and not saved else (None, None)
     ctx.save_for_backward(frames, weight, norm_weight, output[1] if saved else None, *embedding)
     ctx.dtype = dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
     frames, weight, norm_weight, embedded, class_embedding, positions = ctx.saved_tensors
     if grad is None:
         return (None,) * 12
     class_dtype, positions_dtype, bias_dtype = ctx.dtypes
-    grad_norm_weight = grad_norm_bias = None
+    grad_norm_weight: Any = None
+    grad_norm_bias: Any = None
     grad = grad.to(torch.promote_types(weight.dtype, ctx.dtype))
     if norm_weight is not None:
         if embedded is None:
             embedded = _embedded_torch(frames, weight, class_embedding, positions, ctx.mean, ctx.std, ctx.dtype)
         exact = exact_dtype(embedded.dtype)
         scale = norm_weight.to(exact)
-        normed, _, rstd = torch.native_layer_norm(embedded.to(exact), scale.shape, None, None, ctx.eps)
+        normed, _mean, rstd = torch.native_layer_norm(embedded.to(exact), scale.shape, None, None, ctx.eps)
         # of numbers that are centred already PyTorch's formula cancels nothing
         zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
         grad, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
@@ -274,7 +263,7 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     rows = grad[:, 1:].reshape(-1, len(weight)).to(weight.dtype)
     grad_frames = grad_weight = None
     if wants_weight:
-        pixels = torch.ops.xclip_fast.patch_rows(frames, patch, ctx.mean, ctx.std, weight.dtype)
+        pixels = patch_rows_op(frames, patch, ctx.mean, ctx.std, weight.dtype)
         grad_weight = (rows.T @ pixels).view(weight.shape)
     if wants_frames:
         count, _, height, width = frames.shape
@@ -292,44 +281,46 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     )
 
 
-register_autograd("xclip_fast::patch_embed", _backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.xclip_fast.patch_embed)
-def _flops(frames_shape, weight_shape, class_shape, positions_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
-    """One product; normalising, the sums and the norm are not counted, like PyTorch's own."""
+def _flops(
+    frames_shape: Any, weight_shape: Any, class_shape: Any, positions_shape: Any, *args: object, **kwargs: object
+) -> int:
+    """One GEMM; normalising, the sums and the norm are not counted, like PyTorch's own."""
     return 2 * frames_shape[0] * (positions_shape[0] - 1) * torch.Size(weight_shape).numel()
 
 
-@register_flop_formula(torch.ops.xclip_fast.patch_rows)
-def _row_flops(*args: object, **kwargs: object) -> int:
-    """No product."""
-    return 0
-
-
-@explains("patch_embed")
-def _refusal(
+@fused_op(
+    "patch_embed",
+    launcher=_launch,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    flops=_flops,
+    refusal=_kernel_refusal,
+)
+def patch_embed_op(
     frames: Tensor,
     weight: Tensor,
     class_embedding: Tensor,
     positions: Tensor,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    **kwargs: object,
-) -> str | None:
-    return kernel_refusal(frames, weight, class_embedding, positions, norm_weight, norm_bias)
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    save_embedded: bool,
+    extension: bool,
+) -> tuple[Tensor, Tensor]:
+    """The tokens, and what they were before their norm if that is to be saved."""
+    tensors = frames, weight, class_embedding, positions
+    norm = norm_weight, norm_bias, eps
+    if extension:
+        return _patch_extension.patch_embed_fwd(
+            _patch_extension.Call(*tensors, *norm, affine(mean, std), dtype, save_embedded)
+        )
+    embedded = _embedded_torch(*tensors, mean, std, dtype)
+    tokens = _normed_torch(embedded, *norm).to(dtype)
+    return tokens, embedded if save_embedded else embedded.new_empty(0)
 
 
-@explains("patch_embed", extension=True)
-def _no_extension(
-    frames: Tensor,
-    weight: Tensor,
-    class_embedding: Tensor,
-    positions: Tensor,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    **kwargs: object,
-) -> str | None:
-    return _patch_extension.refusal(frames, weight)
+explains(patch_embed, extension=lambda frames, weight: _patch_extension.refusal(frames, weight))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
-from xclip_fast.ops._fake import register_fake
+from xclip_fast.ops._register import fused_op
 
 HEAD_DIMS = (32, 64, 128)
 
@@ -40,7 +40,7 @@ def prompt_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, b
         return prompt_attention_ref(query, key, value, heads)
     if chosen == "torch":
         return _prompt_attention_torch(query, key, value, heads)
-    return torch.ops.xclip_fast.prompt_attention(query, key, value, heads)[0]
+    return prompt_attention_op(query, key, value, heads)[0]
 
 
 def prompt_attention_ref(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -56,36 +56,84 @@ def _prompt_attention_torch(query: Tensor, key: Tensor, value: Tensor, heads: in
     return _join(scaled_dot_product_attention(query, key, value))
 
 
-@custom_op("xclip_fast::prompt_attention", mutates_args=())
-def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """The result, and the base-2 logarithm of each softmax's denominator (B, heads, K)."""
-    if runs_kernels(query):
-        from xclip_fast.kernels.prompt_attention import prompt_attention_fwd
-
-        return prompt_attention_fwd(query, key, value, heads)
-    q, k = (_split(x.to(exact_dtype(query.dtype)), heads) for x in (query, key))
-    lse = torch.logsumexp(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
-    out = _prompt_attention_torch(query, key, value, heads).contiguous()
-    return out, lse.expand(key.shape[0], -1, -1) / torch.log(lse.new_full((), 2.0))
+def _size_refusal(query: Tensor, heads: int) -> str | None:
+    head_dim = query.shape[-1] // heads
+    return None if head_dim in HEAD_DIMS else f"its head dimension is 32, 64 or 128, found {head_dim}"
 
 
-@register_fake("xclip_fast::prompt_attention")
-def _prompt_attention_fake(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     batch, classes = key.shape[0], query.shape[1]
     return query.new_empty(batch, classes, query.shape[2]), query.new_empty(
         batch, heads, classes, dtype=exact_dtype(query.dtype)
     )
 
 
-@custom_op("xclip_fast::prompt_attention_backward", mutates_args=())
-def _prompt_attention_backward(
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    query, key, value, ctx.heads = inputs
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
+    if grad is None:
+        return None, None, None, None
+    query = ctx.saved_tensors[0]
+    grad_query, grad_key, grad_value = prompt_attention_backward_op(grad, *ctx.saved_tensors, ctx.heads)
+    if query.shape[0] != grad_query.shape[0]:
+        grad_query = grad_query.sum(0, keepdim=True)
+    return grad_query, grad_key, grad_value, None
+
+
+def _gemm(query_shape: Any, key_shape: Any) -> int:
+    """Operations of one GEMM of all classes with all patches."""
+    return 2 * key_shape[0] * query_shape[1] * key_shape[1] * query_shape[2]
+
+
+def _flops(query_shape: Any, key_shape: Any, *args: object, **kwargs: object) -> int:
+    """Two GEMMs."""
+    return 2 * _gemm(query_shape, key_shape)
+
+
+@fused_op(
+    "prompt_attention",
+    launcher="prompt_attention.prompt_attention_fwd",
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    flops=_flops,
+    refusal=_size_refusal,
+)
+def prompt_attention_op(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """The result, and the base-2 logarithm of each softmax's denominator (B, heads, K)."""
+    q, k = (_split(x.to(exact_dtype(query.dtype)), heads) for x in (query, key))
+    lse = torch.logsumexp(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+    out = _prompt_attention_torch(query, key, value, heads).contiguous()
+    return out, lse.expand(key.shape[0], -1, -1) / torch.log(lse.new_full((), 2.0))
+
+
+def _backward_fake(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return out.new_empty(out.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _backward_flops(grad_shape: Any, query_shape: Any, key_shape: Any, *args: object, **kwargs: object) -> int:
+    """Five GEMMs by the usual count; the kernels compute the scores and the weights' gradient twice, so seven."""
+    return 5 * _gemm(query_shape, key_shape)
+
+
+@fused_op(
+    "prompt_attention_backward",
+    launcher="prompt_attention.prompt_attention_bwd",
+    fake=_backward_fake,
+    flops=_backward_flops,
+    refusal=_size_refusal,
+)
+def prompt_attention_backward_op(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, per video (B, K, E), key and value; the weights are computed again."""
-    if runs_kernels(query):
-        from xclip_fast.kernels.prompt_attention import prompt_attention_bwd
-
-        return prompt_attention_bwd(grad, query, key, value, out, lse, heads)
     exact = exact_dtype(query.dtype)
     q, k, v, g, o = (_split(x.to(exact), heads) for x in (query, key, value, grad, out))
     scale = q.shape[-1] ** -0.5
@@ -94,62 +142,6 @@ def _prompt_attention_backward(
     grads = grad_scores @ k, grad_scores.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ g
     grad_query, grad_key, grad_value = (_join(x).to(query.dtype).contiguous() for x in grads)
     return grad_query, grad_key, grad_value
-
-
-@register_fake("xclip_fast::prompt_attention_backward")
-def _prompt_attention_backward_fake(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return out.new_empty(out.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, value, ctx.heads = inputs
-    ctx.save_for_backward(query, key, value, *output)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    if grad is None:
-        return None, None, None, None
-    query = ctx.saved_tensors[0]
-    grad_query, grad_key, grad_value = torch.ops.xclip_fast.prompt_attention_backward(
-        grad, *ctx.saved_tensors, ctx.heads
-    )
-    if query.shape[0] != grad_query.shape[0]:
-        grad_query = grad_query.sum(0, keepdim=True)
-    return grad_query, grad_key, grad_value, None
-
-
-register_autograd("xclip_fast::prompt_attention", _backward, setup_context=_setup_context)
-
-
-def _product(query_shape, key_shape) -> int:  # type: ignore[no-untyped-def]
-    """Operations of one product of all classes with all patches."""
-    return 2 * key_shape[0] * query_shape[1] * key_shape[1] * query_shape[2]
-
-
-@register_flop_formula(torch.ops.xclip_fast.prompt_attention)
-def _flops(query_shape, key_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
-    """Two products."""
-    return 2 * _product(query_shape, key_shape)
-
-
-@register_flop_formula(torch.ops.xclip_fast.prompt_attention_backward)
-def _backward_flops(grad_shape, query_shape, key_shape, *args: object, **kwargs: object) -> int:  # type: ignore[no-untyped-def]
-    """Five products by the usual count; the kernels compute the scores and the weights' gradient twice, so seven."""
-    return 5 * _product(query_shape, key_shape)
-
-
-@explains("prompt_attention")
-def _refusal(query: Tensor, key: Tensor, value: Tensor, heads: int) -> str | None:
-    return _size_refusal(query, heads) or kernel_refusal(query, key, value)
-
-
-def _size_refusal(query: Tensor, heads: int) -> str | None:
-    head_dim = query.shape[-1] // heads
-    return None if head_dim in HEAD_DIMS else f"its head dimension is 32, 64 or 128, found {head_dim}"
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
@@ -178,3 +170,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:
         raise ValueError(
             f"value must be {key.dtype} {tuple(key.shape)} like key, found {value.dtype} {tuple(value.shape)}"
         )
+
+
+explains(prompt_attention, _size_refusal)

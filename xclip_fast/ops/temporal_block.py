@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd
 from torch.nn import functional
-from torch.utils.flop_counter import register_flop_formula
 
-from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
+from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_product
-from xclip_fast.ops._fake import register_fake
 from xclip_fast.ops._frames import (
     attention_refusal,
     check_heads,
@@ -25,8 +22,9 @@ from xclip_fast.ops._frames import (
     longest_clip,
     split_norm_grads,
 )
-from xclip_fast.ops.layer_norm import layer_norm_ref
-from xclip_fast.ops.linear_quick_gelu import SLOPE, linear_quick_gelu_ref
+from xclip_fast.ops._register import fused_op
+from xclip_fast.ops.layer_norm import layer_norm_backward_op, layer_norm_op, layer_norm_ref
+from xclip_fast.ops.linear_quick_gelu import SLOPE, linear_quick_gelu_ref, quick_gelu_backward_op
 
 
 def temporal_block(
@@ -112,7 +110,7 @@ def temporal_block(
         return temporal_block_ref(*tensors, heads=heads, eps=eps)
     if chosen == "torch":
         return _temporal_block_torch(*tensors, heads=heads, longest=longest, eps=eps)
-    return torch.ops.xclip_fast.temporal_block(*tensors, heads, longest, eps)
+    return temporal_block_op(*tensors, heads, longest, eps)
 
 
 def temporal_block_ref(
@@ -177,8 +175,47 @@ def _temporal_block_torch(
     return x if pooled_with is None else (pooled_with + x).mean(1)
 
 
-@custom_op("xclip_fast::temporal_block", mutates_args=())
-def _temporal_block(
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    pooled_with = arguments[-5]
+    return x.new_empty(x.shape if pooled_with is None else (x.shape[0], x.shape[2]))
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, pooled_with, cu_frames, ctx.heads, ctx.longest, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, cu_frames)
+    ctx.pooled = pooled_with is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    x, *tensors, _, positions, cu_frames = ctx.saved_tensors
+    if ctx.pooled:
+        grad = (grad / x.shape[1]).unsqueeze(1).expand(x.shape).contiguous()
+    tensors = [x if positions is None else x + positions, *tensors]
+    grads = temporal_block_backward_op(grad, *tensors, cu_frames, ctx.heads, ctx.longest, ctx.eps)
+    grad_x, norm1_grads, *attention_grads, norm2_grads = grads[:7]
+    norm1_grads = split_norm_grads(norm1_grads, *tensors[1:3])
+    norm2_grads = split_norm_grads(norm2_grads, *tensors[7:9])
+    grad_positions = None if positions is None else grad_x.sum(0)
+    clips = grad_positions, grad if ctx.pooled else None, None
+    return grad_x, *norm1_grads, *attention_grads, *norm2_grads, *grads[7:], *clips, None, None, None
+
+
+def _flops(x_shape: Any, *arguments: Any, **kwargs: object) -> int:
+    """Four products of E by E and two of E by M a frame, and its attention to ``longest`` frames."""
+    *frames, width = x_shape
+    hidden, longest = arguments[8][0], arguments[-2]
+    return math.prod(frames) * (8 * width**2 + 4 * width * hidden + 4 * longest * width)
+
+
+@fused_op(
+    "temporal_block",
+    launcher="temporal_block.temporal_block_fwd",
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    flops=_flops,
+)
+def temporal_block_op(
     x: Tensor,
     norm1_weight: Tensor,
     norm1_bias: Tensor,
@@ -202,21 +239,25 @@ def _temporal_block(
     attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
     perceptron = norm2_weight, norm2_bias, fc_weight, fc_bias, proj_weight, proj_bias
     tensors = (x, *attention, *perceptron, positions, pooled_with, cu_frames)
-    if runs_kernels(x):
-        from xclip_fast.kernels.temporal_block import temporal_block_fwd
-
-        return temporal_block_fwd(*tensors, heads, longest, eps)
     return _temporal_block_torch(*tensors, heads=heads, longest=longest, eps=eps)
 
 
-@register_fake("xclip_fast::temporal_block")
-def _temporal_block_fake(x: Tensor, *arguments: Any) -> Tensor:
-    pooled_with = arguments[-5]
-    return x.new_empty(x.shape if pooled_with is None else (x.shape[0], x.shape[2]))
+def _backward_fake(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    attention, perceptron = arguments[2:6], arguments[8:11]
+    empty = [[tensor.new_empty(tensor.shape) for tensor in part] for part in (attention, perceptron)]
+    vectors = [empty_norm_grads(x), empty_norm_grads(x)]
+    return [x.new_empty(x.shape), vectors[0], *empty[0], vectors[1], *empty[1], x.new_empty(x.shape[-1])]
 
 
-@custom_op("xclip_fast::temporal_block_backward", mutates_args=())
-def _temporal_block_backward(
+def _backward_flops(grad_shape: Any, *arguments: Any, **kwargs: object) -> int:
+    """Two GEMMs for each of the six; the first four again, QKV once more, fc again; the attention four times."""
+    *frames, width = grad_shape
+    hidden, longest = arguments[9][0], arguments[-2]
+    return math.prod(frames) * (30 * width**2 + 10 * width * hidden + 16 * longest * width)
+
+
+@fused_op("temporal_block_backward", launcher=None, fake=_backward_fake, flops=_backward_flops)
+def temporal_block_backward_op(
     grad: Tensor,
     x: Tensor,
     norm1_weight: Tensor,
@@ -241,10 +282,10 @@ def _temporal_block_backward(
     attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight
     clips = cu_frames, heads, longest, eps
     middle = frames_attention_torch(rows, *attention, out_bias, *clips)
-    normed, _, mean, rstd = torch.ops.xclip_fast.layer_norm(middle, norm2_weight, norm2_bias, None, None, eps)
+    normed, _, mean, rstd = layer_norm_op(middle, norm2_weight, norm2_bias, None, None, eps)
     pre = torch.addmm(fc_bias, normed, fc_weight.t())
-    grad_pre, hidden = torch.ops.xclip_fast.quick_gelu_backward(grad @ proj_weight, pre, True)
-    grad_middle, norm2_grads = torch.ops.xclip_fast.layer_norm_backward(
+    grad_pre, hidden = quick_gelu_backward_op(grad @ proj_weight, pre, True)
+    grad_middle, norm2_grads = layer_norm_backward_op(
         grad_pre @ fc_weight, grad, middle, norm2_weight, None, mean, rstd
     )
     grad_rows, *attention_grads = frames_attention_backward(grad_middle, rows, *attention, *clips)
@@ -252,87 +293,11 @@ def _temporal_block_backward(
     return [grad_rows.view(x.shape), *attention_grads, norm2_grads, *perceptron_grads]
 
 
-@register_fake("xclip_fast::temporal_block_backward")
-def _temporal_block_backward_fake(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
-    attention, perceptron = arguments[2:6], arguments[8:11]
-    empty = [[tensor.new_empty(tensor.shape) for tensor in part] for part in (attention, perceptron)]
-    vectors = [empty_norm_grads(x), empty_norm_grads(x)]
-    return [x.new_empty(x.shape), vectors[0], *empty[0], vectors[1], *empty[1], x.new_empty(x.shape[-1])]
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, pooled_with, cu_frames, ctx.heads, ctx.longest, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, cu_frames)
-    ctx.pooled = pooled_with is not None
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    x, *tensors, _, positions, cu_frames = ctx.saved_tensors
-    if ctx.pooled:
-        grad = (grad / x.shape[1]).unsqueeze(1).expand(x.shape).contiguous()
-    tensors = [x if positions is None else x + positions, *tensors]
-    grads = torch.ops.xclip_fast.temporal_block_backward(grad, *tensors, cu_frames, ctx.heads, ctx.longest, ctx.eps)
-    grad_x, norm1_grads, *attention_grads, norm2_grads = grads[:7]
-    norm1_grads = split_norm_grads(norm1_grads, *tensors[1:3])
-    norm2_grads = split_norm_grads(norm2_grads, *tensors[7:9])
-    grad_positions = None if positions is None else grad_x.sum(0)
-    clips = grad_positions, grad if ctx.pooled else None, None
-    return grad_x, *norm1_grads, *attention_grads, *norm2_grads, *grads[7:], *clips, None, None, None
-
-
-register_autograd("xclip_fast::temporal_block", _backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.xclip_fast.temporal_block)
-def _flops(x_shape: Any, *arguments: Any, **kwargs: object) -> int:
-    """Four products of E by E and two of E by M a frame, and its attention to ``longest`` frames."""
-    *frames, width = x_shape
-    hidden, longest = arguments[8][0], arguments[-2]
-    return math.prod(frames) * (8 * width**2 + 4 * width * hidden + 4 * longest * width)
-
-
-@register_flop_formula(torch.ops.xclip_fast.temporal_block_backward)
-def _backward_flops(grad_shape: Any, *arguments: Any, **kwargs: object) -> int:
-    """Two products for each of the six; the first four again, QKV once more, fc again; the attention four times."""
-    *frames, width = grad_shape
-    hidden, longest = arguments[9][0], arguments[-2]
-    return math.prod(frames) * (30 * width**2 + 10 * width * hidden + 16 * longest * width)
-
-
 def launches(*arguments: Any) -> int:
     """Kernels that the registered op launches for its arguments; meta tensors will do."""
     from xclip_fast.kernels.temporal_block import launches
 
     return launches(*arguments)
-
-
-@explains("temporal_block")
-def _refusal(
-    x: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    in_proj_weight: Tensor,
-    in_proj_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    heads: int,
-    *,
-    positions: Tensor | None = None,
-    pooled_with: Tensor | None = None,
-    cu_frames: Tensor | None = None,
-    max_frames: int | None = None,
-    eps: float = 1e-5,
-) -> str | None:
-    attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
-    perceptron = norm2_weight, norm2_bias, fc_weight, fc_bias, proj_weight, proj_bias
-    clips = positions, pooled_with, cu_frames
-    return attention_refusal(x.shape[-1], heads) or kernel_refusal(x, *attention, *perceptron, *clips)
 
 
 def _check_clips(x: Tensor, positions: Tensor | None, pooled_with: Tensor | None, cu_frames: Tensor | None) -> None:
@@ -347,3 +312,6 @@ def _check_clips(x: Tensor, positions: Tensor | None, pooled_with: Tensor | None
             )
     if pooled_with is not None and not x.shape[1]:
         raise ValueError(f"x must have at least one frame a clip to be averaged, found {tuple(x.shape)}")
+
+
+explains(temporal_block, lambda x, heads: attention_refusal(x.shape[-1], heads))
