@@ -307,7 +307,7 @@ def frame_attention_fwd(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: b
 
 def _can_keep(device: torch.device, programs: int) -> bool:
     # older GPUs have no products that read keys in shared memory, and spill; on Blackwell the tensor memory of a
-    # multiprocessor has room for one program; without a GPU are the interpreter and the static report
+    # multiprocessor has room for one program; without a GPU are the interpreter and the compile gate
     if device.type != "cuda":
         return True
     # of few heads each is better cut up, lest most multiprocessors wait for the others

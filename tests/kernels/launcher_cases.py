@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.static import calls
+from benchmarks.compile_gate import calls
 
 # each is called with a factory of inputs, and returns its outputs
 CASES: dict[str, Callable[..., Any]] = {

@@ -13,10 +13,10 @@ pytest.importorskip("triton")
 
 from launcher_cases import LAUNCHERS, random_cases
 
-from benchmarks.static import calls
-from benchmarks.static.capture import captured_launches
-from benchmarks.static.cases import make
-from benchmarks.static.gate import kernels
+from benchmarks.compile_gate import calls
+from benchmarks.compile_gate.capture import captured_launches
+from benchmarks.compile_gate.cases import make
+from benchmarks.compile_gate.gate import kernels
 
 MOST_PROGRAMS = 2**31 - 1
 # 2**33 elements in the largest tensor of each

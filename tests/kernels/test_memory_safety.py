@@ -21,8 +21,8 @@ from launcher_cases import CASES, LAUNCHERS, random_cases  # noqa: E402
 from pointer_check import checked_pointers  # noqa: E402
 from programs import programs  # noqa: E402
 
-from benchmarks.static.calls import EPS, frame_attention  # noqa: E402
-from benchmarks.static.gate import kernels  # noqa: E402
+from benchmarks.compile_gate.calls import EPS, frame_attention  # noqa: E402
+from benchmarks.compile_gate.gate import kernels  # noqa: E402
 from xclip_fast.kernels.clip_logits import clip_logits_fwd  # noqa: E402
 from xclip_fast.kernels.frame_attention import frame_attention_fwd  # noqa: E402
 from xclip_fast.kernels.layer_norm import layer_norm_fwd  # noqa: E402

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.static import calls
-from benchmarks.static.capture import Launch, captured_launches
+from benchmarks.compile_gate import calls
+from benchmarks.compile_gate.capture import Launch, captured_launches
 from xclip_fast.config import VARIANTS, XCLIPConfig
 from xclip_fast.kernels.frame_attention import KEPT_TOKENS
 from xclip_fast.kernels.linear_quick_gelu import tiles

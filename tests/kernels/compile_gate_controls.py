@@ -1,4 +1,4 @@
-"""What the static gate says of builds it must refuse, and of one it must not, as JSON; and what its command prints.
+"""What the compile gate says of builds it must refuse, and of one it must not, as JSON; and what its command prints.
 
 Run as a process of its own, with a folder for budgets: under the interpreter nothing is compiled.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.static import calls
-from benchmarks.static.__main__ import main
-from benchmarks.static.build import Build, compile_launch, measure
-from benchmarks.static.capture import captured_launches
-from benchmarks.static.gate import broken_laws, budget_file, read_budgets, write_budgets
+from benchmarks.compile_gate import calls
+from benchmarks.compile_gate.__main__ import main
+from benchmarks.compile_gate.build import Build, compile_launch, measure
+from benchmarks.compile_gate.capture import captured_launches
+from benchmarks.compile_gate.gate import broken_laws, budget_file, read_budgets, write_budgets
 from xclip_fast.kernels import linear_quick_gelu
 from xclip_fast.kernels.linear_quick_gelu import Tiling
 

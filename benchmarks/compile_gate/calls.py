@@ -1,6 +1,6 @@
 """Every launcher called as the model calls it, forward and then backward, on tensors from a factory.
 
-The static report calls them with production shapes on the meta device, the tests of memory with small tensors in
+The compile gate calls them with production shapes on the meta device, the tests of memory with small tensors in
 awkward places.
 """
 
