@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._launch import as_rows, on_device_of
+from xclip_fast.kernels._tensors import dot_precision
 from xclip_fast.kernels.message_attention import FUSED_FRAMES, FUSED_TILE, LOG2_E, frame_block, launch_long
-from xclip_fast.kernels.skinny_linear import MAX_ROWS, dot_precision, skinny_linear
+from xclip_fast.kernels.skinny_linear import MAX_ROWS, skinny_linear
 
 # a message is read in as many pieces, each an instruction
 FUSED_HEADS = 32

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._launch import as_rows, on_device_of
-from xclip_fast.kernels.layer_norm import forward_block_shape
+from xclip_fast.kernels.layer_norm import forward_tile
 
 PIECE = 8  # columns that rows of patches are filled up to a multiple of: libraries want rows at 16 bytes
 GATHERED = 16, 128  # the most rows, and the columns, of a program of the gather
@@ -224,10 +224,10 @@ def patch_tokens(
     tokens_of_frame, width = table.shape
     tokens = torch.empty(frames, tokens_of_frame, width, dtype=dtype, device=product.device)
     embedded = torch.empty(tokens.shape if save_embedded else 0, dtype=wide, device=product.device)
-    block_frames, block_width = forward_block_shape(width)
+    tile = forward_tile(width)
     if frames:
         with on_device_of(product):
-            _patch_tokens_fwd_kernel[(tokens_of_frame * triton.cdiv(frames, block_frames),)](
+            _patch_tokens_fwd_kernel[(tokens_of_frame * triton.cdiv(frames, tile.rows),)](
                 product_ptr=product,
                 scale_ptr=scale,
                 class_ptr=None if class_embedding is None else class_embedding.contiguous(),
@@ -241,12 +241,13 @@ def patch_tokens(
                 table_stride=table.stride(0),
                 eps=eps,
                 WIDTH=width,
-                BLOCK_FRAMES=block_frames,
-                BLOCK_WIDTH=block_width,
+                BLOCK_FRAMES=tile.rows,
+                BLOCK_WIDTH=tile.columns,
                 HAS_SCALE=scale is not None,
                 HAS_CLASS=class_embedding is not None,
                 HAS_NORM=norm_weight is not None,
                 SAVE_EMBEDDED=save_embedded,
-                num_warps=4,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return tokens, embedded
