@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     launches.add_argument("--batch", type=int, default=1, help="videos in the batch")
     launches.add_argument("--json", action="store_true", help="variant to input to provider to launches, as JSON")
     launches.set_defaults(run=_launches)
+
+    tune = commands.add_parser("tune", help="try the tiles of an op's kernels on this GPU, checked and then timed")
+    tune.add_argument("op")
+    tune.add_argument("--shape", action="append", default=[], help="variant and batch; B/16x8 without; again for more")
+    tune.add_argument("--json", type=Path, metavar="FILE", help="write what was found there, for a tuning table")
+    tune.add_argument("--dry-run", action="store_true", help="without a GPU: tiny, in the interpreter")
+    tune.set_defaults(run=_tune)
 
     tables = commands.add_parser("tables", help="write the README's tables from benchmarks/results")
     tables.set_defaults(run=_tables)
@@ -115,6 +123,14 @@ def _launches(options: argparse.Namespace) -> int:
             print(f"{variant:10}{input:12}" + "".join(f"{row[provider]:12}" for provider in providers))
     print("engine: of its graph; frames are copied into it and logits out of it, two more")
     return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton reads it
+    from benchmarks.tune import main as tune
+
+    return tune(options.op, options.shape, options.json, options.dry_run)
 
 
 def _tables(options: argparse.Namespace) -> int:

@@ -115,6 +115,11 @@ def cdiv(count: int, size: int) -> int:
     return -(-count // size)
 
 
+def next_power_of_2(count: int) -> int:
+    """The least power of two that holds so many; see ``cdiv``."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU."""

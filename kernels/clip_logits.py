@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import kernel, on_device_of
-from xclip_fast.tuning import tunable
+from xclip_fast.kernels._launch import cdiv, contiguous_like, kernel, next_power_of_2, on_device_of
+from xclip_fast.kernels._tensors import unit_stride
+from xclip_fast.tuning import Tile, every, tunable
 
 # below this length a vector is divided by it instead, as torch.nn.functional.normalize does
 TINY = tl.constexpr(1e-12)
 
 
-class Blocks(NamedTuple):
-    """Classes of a program, and the padded width."""
-
-    classes: int
-    width: int
-
-
-@tunable("clip_logits", fixed=(1,))
-def blocks(width: int) -> Blocks:
-    """Four classes a program, one where they are wide."""
-    padded = triton.next_power_of_2(width)
-    return Blocks(4 if padded <= 1024 else 1, padded)
+@tunable("clip_logits", fixed=("columns",), candidates=every(num_warps=(4, 8), rows=(4, 1, 2, 8, 16)))
+def forward_tile(width: int) -> Tile:
+    """Whole texts: four classes a program, one where they are wide."""
+    columns = next_power_of_2(width)
+    return Tile(rows=4 if columns <= 1024 else 1, columns=columns)
 
 
-@tunable("clip_logits_bwd", fixed=(1,))
-def backward_blocks(width: int) -> Blocks:
+@tunable(
+    "clip_logits_bwd",
+    op="clip_logits",
+    backward=True,
+    fixed=("columns",),
+    candidates=every(num_warps=(4, 8), rows=(4, 1, 2, 8)),
+)
+def backward_tile(width: int) -> Tile:
     """Half the classes: their gradients are held in registers beside them."""
-    block = blocks.default(width)
-    return block._replace(classes=max(1, block.classes // 2))
+    tile = forward_tile.default(width)
+    return tile._replace(rows=max(1, tile.rows // 2))
 
 
 @triton.jit
@@ -202,11 +200,11 @@ def clip_logits_fwd(
     """Launch the forward pass: (B, K)."""
     # without a residual the prompts stand in for it, unread
     parts = (video, text, prompts, prompts if residual is None else residual)
-    video, text, prompts, added = (x if x.stride(-1) == 1 else x.contiguous() for x in parts)
+    video, text, prompts, added = map(unit_stride, parts)
     batch, classes, width = prompts.shape
-    logits = torch.empty(batch, classes, dtype=text.dtype, device=video.device)
-    block = blocks(width)
-    class_blocks = triton.cdiv(classes, block.classes)
+    logits = video.new_empty(batch, classes, dtype=text.dtype)
+    tile = forward_tile(width)
+    class_blocks = cdiv(classes, tile.rows)
     if logits.numel():
         with on_device_of(video):
             _clip_logits_fwd_kernel[(batch * class_blocks,)](
@@ -226,10 +224,11 @@ def clip_logits_fwd(
                 residual_batch_stride=added.stride(0),
                 residual_stride=added.stride(1),
                 WIDTH=width,
-                BLOCK_CLASSES=block.classes,
-                BLOCK_WIDTH=block.width,
+                BLOCK_CLASSES=tile.rows,
+                BLOCK_WIDTH=tile.columns,
                 HAS_RESIDUAL=residual is not None,
-                num_warps=4,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return logits
 
@@ -250,15 +249,15 @@ def clip_logits_bwd(
         logit_scale, the last two in float32.
     """
     parts = (video, text, prompts, prompts if residual is None else residual)
-    video, text, prompts, added = (x if x.stride(-1) == 1 else x.contiguous() for x in parts)
+    video, text, prompts, added = map(unit_stride, parts)
     batch, classes, width = prompts.shape
-    block = backward_blocks(width)
-    programs = triton.cdiv(classes, block.classes)
-    grad_text = torch.empty(text.shape, dtype=text.dtype, device=text.device)
-    grad_prompts = torch.empty(prompts.shape, dtype=prompts.dtype, device=prompts.device)
-    partial_video = torch.empty(programs, batch, width, dtype=torch.float32, device=video.device)
-    partial_alpha = torch.empty(programs, width, dtype=torch.float32, device=video.device)
-    partial_scale = torch.empty(programs, dtype=torch.float32, device=video.device)
+    tile = backward_tile(width)
+    programs = cdiv(classes, tile.rows)
+    grad_text = contiguous_like(text)
+    grad_prompts = contiguous_like(prompts)
+    partial_video = video.new_empty(programs, batch, width, dtype=torch.float32)
+    partial_alpha = video.new_empty(programs, width, dtype=torch.float32)
+    partial_scale = video.new_empty(programs, dtype=torch.float32)
     if programs:
         with on_device_of(video):
             _clip_logits_bwd_kernel[(programs,)](
@@ -283,9 +282,10 @@ def clip_logits_bwd(
                 residual_batch_stride=added.stride(0),
                 residual_stride=added.stride(1),
                 WIDTH=width,
-                BLOCK_CLASSES=block.classes,
-                BLOCK_WIDTH=block.width,
+                BLOCK_CLASSES=tile.rows,
+                BLOCK_WIDTH=tile.columns,
                 HAS_RESIDUAL=residual is not None,
-                num_warps=4,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return partial_video.sum(0), grad_text, grad_prompts, partial_alpha.sum(0), partial_scale.sum(0)

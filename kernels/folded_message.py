@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, kernel, on_device_of
+from xclip_fast.kernels._launch import as_rows, kernel, next_power_of_2, on_device_of
+from xclip_fast.kernels._tensors import dot_precision
 from xclip_fast.kernels.message_attention import FUSED_FRAMES, FUSED_TILE, LOG2_E, frame_block, launch_long
-from xclip_fast.kernels.skinny_linear import MAX_ROWS, dot_precision, skinny_linear
+from xclip_fast.kernels.skinny_linear import MAX_ROWS, skinny_linear
 
 # a message is read in as many pieces, each an instruction
 FUSED_HEADS = 32
@@ -133,7 +132,7 @@ def folded_message_fwd(
     """Launch the forward pass on class tokens (B, T, D): (B, T, 2 D)."""
     rows, frames, width = as_rows(class_tokens), class_tokens.shape[1], class_tokens.shape[2]
     first = skinny_linear(rows, weight, bias)
-    attended = torch.empty(rows.shape[0], width, dtype=rows.dtype, device=rows.device)
+    attended = rows.new_empty(rows.shape[0], width)
     if not first.numel():
         return attended.new_empty(*class_tokens.shape[:2], 2 * width)
     with on_device_of(rows):
@@ -174,8 +173,8 @@ def _attend(first: Tensor, shift: Tensor, attended: Tensor, heads: int, frames: 
 def _scaled_parts(x: Tensor, bias: Tensor | None, shift: Tensor, first: int, parts: int, eps: float) -> Tensor:
     """Parts (rows, parts * D) of rows (rows, N) by the deviation of their first D numbers, the bias added, shifted."""
     width = shift.shape[0] // parts
-    out = torch.empty(x.shape[0], parts * width, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(width)
+    out = x.new_empty(x.shape[0], parts * width)
+    block = next_power_of_2(width)
     _scaled_parts_fwd_kernel[(x.shape[0] * parts,)](
         x_ptr=x,
         bias_ptr=bias,

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
-from xclip_fast.kernels._launch import kernel, multiprocessors, on_device_of
+from xclip_fast.kernels._launch import cdiv, kernel, multiprocessors, next_power_of_2, on_device_of
+from xclip_fast.kernels._tensors import unit_stride
 from xclip_fast.kernels.frame_attention_head import _frame_attention_head_kernel
-from xclip_fast.tuning import tunable
+from xclip_fast.tuning import Tile, listed, tunable
 
 # the smallest side of a tensor core product
 SMALLEST_TILE = 16
@@ -26,8 +27,8 @@ KEPT_STEP = 64
 KEPT_TOKENS = range(64, 321)
 
 
-class Tiles(NamedTuple):
-    """How rows are cut: ``body`` rows in blocks of ``block``, the rest in one masked tile of ``tail`` rows, or none."""
+class Side(NamedTuple):
+    """How rows are cut: ``body`` rows in blocks of ``block``, a rest in one masked block of ``tail`` rows."""
 
     block: int
     body: int
@@ -35,17 +36,15 @@ class Tiles(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Tiles in all."""
+        """Blocks in all."""
         return self.body // self.block + (self.tail > 0)
 
 
-class Plan(NamedTuple):
-    """Tiles and launch options of one kernel; a key block of 0 means that a program keeps all keys of a head."""
+class Cut(NamedTuple):
+    """A frame's queries and keys in blocks; a key block of 0 means that a program keeps all keys of a head."""
 
-    queries: Tiles
-    keys: Tiles
-    num_warps: int
-    num_stages: int
+    queries: Side
+    keys: Side
 
     @property
     def keeps_keys(self) -> bool:
@@ -57,98 +56,105 @@ class Plan(NamedTuple):
         """Of a head."""
         return 1 if self.keeps_keys else self.queries.count
 
-    def options(self) -> dict[str, int]:
+    def options(self, tile: Tile) -> dict[str, int]:
         """The keyword arguments of a launch."""
-        launch = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         if self.keeps_keys:
-            first = triton.next_power_of_2(self.keys.body) // 2
-            cut = {"KEY_FIRST": first, "KEY_SECOND": self.keys.body - first, "KEY_TAIL": self.keys.tail}
-            return {"QUERY_BLOCK": self.queries.block, **cut, **launch}
+            first = next_power_of_2(self.keys.body) // 2
+            keys = {"KEY_FIRST": first, "KEY_SECOND": self.keys.body - first, "KEY_TAIL": self.keys.tail}
+            return {"QUERY_BLOCK": self.queries.block, **keys, **launch}
         blocks = {
             f"{name}_{part.upper()}": rows
-            for name, cut in (("QUERY", self.queries), ("KEY", self.keys))
-            for part, rows in cut._asdict().items()
+            for name, side in (("QUERY", self.queries), ("KEY", self.keys))
+            for part, rows in side._asdict().items()
         }
         return blocks | launch
 
 
-def query_tiles(tokens: int, block: int) -> Tiles:
-    """Cut the queries; where the rest needs a tile as large as a block, one more block, and all are masked."""
-    block = min(block, _tile(tokens))
+def query_side(tokens: int, block: int) -> Side:
+    """Cut the queries; where the rest needs as many rows as a block, one more block, and all are masked."""
+    block = min(block, _padded(tokens))
     body = tokens // block * block
-    tail = _tile(tokens - body) if tokens > body else 0
-    return Tiles(block, body, tail) if tail < block else Tiles(block, body + block, 0)
+    tail = _padded(tokens - body) if tokens > body else 0
+    return Side(block, body, tail) if tail < block else Side(block, body + block, 0)
 
 
-def key_tiles(tokens: int, block: int) -> Tiles:
+def key_side(tokens: int, block: int) -> Side:
     """Cut the keys; the tail always exists, since the message is in it."""
     body = tokens // block * block
-    return Tiles(block, body, _tile(tokens - body + 1))
+    return Side(block, body, _padded(tokens - body + 1))
 
 
-def plan(tokens: int, queries: int, keys: int, num_warps: int, num_stages: int = 2) -> Plan:
-    """Cut a frame's queries and keys into blocks of the sizes given; 0 keys keep all, see ``keeps_keys``.
+def cut(tile: Tile, tokens: int, head_dim: int = 0, element_size: int = 0) -> Cut:
+    """A frame's queries and keys in the rows and columns of a tile; 0 columns keep all keys, see ``keeps_keys``.
 
     Raises:
         ValueError: all keys cannot be kept of so many tokens.
     """
-    if keys == 0:
+    if tile.columns == 0:
         if tokens not in KEPT_TOKENS:
             raise ValueError(f"keys of {tokens} tokens are not kept, those of {KEPT_TOKENS} are")
         body = tokens // KEPT_STEP * KEPT_STEP
-        whole = Tiles(queries, triton.cdiv(tokens, queries) * queries, 0)
-        return Plan(whole, Tiles(0, body, _tile(tokens - body + 1)), num_warps, num_stages)
-    return Plan(query_tiles(tokens, queries), key_tiles(tokens, keys), num_warps, num_stages)
-
-
-def plan_numbers(cut: Plan) -> list[int]:
-    """The sizes that ``tuned_plan`` makes such a plan of."""
-    return [cut.queries.block, cut.keys.block, cut.num_warps, cut.num_stages]
-
-
-def tuned_plan(tokens: int, head_dim: int, element_size: int, *numbers: int) -> Plan:
-    """A plan of the sizes in a tuning table."""
-    return plan(tokens, *numbers)
+        whole = Side(tile.rows, cdiv(tokens, tile.rows) * tile.rows, 0)
+        return Cut(whole, Side(0, body, _padded(tokens - body + 1)))
+    return Cut(query_side(tokens, tile.rows), key_side(tokens, tile.columns))
 
 
 def keeps_keys(tokens: int, head_dim: int, element_size: int) -> bool:
-    """Whether there is a kernel that keeps all keys of a head, on Hopper; see ``forward_plan``."""
+    """Whether there is a kernel that keeps all keys of a head, on Hopper; see ``forward_tile``."""
     return tokens in KEPT_TOKENS and head_dim == 64 and element_size == 2
 
 
-def streamed_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
-    """The plan that streams the keys, for every GPU: the largest tiles that leave every number in a register."""
+def streamed_tile(tokens: int, head_dim: int, element_size: int) -> Tile:
+    """The tile that streams the keys, for every GPU: the largest that leaves every number in a register."""
     if element_size == 4:
-        return plan(tokens, 32, 16, num_warps=8)
+        return Tile(32, 16, num_warps=8, num_stages=2)
     if head_dim == 128:
-        return plan(tokens, 64, 32, num_warps=8)
+        return Tile(64, 32, num_warps=8, num_stages=2)
     if head_dim == 64 and tokens >= 512:
         # each block of queries reads all keys again, so frames of many tokens take wide ones; at 257 tokens those
         # lose to small ones, of which more fit a multiprocessor: 107 us against 85 on an H200 (64 frames, 16 heads)
-        return plan(tokens, 128, 64, num_warps=8, num_stages=3)
-    return plan(tokens, 64, 64, num_warps=4)
+        return Tile(128, 64, num_warps=8, num_stages=3)
+    return Tile(64, 64, num_warps=4, num_stages=2)
 
 
-@tunable("frame_attention", numbers=plan_numbers, build=tuned_plan, optional=(1,))
-def forward_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
-    """Tiles and launch options of the forward pass.
+@tunable(
+    "frame_attention",
+    optional=("columns",),
+    cut=cut,
+    candidates=listed(
+        "rows columns num_warps num_stages",
+        (64, 64, 4, 2),
+        (64, 0, 4, 2),
+        (64, 0, 4, 1),
+        (128, 64, 8, 3),
+        (128, 64, 8, 2),
+        (64, 64, 4, 3),
+        (128, 64, 4, 2),
+        (64, 32, 4, 3),
+        (128, 128, 8, 2),
+        (64, 128, 4, 2),
+    ),
+)
+def forward_tile(tokens: int, head_dim: int, element_size: int) -> Tile:
+    """Queries and keys of a program of the forward pass.
 
     Args:
         tokens: rows of a frame, S.
         head_dim: 32, 64 or 128.
         element_size: bytes of an element; the products of float32 know no tensor cores and need small tiles.
     """
-    return streamed_plan(tokens, head_dim, element_size)
+    return streamed_tile(tokens, head_dim, element_size)
 
 
-def padded_work(tokens: int, cut: Plan) -> float:
-    """Multiply-accumulates of a plan's tiles over those of S queries on S + 1 keys."""
-    queries, keys, _, _ = cut
+def padded_work(tokens: int, cut: Cut) -> float:
+    """Multiply-accumulates of whole blocks over those of S queries on S + 1 keys."""
+    queries, keys = cut
     return (queries.body + queries.tail) * (keys.body + keys.tail) / (tokens * (tokens + 1))
 
 
-def _tile(rows: int) -> int:
-    return max(SMALLEST_TILE, triton.next_power_of_2(rows))
+def _padded(rows: int) -> int:
+    return max(SMALLEST_TILE, next_power_of_2(rows))
 
 
 @triton.jit
@@ -276,19 +282,20 @@ def _frame_attention_fwd_kernel(
 
 def frame_attention_fwd(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: bool) -> tuple[Tensor, Tensor]:
     """Launch the forward pass: the rows of all heads, and the base 2 log-sum-exp of the scores (empty unless asked)."""
-    qkv, message_kv = rows_contiguous(qkv), rows_contiguous(message_kv)
+    qkv, message_kv = unit_stride(qkv), unit_stride(message_kv)
     frames, tokens, packed = qkv.shape
     width = packed // 3
-    out = torch.empty(frames, tokens, width, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((frames, heads, tokens) if with_lse else 0, dtype=torch.float32, device=qkv.device)
+    out = qkv.new_empty(frames, tokens, width)
+    lse = qkv.new_empty((frames, heads, tokens) if with_lse else 0, dtype=torch.float32)
     shape = tokens, width // heads, qkv.element_size()
-    cut = forward_plan(*shape)
-    if cut.keeps_keys and not (keeps_keys(*shape) and _can_keep(qkv.device, frames * heads)):
-        cut = streamed_plan(*shape)
-    attention_kernel = _frame_attention_head_kernel if cut.keeps_keys else _frame_attention_fwd_kernel
+    tile = forward_tile(*shape)
+    if tile.columns == 0 and not (keeps_keys(*shape) and _can_keep(qkv.device, frames * heads)):
+        tile = streamed_tile(*shape)
+    blocks = cut(tile, tokens)
+    attention_kernel = _frame_attention_head_kernel if blocks.keeps_keys else _frame_attention_fwd_kernel
     if frames:
         with on_device_of(qkv):
-            attention_kernel[(frames * heads * cut.programs,)](
+            attention_kernel[(frames * heads * blocks.programs,)](
                 qkv_ptr=qkv,
                 message_ptr=message_kv,
                 out_ptr=out,
@@ -300,20 +307,15 @@ def frame_attention_fwd(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: b
                 HEADS=heads,
                 HEAD_DIM=width // heads,
                 STORE_LSE=with_lse,
-                **cut.options(),
+                **blocks.options(tile),
             )
     return out, lse
 
 
 def _can_keep(device: torch.device, programs: int) -> bool:
     # older GPUs have no products that read keys in shared memory, and spill; on Blackwell the tensor memory of a
-    # multiprocessor has room for one program; without a GPU are the interpreter and the static report
+    # multiprocessor has room for one program; without a GPU are the interpreter and the compile gate
     if device.type != "cuda":
         return True
     # of few heads each is better cut up, lest most multiprocessors wait for the others
     return torch.cuda.get_device_capability(device)[0] == 9 and programs >= 2 * multiprocessors(device)
-
-
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself where its rows have unit stride, however far apart, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -13,28 +13,35 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
-from xclip_fast.kernels._launch import kernel, on_device_of
-from xclip_fast.kernels.frame_attention import Plan, plan, plan_numbers, rows_contiguous, tuned_plan
-from xclip_fast.tuning import tunable
+from xclip_fast.kernels._launch import contiguous_like, kernel, on_device_of
+from xclip_fast.kernels._tensors import unit_stride
+from xclip_fast.kernels.frame_attention import cut
+from xclip_fast.tuning import Tile, listed, tunable
+
+FIELDS = "rows columns num_warps num_stages"
+QUERIES = listed(FIELDS, (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2))
+QUERIES += listed(FIELDS, (128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 4, 2), (128, 64, 8, 3))
+KEYS = listed(FIELDS, (32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 8, 2), (64, 64, 8, 2))
+KEYS += listed(FIELDS, (64, 64, 4, 2), (32, 128, 8, 2), (64, 32, 4, 2), (32, 32, 4, 3))
 
 
-@tunable("frame_attention_bwd_query", numbers=plan_numbers, build=tuned_plan)
-def query_gradient_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
-    """Tiles and launch options of the queries' gradient; arguments as for ``forward_plan``."""
+@tunable("frame_attention_bwd_query", op="frame_attention", backward=True, cut=cut, candidates=QUERIES)
+def query_gradient_tile(tokens: int, head_dim: int, element_size: int) -> Tile:
+    """Queries and keys of a program of the queries' gradient; arguments as for ``forward_tile``."""
     if element_size == 4:
-        return plan(tokens, 32, 16, num_warps=8)
+        return Tile(32, 16, num_warps=8, num_stages=2)
     block = 32 if head_dim == 128 else 64
-    return plan(tokens, block, block, num_warps=4)
+    return Tile(block, block, num_warps=4, num_stages=2)
 
 
-@tunable("frame_attention_bwd_key", numbers=plan_numbers, build=tuned_plan)
-def key_gradient_plan(tokens: int, head_dim: int, element_size: int) -> Plan:
-    """Tiles and launch options of the keys' and values' gradient; arguments as for ``forward_plan``."""
+@tunable("frame_attention_bwd_key", op="frame_attention", backward=True, cut=cut, candidates=KEYS)
+def key_gradient_tile(tokens: int, head_dim: int, element_size: int) -> Tile:
+    """Queries and keys of a program of the keys' and values' gradient; arguments as for ``forward_tile``."""
     if element_size == 4:
-        return plan(tokens, 32, 16, num_warps=8)
+        return Tile(32, 16, num_warps=8, num_stages=2)
     if head_dim == 128:
-        return plan(tokens, 16, 64, num_warps=8)
-    return plan(tokens, 64 if tokens <= 64 else 32, 64, num_warps=4)
+        return Tile(16, 64, num_warps=8, num_stages=2)
+    return Tile(64 if tokens <= 64 else 32, 64, num_warps=4, num_stages=2)
 
 
 @triton.jit
@@ -353,12 +360,12 @@ def frame_attention_bwd(
     grad: Tensor, qkv: Tensor, message_kv: Tensor, out: Tensor, lse: Tensor, heads: int
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward pass: gradients of the packed rows and of the message's packed key and value."""
-    grad, qkv, message_kv = (rows_contiguous(tensor) for tensor in (grad, qkv, message_kv))
+    grad, qkv, message_kv = map(unit_stride, (grad, qkv, message_kv))
     out, lse = out.contiguous(), lse.contiguous()
     frames, tokens, packed = qkv.shape
     head_dim = packed // 3 // heads
-    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    grad_message = torch.empty(message_kv.shape, dtype=qkv.dtype, device=qkv.device)
+    grad_qkv = contiguous_like(qkv)
+    grad_message = qkv.new_empty(message_kv.shape)
     delta = torch.empty_like(lse)
     if not frames:
         return grad_qkv, grad_message
@@ -379,10 +386,12 @@ def frame_attention_bwd(
         "HEAD_DIM": head_dim,
     }
     with on_device_of(qkv):
-        cut = query_gradient_plan(tokens, head_dim, qkv.element_size())
-        grid = (frames * heads * cut.queries.count,)
-        _frame_attention_bwd_query_kernel[grid](**shared, out_ptr=out, **cut.options())
-        cut = key_gradient_plan(tokens, head_dim, qkv.element_size())
-        grid = (frames * heads * cut.keys.count,)
-        _frame_attention_bwd_key_kernel[grid](**shared, grad_message_ptr=grad_message, **cut.options())
+        tile = query_gradient_tile(tokens, head_dim, qkv.element_size())
+        blocks = cut(tile, tokens)
+        grid = (frames * heads * blocks.queries.count,)
+        _frame_attention_bwd_query_kernel[grid](**shared, out_ptr=out, **blocks.options(tile))
+        tile = key_gradient_tile(tokens, head_dim, qkv.element_size())
+        blocks = cut(tile, tokens)
+        grid = (frames * heads * blocks.keys.count,)
+        _frame_attention_bwd_key_kernel[grid](**shared, grad_message_ptr=grad_message, **blocks.options(tile))
     return grad_qkv, grad_message

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, cdiv, contiguous_like, kernel, on_device_of
-from xclip_fast.tuning import tunable
+from xclip_fast.kernels._launch import as_rows, cdiv, contiguous_like, kernel, next_power_of_2, on_device_of
+from xclip_fast.tuning import Tile, every, tunable
 
 # a program of the backward pass walks over many blocks of rows and writes one partial sum
 BACKWARD_PROGRAMS = 512
@@ -123,23 +122,24 @@ def _layer_norm_bwd_kernel(
     tl.store(partial + 2 * WIDTH, grad_constant, mask=in_width)
 
 
-def block_shape(width: int) -> tuple[int, int]:
-    """Rows and columns of a block: wide rows alone, narrow ones four at a time."""
-    columns = triton.next_power_of_2(width)
-    return (4 if columns <= 1024 else 1), columns
+@tunable("layer_norm", fixed=("columns",), candidates=every(num_warps=(4, 8), rows=(4, 1, 2, 8)))
+def forward_tile(width: int) -> Tile:
+    """Whole rows: wide ones alone, narrow ones four at a time."""
+    columns = next_power_of_2(width)
+    return Tile(rows=4 if columns <= 1024 else 1, columns=columns)
 
 
-@tunable("layer_norm", fixed=(1,))
-def forward_block_shape(width: int) -> tuple[int, int]:
-    """Rows and columns of a block of the forward pass."""
-    return block_shape(width)
-
-
-@tunable("layer_norm_bwd", fixed=(1,))
-def backward_block_shape(width: int) -> tuple[int, int]:
+@tunable(
+    "layer_norm_bwd",
+    op="layer_norm",
+    backward=True,
+    fixed=("columns",),
+    candidates=every(num_warps=(4, 8), rows=(4, 1, 2, 8)),
+)
+def backward_tile(width: int) -> Tile:
     """Half the rows: the sums over all rows of a program are held beside them, and more of both would spill."""
-    rows, columns = block_shape(width)
-    return max(1, rows // 2), columns
+    tile = forward_tile.default(width)
+    return tile._replace(rows=max(1, tile.rows // 2))
 
 
 def layer_norm_fwd(
@@ -153,10 +153,10 @@ def layer_norm_fwd(
     stream = x.new_empty(0) if residual is None else contiguous_like(x)
     mean = x.new_empty(rows, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    block_rows, block_width = forward_block_shape(width)
+    tile = forward_tile(width)
     if rows:
         with on_device_of(x):
-            _layer_norm_fwd_kernel[(cdiv(rows, block_rows),)](
+            _layer_norm_fwd_kernel[(cdiv(rows, tile.rows),)](
                 x_ptr=flat,
                 residual_ptr=added,
                 constant_ptr=constant,
@@ -171,11 +171,12 @@ def layer_norm_fwd(
                 residual_stride=0 if added is None else added.stride(0),
                 eps=eps,
                 WIDTH=width,
-                BLOCK_ROWS=block_rows,
-                BLOCK_WIDTH=block_width,
+                BLOCK_ROWS=tile.rows,
+                BLOCK_WIDTH=tile.columns,
                 HAS_RESIDUAL=added is not None,
                 HAS_CONSTANT=constant is not None,
-                num_warps=4,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return normed, stream, mean, rstd
 
@@ -194,8 +195,8 @@ def layer_norm_bwd(
     grad = as_rows(grad_normed)
     grad_added = None if grad_stream is None else as_rows(grad_stream)
     rows, width = flat.shape
-    block_rows, block_width = backward_block_shape(width)
-    programs = min(cdiv(rows, block_rows), BACKWARD_PROGRAMS)
+    tile = backward_tile(width)
+    programs = min(cdiv(rows, tile.rows), BACKWARD_PROGRAMS)
     grad_x = contiguous_like(stream)
     partial = stream.new_empty(programs, 3, width, dtype=torch.float32)
     if rows:
@@ -216,13 +217,14 @@ def layer_norm_bwd(
                 stream_stride=flat.stride(0),
                 programs=programs,
                 WIDTH=width,
-                BLOCK_ROWS=block_rows,
-                BLOCK_WIDTH=block_width,
+                BLOCK_ROWS=tile.rows,
+                BLOCK_WIDTH=tile.columns,
                 HAS_GRAD_STREAM=grad_added is not None,
                 HAS_CONSTANT=constant is not None,
-                num_warps=4,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
                 # left to choose, the assembler spills for one more program on a multiprocessor; 128 registers fit four,
                 # all that BACKWARD_PROGRAMS gives to 128 multiprocessors. wide rows take what there is
-                maxnreg=128 if block_rows * block_width <= 2048 else None,
+                maxnreg=128 if tile.rows * tile.columns <= 2048 else None,
             )
     return grad_x, partial.sum(0)

@@ -2,59 +2,71 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from xclip_fast.kernels._launch import as_rows, kernel, multiprocessors, on_device_of
-from xclip_fast.tuning import tunable
+from xclip_fast.kernels._launch import as_rows, cdiv, kernel, multiprocessors, next_power_of_2, on_device_of
+from xclip_fast.kernels._tensors import dot_precision
+from xclip_fast.tuning import Tile, every, listed, tunable
 
 # x * sigmoid(1.702 x) = x / (1 + 2^(-1.702 log2(e) x)): one exp2 and one division, where tl.sigmoid takes 13 operations
 EXPONENT = tl.constexpr(-2.4554669595930155)
 LARGEST_EXPONENT = tl.constexpr(62.0)  # the product of two powers stays finite
 LEAST = tl.constexpr(2.0**-61)  # twice the sigmoid of the largest exponent
-BACKWARD_BLOCK = 1024
 ENOUGH_TILES = 80  # of 64 rows by 256 columns: measured at 84 on 132 multiprocessors, a seventh faster than narrow ones
 QUARTERS = 4  # a tile of the persistent kernel is stored in as many parts
 
 
-class Tiling(NamedTuple):
-    """Block sizes of a product and how it is compiled."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-@tunable("linear_quick_gelu")
-def tiling(rows: int, width: int, dtype: torch.dtype) -> Tiling:
-    """The default tiles for a product of this many rows and four times as many columns as it sums.
+@tunable(
+    "linear_quick_gelu",
+    candidates=listed(
+        "rows columns depth num_warps num_stages",
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (256, 64, 64, 8, 3),
+        (64, 128, 32, 4, 4),
+        (64, 128, 64, 4, 4),
+        (64, 256, 64, 8, 3),
+        (128, 64, 64, 4, 4),
+        (128, 128, 32, 8, 4),
+    ),
+)
+def forward_tile(rows: int, width: int, dtype: torch.dtype) -> Tile:
+    """The default tile of a GEMM of this many rows and four times as many columns as it sums.
 
     Two programs a multiprocessor where the rows fill it; of few rows the widest tiles that leave few idle.
     """
-    block_k = min(64, max(16, triton.next_power_of_2(width)))
+    depth = min(64, max(16, next_power_of_2(width)))
     if dtype == torch.float32:
-        return Tiling(64, 64, min(32, block_k), 4, 2)
+        return Tile(64, 64, min(32, depth), 4, 2)
     if rows <= 2048:
-        wide = triton.cdiv(rows, 64) * triton.cdiv(4 * width, 256) >= ENOUGH_TILES
-        return Tiling(64, 256, block_k, 8, 3) if wide else Tiling(64, 128, block_k, 4, 4)
+        wide = cdiv(rows, 64) * cdiv(4 * width, 256) >= ENOUGH_TILES
+        return Tile(64, 256, depth, 8, 3) if wide else Tile(64, 128, depth, 4, 4)
     # four warps would hold 128 sums a thread, and spill in the epilogue
-    return Tiling(128, 128, block_k, 8, 3)
+    return Tile(128, 128, depth, 8, 3)
+
+
+@tunable(
+    "quick_gelu_bwd",
+    op="linear_quick_gelu",
+    backward=True,
+    candidates=every(columns=(1024, 512, 2048), num_warps=(4, 8)),
+)
+def backward_tile(dtype: torch.dtype) -> Tile:
+    """Elements of a program of the activation's backward pass, the same for every shape and dtype."""
+    return Tile(columns=1024)
 
 
 # one program a multiprocessor, which holds four steps of operands and a quarter of the result
-PERSISTENT = Tiling(128, 256, 64, 8, 4)
+PERSISTENT = Tile(128, 256, 64, 8, 4)
 
 
 def tiles(rows: int, hidden: int) -> int:
     """How many the persistent kernel cuts a result into."""
-    return triton.cdiv(rows, PERSISTENT.block_m) * triton.cdiv(hidden, PERSISTENT.block_n)
+    return cdiv(rows, PERSISTENT.rows) * cdiv(hidden, PERSISTENT.columns)
 
 
 @triton.jit
@@ -209,13 +221,13 @@ def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: boo
     hidden_width = weight.shape[0]
     if not save_pre and _persists(flat, weight):
         hidden = linear_quick_gelu_persistent_fwd(flat, weight, bias, multiprocessors(x.device))
-        return hidden.view(*x.shape[:-1], hidden_width), torch.empty(0, dtype=x.dtype, device=x.device)
-    hidden = torch.empty(*x.shape[:-1], hidden_width, dtype=x.dtype, device=x.device)
-    pre = torch.empty_like(hidden) if save_pre else torch.empty(0, dtype=x.dtype, device=x.device)
-    tile = tiling(rows, width, x.dtype)
+        return hidden.view(*x.shape[:-1], hidden_width), x.new_empty(0)
+    hidden = x.new_empty(*x.shape[:-1], hidden_width)
+    pre = torch.empty_like(hidden) if save_pre else x.new_empty(0)
+    tile = forward_tile(rows, width, x.dtype)
     if hidden.numel():
         with on_device_of(x):
-            _linear_quick_gelu_fwd_kernel[(triton.cdiv(rows, tile.block_m) * triton.cdiv(hidden_width, tile.block_n),)](
+            _linear_quick_gelu_fwd_kernel[(cdiv(rows, tile.rows) * cdiv(hidden_width, tile.columns),)](
                 x_ptr=flat,
                 weight_ptr=weight,
                 bias_ptr=bias.contiguous(),
@@ -226,12 +238,12 @@ def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: boo
                 weight_stride=weight.stride(0),
                 WIDTH=width,
                 HIDDEN=hidden_width,
-                BLOCK_M=tile.block_m,
-                BLOCK_N=tile.block_n,
-                BLOCK_K=tile.block_k,
+                BLOCK_M=tile.rows,
+                BLOCK_N=tile.columns,
+                BLOCK_K=tile.depth,
                 GROUP=8,
                 SAVE_PRE=save_pre,
-                PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+                PRECISION=dot_precision(x),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
@@ -260,21 +272,21 @@ def linear_quick_gelu_persistent_fwd(x: Tensor, weight: Tensor, bias: Tensor, pr
         AssertionError: rows begin elsewhere.
     """
     tile = PERSISTENT
-    hidden = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    hidden = x.new_empty(len(x), len(weight))
     programs = min(tiles(len(x), len(weight)), programs)
     with on_device_of(x):
         _linear_quick_gelu_persistent_fwd_kernel[(programs,)](
-            x=TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
-            weight=TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-            hidden=TensorDescriptor.from_tensor(hidden, [tile.block_m, tile.block_n // QUARTERS]),
+            x=TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
+            weight=TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+            hidden=TensorDescriptor.from_tensor(hidden, [tile.rows, tile.columns // QUARTERS]),
             bias_ptr=bias.contiguous(),
             rows=len(x),
             programs=programs,
             WIDTH=x.shape[1],
             HIDDEN=len(weight),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            BLOCK_K=tile.depth,
             GROUP=8,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -286,17 +298,19 @@ def quick_gelu_bwd(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tenso
     """Launch the activation's backward pass: gradient of the pre-activation, and the activation again or nothing."""
     grad = grad.contiguous()
     grad_pre = torch.empty_like(pre)
-    hidden = torch.empty_like(pre) if write_hidden else torch.empty(0, dtype=pre.dtype, device=pre.device)
+    hidden = torch.empty_like(pre) if write_hidden else pre.new_empty(0)
+    tile = backward_tile(pre.dtype)
     if pre.numel():
         with on_device_of(pre):
-            _quick_gelu_bwd_kernel[(triton.cdiv(pre.numel(), BACKWARD_BLOCK),)](
+            _quick_gelu_bwd_kernel[(cdiv(pre.numel(), tile.columns),)](
                 grad_ptr=grad,
                 pre_ptr=pre,
                 grad_pre_ptr=grad_pre,
                 hidden_ptr=hidden,
                 count=pre.numel(),
-                BLOCK=BACKWARD_BLOCK,
+                BLOCK=tile.columns,
                 WRITE_HIDDEN=write_hidden,
-                num_warps=4,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return grad_pre, hidden

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import kernel, on_device_of
-from xclip_fast.kernels.layer_norm import BACKWARD_PROGRAMS, backward_block_shape
+from xclip_fast.kernels._launch import cdiv, contiguous_like, kernel, next_power_of_2, on_device_of
+from xclip_fast.kernels._tensors import unit_stride
+from xclip_fast.kernels.layer_norm import BACKWARD_PROGRAMS
+from xclip_fast.kernels.layer_norm import backward_tile as layer_norm_tile
+from xclip_fast.tuning import Tile, every, tunable
 
 # patches of which each program holds more frames: they leave multiprocessors idle anyway
 FEW_PATCHES = 256
 
 
-class Tile(NamedTuple):
-    """Frames and columns that a program of the forward pass holds at once, and its warps."""
-
-    frames: int
-    columns: int
-    warps: int
-
-
+@tunable("mean_norm_over_frames", fixed=("columns",), candidates=every(num_warps=(8, 4), rows=(8, 4, 2, 1)))
 def forward_tile(patches: int, frames: int, width: int) -> Tile:
     """32 numbers a thread. Of few patches all frames are on their way at once; many gain by more programs at a time."""
-    columns = triton.next_power_of_2(width)
+    columns = next_power_of_2(width)
     rows = max(1, (8192 if patches <= FEW_PATCHES else 4096) // columns)
-    rows = min(rows, triton.next_power_of_2(frames))
-    return Tile(rows, columns, min(8, max(1, rows * columns // 1024)))
+    rows = min(rows, next_power_of_2(frames))
+    return Tile(rows, columns, num_warps=min(8, max(1, rows * columns // 1024)))
+
+
+@tunable(
+    "mean_norm_over_frames_bwd",
+    op="mean_norm_over_frames",
+    backward=True,
+    fixed=("columns",),
+    candidates=every(num_warps=(4, 8), rows=(2, 1, 4)),
+)
+def backward_tile(width: int) -> Tile:
+    """As of a layer norm's backward pass, whose sums it holds too."""
+    return layer_norm_tile.default(width)
 
 
 @triton.jit
@@ -205,7 +211,7 @@ def mean_norm_over_frames_fwd(
     """Launch the forward pass: (B, T, N, D) to (B, N, D)."""
     tokens, added = _addressable(tokens, residual)
     batch, frames, patches, width = tokens.shape
-    out = torch.empty(batch, patches, width, dtype=tokens.dtype, device=tokens.device)
+    out = tokens.new_empty(batch, patches, width)
     tile = forward_tile(batch * patches, frames, width)
     if out.numel():
         with on_device_of(tokens):
@@ -226,11 +232,12 @@ def mean_norm_over_frames_fwd(
                 residual_patch_stride=added.stride(2),
                 eps=eps,
                 WIDTH=width,
-                BLOCK_FRAMES=tile.frames,
+                BLOCK_FRAMES=tile.rows,
                 BLOCK_WIDTH=tile.columns,
                 HAS_RESIDUAL=residual is not None,
                 HAS_CONSTANT=constant is not None,
-                num_warps=tile.warps,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return out
 
@@ -241,10 +248,10 @@ def mean_norm_over_frames_bwd(
     """Launch the backward pass: gradient of tokens and residual, and of weight and bias as float32 (2, D)."""
     tokens, added = _addressable(tokens, residual)
     batch, frames, patches, width = tokens.shape
-    block_rows, block_width = backward_block_shape(width)
-    programs = min(triton.cdiv(batch * patches, block_rows), BACKWARD_PROGRAMS)
-    grad_tokens = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-    partial = torch.empty(programs, 2, width, dtype=torch.float32, device=tokens.device)
+    tile = backward_tile(width)
+    programs = min(cdiv(batch * patches, tile.rows), BACKWARD_PROGRAMS)
+    grad_tokens = contiguous_like(tokens)
+    partial = tokens.new_empty(programs, 2, width, dtype=torch.float32)
     if grad_tokens.numel():
         with on_device_of(tokens):
             _mean_norm_over_frames_bwd_kernel[(programs,)](
@@ -267,18 +274,17 @@ def mean_norm_over_frames_bwd(
                 eps=eps,
                 programs=programs,
                 WIDTH=width,
-                BLOCK_ROWS=block_rows,
-                BLOCK_WIDTH=block_width,
+                BLOCK_ROWS=tile.rows,
+                BLOCK_WIDTH=tile.columns,
                 HAS_RESIDUAL=residual is not None,
                 HAS_CONSTANT=constant is not None,
-                num_warps=4,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return grad_tokens, partial.sum(0)
 
 
 def _addressable(tokens: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """Tokens and residual with unit stride along D; without a residual the tokens stand in for it, unread."""
-    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
-    if residual is None:
-        return tokens, tokens
-    return tokens, residual if residual.stride(-1) == 1 else residual.contiguous()
+    tokens = unit_stride(tokens)
+    return tokens, tokens if residual is None else unit_stride(residual)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, kernel, on_device_of
+from xclip_fast.kernels._launch import as_rows, cdiv, kernel, next_power_of_2, on_device_of
+from xclip_fast.kernels._tensors import dot_precision
 from xclip_fast.kernels.skinny_linear import (
     Norm,
-    dot_precision,
     normalised,
     row_statistics,
     skinny_launches,
     skinny_linear,
 )
-from xclip_fast.tuning import tunable
+from xclip_fast.tuning import Tile, every, listed, tunable
 
 # every clip reads the weights anew
 FUSED_CLIPS = 16
@@ -27,15 +27,6 @@ FUSED_FRAMES = 64
 # and so do its queries, keys and values of one head: frames times head_dim, by bytes of an element
 FUSED_TILE = {2: 64 * 128, 4: 64 * 32}
 LOG2_E = 1.4426950408889634
-
-
-class Tile(NamedTuple):
-    """Frames and depth (or keys) of one step of a program, and how it is launched."""
-
-    frames: int
-    depth: int
-    warps: int
-    stages: int
 
 
 @triton.jit
@@ -190,25 +181,35 @@ def is_fused(clips: int, longest: int, head_dim: int, itemsize: int) -> bool:
     return small and clips <= FUSED_CLIPS
 
 
-@tunable("message_attention", fixed=(0,))
+@tunable(
+    "message_attention",
+    fixed=("rows",),
+    candidates=every(num_stages=(3, 2, 4)) + every(num_stages=(3,), depth=(32, 64), num_warps=(4, 8)),
+)
 def fused_tile(longest: int, head_dim: int, itemsize: int) -> Tile:
     """All frames of a clip; a step of depth loads three times HEAD_DIM weight rows, 12 or 24 KB."""
     frames = frame_block(longest)
     row_bytes = 8192 if itemsize == 2 and frames <= 32 else 4096
     depth = min(64, max(16, row_bytes // (head_dim * itemsize)))
-    return Tile(frames=frames, depth=depth, warps=8 if frames * itemsize > 64 else 4, stages=3)
+    return Tile(rows=frames, depth=depth, num_warps=8 if frames * itemsize > 64 else 4)
 
 
-@tunable("message_attention_long", fixed=(1,))
+@tunable(
+    "message_attention_long",
+    op="message_attention",
+    candidates=listed(
+        "rows num_warps num_stages", (64, 4, 2), (16, 2, 2), (16, 4, 2), (32, 4, 2), (64, 8, 2), (64, 4, 3)
+    ),
+)
 def long_tile(head_dim: int, itemsize: int) -> Tile:
     """Square tiles of frames against frames, over the whole head."""
     frames = 64 if itemsize == 2 else min(32, 2048 // head_dim)
-    return Tile(frames=frames, depth=head_dim, warps=8 if itemsize == 2 and head_dim > 64 else 4, stages=2)
+    return Tile(rows=frames, num_warps=8 if itemsize == 2 and head_dim > 64 else 4, num_stages=2)
 
 
 def frame_block(longest: int) -> int:
     """Frames of a tile that holds a whole clip: the tensor cores take 16 at least."""
-    return max(16, triton.next_power_of_2(longest))
+    return max(16, next_power_of_2(longest))
 
 
 def clip_count(x: Tensor, cu_frames: Tensor | None, longest: int) -> int:
@@ -280,7 +281,7 @@ def attend_frames(
         return out, x
     with on_device_of(x):
         if is_fused(clips, longest, width // heads, x.element_size()):
-            placed = x if positions is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
+            placed = x if positions is None else x.new_empty(rows, width)
             _launch_fused(
                 x, norm, as_rows(weight), bias.contiguous(), bounds, heads, clips, longest, positions, placed, out
             )
@@ -326,13 +327,13 @@ def _launch_fused(
         scale=head_dim**-0.5 * LOG2_E,
         HEADS=heads,
         HEAD_DIM=head_dim,
-        BLOCK_FRAMES=tile.frames,
+        BLOCK_FRAMES=tile.rows,
         BLOCK_DEPTH=tile.depth,
         RAGGED=bounds is not None,
         HAS_POSITIONS=table is not None,
         PRECISION=dot_precision(x),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
@@ -342,7 +343,7 @@ def launch_long(packed: Tensor, bounds: Tensor | None, heads: int, clips: int, l
     head_dim = width // heads
     tile = long_tile(head_dim, out.element_size())
     # ragged clips are split as if they were equally long: a longer one loops
-    splits = triton.cdiv(longest if bounds is None else triton.cdiv(rows, clips), tile.frames)
+    splits = cdiv(longest if bounds is None else cdiv(rows, clips), tile.rows)
     _long_clip_attention_fwd_kernel[(clips * heads * splits,)](
         packed_ptr=packed,
         bounds_ptr=bounds,
@@ -353,11 +354,11 @@ def launch_long(packed: Tensor, bounds: Tensor | None, heads: int, clips: int, l
         scale=head_dim**-0.5 * LOG2_E,
         HEADS=heads,
         HEAD_DIM=head_dim,
-        BLOCK_FRAMES=tile.frames,
+        BLOCK_FRAMES=tile.rows,
         RAGGED=bounds is not None,
         PRECISION=dot_precision(out),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, kernel, on_device_of
-from xclip_fast.kernels.layer_norm import forward_block_shape
+from xclip_fast.kernels._launch import as_rows, cdiv, kernel, next_power_of_2, on_device_of
+from xclip_fast.kernels.layer_norm import forward_tile
 
 PIECE = 8  # columns that rows of patches are filled up to a multiple of: libraries want rows at 16 bytes
 GATHERED = 16, 128  # the most rows, and the columns, of a program of the gather
@@ -160,10 +159,10 @@ def patch_rows(pixels: Tensor, patch: int, width: int, affine: Sequence[Sequence
     (count, height, across, _), is_bytes = pixels.shape, pixels.dtype == torch.uint8
     grid_height, grid_width = height // patch, across // patch
     scale, offset = affine if is_bytes else ((1.0,) * 3, (0.0,) * 3)
-    rows = torch.empty(count * grid_height * grid_width, width, dtype=dtype, device=pixels.device)
+    rows = pixels.new_empty(count * grid_height * grid_width, width, dtype=dtype)
     most, block_width = GATHERED
-    block_rows = min(most, triton.next_power_of_2(grid_width))
-    blocks = triton.cdiv(grid_width, block_rows) * triton.cdiv(width, block_width)
+    block_rows = min(most, next_power_of_2(grid_width))
+    blocks = cdiv(grid_width, block_rows) * cdiv(width, block_width)
     if count:
         with on_device_of(pixels):
             _patch_rows_fwd_kernel[(count * grid_height * blocks,)](
@@ -222,12 +221,12 @@ def patch_tokens(
     """
     table = as_rows(table)
     tokens_of_frame, width = table.shape
-    tokens = torch.empty(frames, tokens_of_frame, width, dtype=dtype, device=product.device)
-    embedded = torch.empty(tokens.shape if save_embedded else 0, dtype=wide, device=product.device)
-    block_frames, block_width = forward_block_shape(width)
+    tokens = product.new_empty(frames, tokens_of_frame, width, dtype=dtype)
+    embedded = product.new_empty(tokens.shape if save_embedded else 0, dtype=wide)
+    tile = forward_tile(width)
     if frames:
         with on_device_of(product):
-            _patch_tokens_fwd_kernel[(tokens_of_frame * triton.cdiv(frames, block_frames),)](
+            _patch_tokens_fwd_kernel[(tokens_of_frame * cdiv(frames, tile.rows),)](
                 product_ptr=product,
                 scale_ptr=scale,
                 class_ptr=None if class_embedding is None else class_embedding.contiguous(),
@@ -241,12 +240,13 @@ def patch_tokens(
                 table_stride=table.stride(0),
                 eps=eps,
                 WIDTH=width,
-                BLOCK_FRAMES=block_frames,
-                BLOCK_WIDTH=block_width,
+                BLOCK_FRAMES=tile.rows,
+                BLOCK_WIDTH=tile.columns,
                 HAS_SCALE=scale is not None,
                 HAS_CLASS=class_embedding is not None,
                 HAS_NORM=norm_weight is not None,
                 SAVE_EMBEDDED=save_embedded,
-                num_warps=4,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return tokens, embedded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -11,34 +10,50 @@ import triton.language as tl
 from torch import Tensor
 
 from xclip_fast.kernels._frame_rows import LOG2_E
-from xclip_fast.kernels._launch import kernel, on_device_of
+from xclip_fast.kernels._launch import cdiv, contiguous_like, kernel, next_power_of_2, on_device_of
+from xclip_fast.kernels._tensors import unit_stride
 from xclip_fast.kernels.frame_attention import _accumulate as accumulate
-from xclip_fast.tuning import tunable
+from xclip_fast.tuning import Tile, listed, tunable
 
 
-class Tiling(NamedTuple):
-    """Rows of a query and of a key tile, and how the kernels are compiled."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-
-@tunable("prompt_attention")
-def tiling(classes: int, patches: int, dtype: torch.dtype) -> Tiling:
-    """The default tiles: no larger than what they cut, halved in float32, which takes twice the shared memory."""
+@tunable(
+    "prompt_attention",
+    candidates=listed(
+        "rows columns num_warps num_stages",
+        (64, 64, 4, 3),
+        (64, 64, 4, 2),
+        (64, 32, 4, 2),
+        (32, 64, 4, 2),
+        (128, 64, 8, 2),
+        (16, 64, 2, 2),
+    ),
+)
+def forward_tile(classes: int, patches: int, dtype: torch.dtype) -> Tile:
+    """No larger than what it cuts, halved in float32, which takes twice the shared memory."""
     largest = 32 if dtype == torch.float32 else 64
-    queries, keys = (min(largest, max(16, triton.next_power_of_2(size))) for size in (classes, patches))
+    queries, keys = (min(largest, max(16, next_power_of_2(size))) for size in (classes, patches))
     # with two stages ptxas aims at one more program on sm_80, and spills
-    return Tiling(queries, keys, 4, 3)
+    return Tile(queries, keys, num_warps=4, num_stages=3)
 
 
-@tunable("prompt_attention_bwd")
-def backward_tiling(classes: int, patches: int, dtype: torch.dtype) -> Tiling:
+@tunable(
+    "prompt_attention_bwd",
+    op="prompt_attention",
+    backward=True,
+    candidates=listed(
+        "rows columns num_warps num_stages",
+        (64, 32, 4, 2),
+        (64, 32, 4, 3),
+        (64, 64, 8, 2),
+        (32, 32, 4, 2),
+        (32, 64, 4, 2),
+        (64, 32, 8, 2),
+    ),
+)
+def backward_tile(classes: int, patches: int, dtype: torch.dtype) -> Tile:
     """Half the keys: the backward pass holds twice the sums and scores of the forward pass, and would spill."""
-    tile = tiling.default(classes, patches, dtype)
-    return tile._replace(keys=max(16, tile.keys // 2), num_stages=2)
+    tile = forward_tile.default(classes, patches, dtype)
+    return tile._replace(columns=max(16, tile.columns // 2), num_stages=2)
 
 
 @triton.jit
@@ -207,7 +222,7 @@ def _prompt_attention_bwd_key_kernel(
     tl.store(grad_value_ptr + out, grad_value.to(grad_value_ptr.dtype.element_ty), mask=inside)
 
 
-def _shared_arguments(query: Tensor, key: Tensor, value: Tensor, heads: int, tile: Tiling) -> dict[str, object]:
+def _shared_arguments(query: Tensor, key: Tensor, value: Tensor, heads: int, tile: Tile) -> dict[str, object]:
     """What all three kernels take alike: inputs, strides (none along a batch of one shared query) and tiles."""
     batch, patches, width = key.shape
     return {
@@ -225,8 +240,8 @@ def _shared_arguments(query: Tensor, key: Tensor, value: Tensor, heads: int, til
         "HEADS": heads,
         "HEAD_DIM": width // heads,
         "SCALE": (width // heads) ** -0.5 * math.log2(math.e),
-        "BLOCK_QUERIES": tile.queries,
-        "BLOCK_KEYS": tile.keys,
+        "BLOCK_QUERIES": tile.rows,
+        "BLOCK_KEYS": tile.columns,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -234,15 +249,15 @@ def _shared_arguments(query: Tensor, key: Tensor, value: Tensor, heads: int, til
 
 def prompt_attention_fwd(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Launch the forward pass: (B, K, E), and the base-2 log of the softmax's denominators (B, heads, K)."""
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = map(unit_stride, (query, key, value))
     batch, classes, width = key.shape[0], query.shape[1], query.shape[2]
-    out = torch.empty(batch, classes, width, dtype=query.dtype, device=query.device)
-    lse = torch.empty(batch, heads, classes, dtype=torch.float32, device=query.device)
-    tile = tiling(classes, key.shape[1], query.dtype)
+    out = query.new_empty(batch, classes, width)
+    lse = query.new_empty(batch, heads, classes, dtype=torch.float32)
+    tile = forward_tile(classes, key.shape[1], query.dtype)
     arguments = _shared_arguments(query, key, value, heads, tile)
     if out.numel():
         with on_device_of(query):
-            _prompt_attention_fwd_kernel[(batch * heads * triton.cdiv(classes, tile.queries),)](
+            _prompt_attention_fwd_kernel[(batch * heads * cdiv(classes, tile.rows),)](
                 out_ptr=out, lse_ptr=lse, **arguments
             )
     return out, lse
@@ -253,19 +268,19 @@ def prompt_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward pass: gradients of query, per video (B, K, E), key and value."""
     grad = grad.contiguous()
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = map(unit_stride, (query, key, value))
     batch, patches, _ = key.shape
     grad_query, delta = torch.empty_like(out), torch.empty_like(lse)
-    grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
-    tile = backward_tiling(query.shape[1], patches, query.dtype)
+    grad_key, grad_value = (contiguous_like(x) for x in (key, value))
+    tile = backward_tile(query.shape[1], patches, query.dtype)
     arguments = _shared_arguments(query, key, value, heads, tile)
     if not out.numel():
         return grad_query, grad_key.zero_(), grad_value.zero_()
     with on_device_of(query):
-        _prompt_attention_bwd_query_kernel[(batch * heads * triton.cdiv(out.shape[1], tile.queries),)](
+        _prompt_attention_bwd_query_kernel[(batch * heads * cdiv(out.shape[1], tile.rows),)](
             grad_ptr=grad, out_ptr=out, lse_ptr=lse, delta_ptr=delta, grad_query_ptr=grad_query, **arguments
         )
-        _prompt_attention_bwd_key_kernel[(batch * heads * triton.cdiv(patches, tile.keys),)](
+        _prompt_attention_bwd_key_kernel[(batch * heads * cdiv(patches, tile.columns),)](
             grad_ptr=grad, lse_ptr=lse, delta_ptr=delta, grad_key_ptr=grad_key, grad_value_ptr=grad_value, **arguments
         )
     return grad_query, grad_key, grad_value

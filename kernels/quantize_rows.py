@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, kernel, on_device_of
-from xclip_fast.kernels.layer_norm import block_shape
+from xclip_fast.kernels._launch import as_rows, cdiv, kernel, on_device_of
+from xclip_fast.kernels.layer_norm import forward_tile as layer_norm_tile
 from xclip_fast.kernels.linear_quick_gelu import EXPONENT
 from xclip_fast.kernels.mean_norm_over_frames import _normalise
+from xclip_fast.tuning import Tile, every, tunable
 
 E4M3_MAX = tl.constexpr(448.0)
 # below it a row counts as zeros: the reciprocal of its scale would be infinite
@@ -80,6 +81,12 @@ def _quantize_rows_fwd_kernel(
     tl.store(scale_ptr + row, scale, mask=in_row)
 
 
+@tunable("quantize_rows", fixed=("columns",), candidates=every(num_warps=(4, 8), rows=(4, 1, 2, 8)))
+def forward_tile(width: int) -> Tile:
+    """Whole rows, as of a layer norm."""
+    return layer_norm_tile.default(width)
+
+
 def quantize_rows_fwd(
     x: Tensor,
     weight: Tensor | None,
@@ -93,13 +100,13 @@ def quantize_rows_fwd(
     flat = as_rows(x)
     rows, width = flat.shape
     added = None if residual is None else as_rows(residual)
-    quantized = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    stream = torch.empty(x.shape if residual is not None else 0, dtype=x.dtype, device=x.device)
-    block_rows, block_width = block_shape(width)
+    quantized = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    stream = x.new_empty(x.shape if residual is not None else 0)
+    tile = forward_tile(width)
     if rows:
         with on_device_of(x):
-            _quantize_rows_fwd_kernel[(triton.cdiv(rows, block_rows),)](
+            _quantize_rows_fwd_kernel[(cdiv(rows, tile.rows),)](
                 x_ptr=flat,
                 residual_ptr=added,
                 constant_ptr=None if constant is None else constant.contiguous(),
@@ -113,12 +120,13 @@ def quantize_rows_fwd(
                 residual_stride=0 if added is None else added.stride(0),
                 eps=eps,
                 WIDTH=width,
-                BLOCK_ROWS=block_rows,
-                BLOCK_WIDTH=block_width,
+                BLOCK_ROWS=tile.rows,
+                BLOCK_WIDTH=tile.columns,
                 HAS_NORM=weight is not None,
                 HAS_RESIDUAL=added is not None,
                 HAS_CONSTANT=constant is not None,
                 ACTIVATION=activation,
-                num_warps=4,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return quantized, scale, stream

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xclip_fast.kernels._launch import as_rows, kernel, on_device_of
+from xclip_fast.kernels._launch import as_rows, cdiv, kernel, next_power_of_2, on_device_of
+from xclip_fast.kernels._tensors import dot_precision
 from xclip_fast.kernels.layer_norm import layer_norm_fwd
-from xclip_fast.tuning import tunable
+from xclip_fast.tuning import Tile, listed, tunable
 
 # more rows than this fill the GPU in PyTorch's own product
 MAX_ROWS = 128
@@ -25,16 +26,6 @@ class Norm(NamedTuple):
     weight: Tensor
     bias: Tensor
     eps: float
-
-
-class Tile(NamedTuple):
-    """What one program computes, rows by columns in steps of depth, and how it is launched."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 @triton.jit
@@ -136,19 +127,33 @@ def _skinny_linear_fwd_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@tunable("skinny_linear")
-def tile(rows: int, width: int, out_width: int, itemsize: int) -> Tile:
+@tunable(
+    "skinny_linear",
+    op="message_key_value",
+    candidates=listed(
+        "rows columns depth num_warps num_stages",
+        (16, 32, 128, 4, 4),
+        (16, 32, 128, 4, 3),
+        (16, 64, 128, 4, 3),
+        (16, 32, 256, 4, 2),
+        (16, 16, 128, 4, 4),
+        (32, 32, 128, 4, 4),
+        (64, 32, 64, 4, 4),
+        (16, 64, 64, 4, 4),
+    ),
+)
+def forward_tile(rows: int, width: int, out_width: int, itemsize: int) -> Tile:
     """The tallest tile that still gives every multiprocessor work: tall tiles read the weights less often."""
     columns = 32
     # rows off the 16-byte grid are read number by number, which takes registers
     aligned = width * itemsize % 16 == 0
-    height = min(64, max(16, triton.next_power_of_2(rows))) if aligned else 16
-    while height > 16 and triton.cdiv(rows, height) * triton.cdiv(out_width, columns) < ENOUGH_PROGRAMS:
+    height = min(64, max(16, next_power_of_2(rows))) if aligned else 16
+    while height > 16 and cdiv(rows, height) * cdiv(out_width, columns) < ENOUGH_PROGRAMS:
         height //= 2
     wide = itemsize > 2
     # tall tiles with a norm would spill at twice the depth
     depth = 64 if wide or height > 16 else 128
-    return Tile(rows=height, columns=columns, depth=depth, warps=8 if wide else 4, stages=4)
+    return Tile(height, columns, depth, num_warps=8 if wide else 4, num_stages=4)
 
 
 def skinny_launches(rows: int, *, norm: bool = False, residual: bool = False, quick_gelu: bool = False) -> int:
@@ -162,7 +167,7 @@ def pools(rows: int, width: int, out_width: int, itemsize: int, frames: int) -> 
     """Whether ``skinny_linear_mean`` means clips of this many frames in the product's own launch."""
     if rows > MAX_ROWS or frames < 2:
         return False
-    return tile(rows, width, out_width, itemsize).rows % frames == 0
+    return forward_tile(rows, width, out_width, itemsize).rows % frames == 0
 
 
 def skinny_linear_mean(
@@ -210,13 +215,13 @@ def _launch(
 ) -> Tensor:
     rows, width = x.shape
     out_width = weight.shape[0]
-    out = torch.empty(rows // pool, out_width, dtype=x.dtype, device=x.device)
+    out = x.new_empty(rows // pool, out_width)
     pooled = None if pooled_with is None else as_rows(pooled_with)
     added = None if residual is None else as_rows(residual)
-    shape = tile(rows, width, out_width, x.element_size())
+    tile = forward_tile(rows, width, out_width, x.element_size())
     if rows:
         with on_device_of(x):
-            _skinny_linear_fwd_kernel[(triton.cdiv(rows, shape.rows) * triton.cdiv(out_width, shape.columns),)](
+            _skinny_linear_fwd_kernel[(cdiv(rows, tile.rows) * cdiv(out_width, tile.columns),)](
                 x_ptr=x,
                 norm_weight_ptr=None if norm is None else norm.weight.contiguous(),
                 norm_bias_ptr=None if norm is None else norm.bias.contiguous(),
@@ -233,20 +238,15 @@ def _launch(
                 eps=0.0 if norm is None else norm.eps,
                 WIDTH=width,
                 OUT_WIDTH=out_width,
-                BLOCK_ROWS=shape.rows,
-                BLOCK_COLUMNS=shape.columns,
-                BLOCK_DEPTH=shape.depth,
+                BLOCK_ROWS=tile.rows,
+                BLOCK_COLUMNS=tile.columns,
+                BLOCK_DEPTH=tile.depth,
                 HAS_NORM=norm is not None,
                 HAS_RESIDUAL=added is not None,
                 QUICK_GELU=quick_gelu,
                 POOL=pool,
                 PRECISION=dot_precision(x),
-                num_warps=shape.warps,
-                num_stages=shape.stages,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return out
-
-
-def dot_precision(x: Tensor) -> str:
-    """float32 products are exact: TF32 would halve their digits. It says nothing for half precision."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"

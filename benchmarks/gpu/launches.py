@@ -12,11 +12,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.compile_gate import calls
+from benchmarks.compile_gate import cases as production
 from benchmarks.gpu import standin
 from benchmarks.gpu.prepare import ROOT
 from benchmarks.gpu.quick import QuickDraw
-from benchmarks.static import calls
-from benchmarks.static import cases as production
 from xclip_fast.bench.inputs import patch_embed as patch_inputs
 from xclip_fast.ops import patch_embed
 

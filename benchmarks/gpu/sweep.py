@@ -7,9 +7,8 @@ tuning table of what is found here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.candidates import CHOICES, MOST, Choice
 from benchmarks.gpu.journal import Journal, leave_if_lost
 from benchmarks.gpu.quick import QuickDraw
 from xclip_fast import tuning
@@ -29,29 +27,31 @@ from xclip_fast.bench.parity import floating, run_op
 from xclip_fast.bench.timing import alternate, noise_of, sampler, timing_of
 from xclip_fast.numerics import TOLERANCES, poisoned_memory
 from xclip_fast.ops import _backends, explain
+from xclip_fast.tuning import Tile, Tunable, override, shape_key, tunables
 
 SHAPES = [("B/16", 8), ("L/14", 8), ("B/32", 1), ("B/32", 8), ("B/16", 1), ("L/14", 1), ("B/16", 32), ("L/14", 32)]
 SHAPES += [("L/14-336", 1)]
 FRAMES = {"L/14-336": 16}
 BLOCKS, BLOCK = 5, 0.01
+FIRST = ("linear_quick_gelu", "frame_attention", "layer_norm")  # where the time goes
 COMPILERS = 12
 COMPILING = 0.4  # of the time that is left
 FIGURES = ("median_ms", "p10_ms", "p90_ms", "ratio", "ratio_p10", "ratio_p90", "noise", "verdict")
 
 
 class Sweep:
-    """One case: a choice of tiles, or the backends of an op, at the shape a model gives it."""
+    """One case: the tiles of a kernel, or the backends of an op, at the shape a model gives it."""
 
-    def __init__(self, op: str, choice: Choice | None, variant: str, batch: int, dry: bool) -> None:
-        self.op, self.choice, self.variant, self.batch, self.dry = op, choice, variant, batch, dry
+    def __init__(self, op: str, kernel: Tunable | None, variant: str, batch: int, dry: bool) -> None:
+        self.op, self.kernel, self.variant, self.batch, self.dry = op, kernel, variant, batch, dry
         self.device = "cpu" if dry else "cuda"
         self.dtype = torch.float16 if dry else torch.bfloat16
-        self.backward = choice is not None and choice.backward
+        self.backward = kernel is not None and kernel.backward
 
     @property
     def name(self) -> str:
         """In the journal."""
-        what = f"{self.op} backends" if self.choice is None else self.choice.tunable.name
+        what = f"{self.op} backends" if self.kernel is None else self.kernel.name
         return f"{what} {self.variant} x{self.batch}"
 
     def load(self) -> Load:
@@ -62,19 +62,20 @@ class Sweep:
         """Of the op."""
         return OPS[self.op].in_model(QuickDraw(self.dtype, self.device), self.load())
 
-    def candidates(self) -> list[Any]:
-        """The default's tiles come from the default itself: here are the others."""
-        assert self.choice is not None
-        return self.choice.candidates(self.load())[: 2 if self.dry else MOST]
+    def candidates(self, shapes: list[tuple[Any, ...]]) -> list[Tile]:
+        """What to try at the first of these shapes of launches."""
+        assert self.kernel is not None
+        return self.kernel.candidates(*shapes[0])[: 2 if self.dry else None] if shapes else []
 
 
 def sweeps(dry: bool) -> dict[str, Sweep]:
     """Name to case; what production runs most comes first, the backends of an op behind its tiles."""
     found = []
     for variant, batch in [("tiny", 1)] if dry else SHAPES:
-        choices = [choice for choice in CHOICES if choice.op == "clip_logits"] if dry else CHOICES
+        kernels = [one for one in tunables().values() if not dry or one.op == "clip_logits"]
+        kernels.sort(key=lambda one: (one.backward, FIRST.index(one.op) if one.op in FIRST else len(FIRST)))
         # training is measured at batch 8
-        found += [Sweep(one.op, one, variant, batch, dry) for one in choices if batch <= 8 or not one.backward]
+        found += [Sweep(one.op, one, variant, batch, dry) for one in kernels if batch <= 8 or not one.backward]
         found += [Sweep(op, None, variant, batch, dry) for op in (["clip_logits"] if dry else OPS)]
     return {sweep.name: sweep for sweep in found}
 
@@ -88,7 +89,7 @@ def main(journal: Journal, out: Path, dry: bool) -> bool:
         journal.start(name)
         sweep = found[name]
         try:
-            result = backends_of(sweep) if sweep.choice is None else tiles_of(sweep)
+            result = backends_of(sweep) if sweep.kernel is None else tiles_of(sweep)
         except Exception as error:
             # such as too little memory for this shape
             result = {"rows": [], "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
@@ -107,7 +108,7 @@ def main(journal: Journal, out: Path, dry: bool) -> bool:
 
 def compile_ahead(sweeps: list[Sweep], seconds: float) -> None:
     """Compile the candidates on all cores, into Triton's cache on disk; what fails here fails again where it counts."""
-    start, chosen = time.monotonic(), [sweep for sweep in sweeps if sweep.choice is not None]
+    start, chosen = time.monotonic(), [sweep for sweep in sweeps if sweep.kernel is not None]
     pool = ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn"))
     tasks = [pool.submit(_compile, sweep.name) for sweep in chosen]
     done, _ = wait(tasks, timeout=seconds)
@@ -118,11 +119,11 @@ def compile_ahead(sweeps: list[Sweep], seconds: float) -> None:
 
 def _compile(name: str) -> None:
     sweep = sweeps(False)[name]
-    assert sweep.choice is not None
+    assert sweep.kernel is not None
     call = _call(sweep, sweep.inputs())
-    for tiles in sweep.candidates():
+    for tile in sweep.candidates(launched(sweep.kernel, call)):
         try:
-            with _using(sweep.choice, tiles):
+            with override(sweep.kernel.name, **sweep.kernel.sizes_of(tile)):
                 call()
         except Exception:
             continue
@@ -131,32 +132,26 @@ def _compile(name: str) -> None:
 
 def tiles_of(sweep: Sweep) -> dict[str, Any]:
     """Rows of candidates; ``ratio`` is the default's time over theirs. ``shapes`` are the arguments of the function."""
-    choice, arguments = sweep.choice, sweep.inputs()
-    assert choice is not None
+    kernel, arguments = sweep.kernel, sweep.inputs()
+    assert kernel is not None
     op, wanted = find_op(sweep.op), floating(arguments) if sweep.backward else []
     truth = run_op(op, arguments, wanted, "torch", sweep.backward)
     limit = 2 * TOLERANCES[sweep.dtype].ceiling * OPS[sweep.op].conditioning
-    shapes: dict[str, tuple[Any, ...]] = {}
-    default = choice.tunable.default
-
-    def record(*shape: Any) -> Any:
-        shapes[tuning.shape_key(shape)] = shape
-        return default(*shape)
-
-    with _replaced(choice, record):
-        base = _sampler(sweep, _call(sweep, arguments))
+    call = _call(sweep, arguments)
+    shapes = launched(kernel, call)
     if not shapes:
         return {"rows": [], "shapes": [], "reason": "this launch does not happen at this shape"}
+    with override(kernel.name):
+        base = _sampler(sweep, call)
     sensors, blocks = Sensors(sweep.device), 1 if sweep.dry else BLOCKS
     noise = noise_of(alternate(base, base, blocks, sensors))
-    usual = [choice.tunable.numbers(default(*shape)) for shape in shapes.values()]
+    usual = {kernel.default(*shape) for shape in shapes}
     rows = []
-    for tiles in sweep.candidates():
-        numbers = choice.tunable.numbers(tiles)
-        row: dict[str, Any] = {"what": str(numbers), "numbers": numbers, "default": usual == [numbers]}
+    for tile in sweep.candidates(shapes):
+        sizes = kernel.sizes_of(tile)
+        row: dict[str, Any] = {"what": said(tile), "tile": sizes, "default": usual == {tile}}
         rows.append(row)
-        # the launcher asks this function for its tiles at every launch
-        with _using(choice, tiles):
+        with override(kernel.name, **sizes):
             try:
                 with poisoned_memory():
                     result = run_op(op, arguments, wanted, "triton", sweep.backward)
@@ -165,7 +160,7 @@ def tiles_of(sweep: Sweep) -> dict[str, Any]:
                 if row["status"] == "wrong":
                     row["error"] = str(row["error"])
                     continue
-                sample = _sampler(sweep, _call(sweep, arguments))
+                sample = _sampler(sweep, call)
                 # a captured graph keeps its tiles; a plain call would take those of the moment
                 timed = alternate(base, sample, blocks, sensors)
             except Exception as error:
@@ -173,8 +168,29 @@ def tiles_of(sweep: Sweep) -> dict[str, Any]:
                 row |= {"status": "refused", "reason": f"{type(error).__name__}: {error}"[:200]}
                 continue
         row |= _figures(timing_of(timed, "default", noise, method="graph"))
-    whose = {"function": choice.tunable.name, "of": sweep.op, "backward": sweep.backward}
-    return whose | {"rows": rows, "shapes": list(shapes)}
+    whose = {"function": kernel.name, "of": sweep.op, "backward": sweep.backward}
+    return whose | {"rows": rows, "shapes": [shape_key(shape) for shape in shapes]}
+
+
+def said(tile: Tile) -> str:
+    """A tile in a line of a table."""
+    sides = ", ".join(f"{side} {field}" for field, side in zip(tile._fields, tile[:3], strict=False) if side)
+    return f"{sides}, {tile.num_warps} warps, {tile.num_stages} stages"
+
+
+def launched(kernel: Tunable, call: Callable[[], object]) -> list[tuple[Any, ...]]:
+    """The arguments that a kernel's function of tiles is given in a call."""
+    shapes: dict[str, tuple[Any, ...]] = {}
+    default = kernel.default
+
+    def record(*shape: Any) -> Tile:
+        shapes[shape_key(shape)] = shape
+        return default(*shape)
+
+    # overridden by nothing, the launcher asks the default at every launch
+    with override(kernel.name), patch.object(kernel, "default", record):
+        call()
+    return list(shapes.values())
 
 
 def backends_of(sweep: Sweep) -> dict[str, Any]:
@@ -217,18 +233,6 @@ def _automatic(sweep: Sweep, arguments: Inputs) -> None:
 
 def _figures(timing: Any) -> dict[str, Any]:
     return {name: getattr(timing, name) for name in FIGURES}
-
-
-@contextmanager
-def _replaced(choice: Choice, function: Callable[..., Any]) -> Iterator[None]:
-    # the tiles of a backward pass are made of the forward pass's default
-    function.default = choice.tunable.default  # type: ignore[attr-defined]
-    with patch.object(choice.module, choice.function, function):
-        yield
-
-
-def _using(choice: Choice, tiles: Any) -> AbstractContextManager[None]:
-    return _replaced(choice, lambda *given: tiles)
 
 
 def _distance(result: Tensor, truth: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu.tune SWEEP.json``: the tuning table of a GPU, from what its sweep has found.
+"""``python -m benchmarks.gpu.tune SWEEP.json``: the tuning table of a GPU, from what a sweep or one op's has found.
 
 Tiles enter it that are faster than the default by more than the noise, at their whole p10 to p90. A backend does where
 the kernel with the best tiles does not beat PyTorch's operators by 3 %, or where a call of the compiled extension,
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.journal import write_json
-from xclip_fast.tuning import SCHEMA, path_of
+from xclip_fast.tuning import SCHEMA, path_of, read
 
 WORTH = 1.03  # a kernel that gains less is not used
 FACTS = ("gpu", "commit", "torch", "triton", "cuda")
@@ -23,7 +23,7 @@ FACTS = ("gpu", "commit", "torch", "triton", "cuda")
 
 def table_of(journal: dict[str, Any]) -> dict[str, Any]:
     """The table of a sweep's journal; cases that a cut-off run lacks keep their defaults."""
-    tiles: dict[str, dict[str, list[int]]] = {}
+    tiles: dict[str, dict[str, dict[str, int]]] = {}
     backends: dict[str, dict[str, str]] = {}
     gains: dict[tuple[str, str], float] = {}
     cases = journal["cases"]
@@ -35,7 +35,7 @@ def table_of(journal: dict[str, Any]) -> dict[str, Any]:
             chosen = tiles.setdefault(case["function"], {})
             for shape in case["shapes"]:
                 # what one function gives to several models is measured on the first, the largest load
-                chosen.setdefault(shape, best["numbers"])
+                chosen.setdefault(shape, best["tile"])
             if not case["backward"]:
                 gains[case["of"], _shape(name)] = best["ratio"]
     for name, case in cases.items():
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table where the library reads it, or where it is asked to; 1 where the sweep ran on no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__)
     parser.add_argument("sweep", type=Path)
+    parser.add_argument("--add", action="store_true", help="to what the table has: other launches keep their tiles")
     parser.add_argument("--out", type=Path, help="by default xclip_fast/kernels/tuning and the GPU's name")
     options = parser.parse_args(arguments)
     try:
@@ -77,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: this sweep ran on no GPU: name a file with --out", file=sys.stderr)
         return 1
     path = options.out or path_of(table["gpu"])
+    if options.add:
+        before = read(path)
+        for part in ("tiles", "backends"):
+            for name, entries in before.get(part, {}).items():
+                table[part][name] = entries | table[part].get(name, {})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, table)
     counts = (sum(map(len, table[part].values())) for part in ("tiles", "backends"))

@@ -382,8 +382,8 @@ def test_sanitizers_look_at_every_kernel() -> None:
 
 
 def test_every_launcher_is_launched_at_the_sizes_of_the_models() -> None:
-    from benchmarks.static.capture import captured_launches
-    from benchmarks.static.gate import kernels
+    from benchmarks.compile_gate.capture import captured_launches
+    from benchmarks.compile_gate.gate import kernels
 
     seen = set()
     for launcher in launches.launchers():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from benchmarks.static.capture import captured_launches
+from benchmarks.compile_gate.capture import captured_launches
 from xclip_fast.bench import launches
 from xclip_fast.bench.cases import config_of
 from xclip_fast.bench.launches import CLASSES, INPUTS, count, launches_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.static.calls import Make
+from benchmarks.compile_gate.calls import Make
 
 # of each side of a tensor; a multiple of every alignment
 GUARD_BYTES = 4096

@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from launcher_cases import LAUNCHERS, random_cases
+from launcher_cases import KEPT, LAUNCHERS, random_cases
 
-from benchmarks.static import calls
-from benchmarks.static.capture import captured_launches
-from benchmarks.static.cases import make
-from benchmarks.static.gate import kernels
+from benchmarks.compile_gate import calls
+from benchmarks.compile_gate.capture import captured_launches
+from benchmarks.compile_gate.cases import make
+from benchmarks.compile_gate.gate import kernels
 
 MOST_PROGRAMS = 2**31 - 1
 # 2**33 elements in the largest tensor of each
@@ -37,7 +37,7 @@ LARGEST: dict[str, Callable[[], Any]] = {
     "prompt_attention patches": partial(calls.prompt_attention, make, 2**8, 1, 2**20, 32, 1, shared=True),
     "frame_attention frames": partial(calls.frame_attention, make, 2**28, 1, 1, head_dim=32, training=True),
     "frame_attention tokens": partial(calls.frame_attention, make, 2**10, 2**18, 1, head_dim=32, training=True),
-    "frame_attention heads": partial(calls.frame_attention, make, 2**19, 64, 2, training=True, numbers=(64, 0, 4, 2)),
+    "frame_attention heads": partial(calls.frame_attention, make, 2**19, 64, 2, training=True, tile=KEPT),
     "message_attention clips": partial(calls.message_attention, make, 2**27, 1, 1, head_dim=32, ragged=True),
     "message_attention frames": partial(calls.message_attention, make, 1, 2**27, 1, head_dim=32),
     "message_attention heads": partial(calls.message_attention, make, 2, 64, 2**9, head_dim=128),

@@ -17,12 +17,12 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the checks lo
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from guards import FAR, GuardedMemory, factories  # noqa: E402
-from launcher_cases import CASES, LAUNCHERS, random_cases  # noqa: E402
+from launcher_cases import CASES, KEPT, LAUNCHERS, random_cases  # noqa: E402
 from pointer_check import checked_pointers  # noqa: E402
 from programs import programs  # noqa: E402
 
-from benchmarks.static.calls import EPS, frame_attention  # noqa: E402
-from benchmarks.static.gate import kernels  # noqa: E402
+from benchmarks.compile_gate.calls import EPS, frame_attention  # noqa: E402
+from benchmarks.compile_gate.gate import kernels  # noqa: E402
 from xclip_fast.kernels.clip_logits import clip_logits_fwd  # noqa: E402
 from xclip_fast.kernels.frame_attention import frame_attention_fwd  # noqa: E402
 from xclip_fast.kernels.layer_norm import layer_norm_fwd  # noqa: E402
@@ -139,7 +139,7 @@ LONG = {
         64,
         1,
         training=False,
-        numbers=(64, 0, 4, 2),
+        tile=KEPT,
     )[0],
     "prompt_attention": lambda count: prompt_attention_fwd(
         repeated(1, 2, 32), repeated(count, 3, 32), repeated(count, 3, 32), 1

@@ -42,7 +42,7 @@ def test_every_backend_is_named() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
 def test_what_is_launched_is_named_a_kernel(path: Path) -> None:
-    # by that name the static gate and the tests of memory find it
+    # by that name the compile gate and the tests of memory find it
     calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     launched = [call.value for call in calls if isinstance(call, ast.Subscript)]
     for kernel in launched:

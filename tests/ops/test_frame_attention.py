@@ -10,12 +10,14 @@ from pointer_check import Launches
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from xclip_fast.kernels.frame_attention import KEPT_TOKENS, Plan, frame_attention_fwd, padded_work, plan, streamed_plan
-from xclip_fast.kernels.frame_attention_bwd import key_gradient_plan, query_gradient_plan
+from xclip_fast.kernels.frame_attention import KEPT_TOKENS, cut, frame_attention_fwd, padded_work, streamed_tile
+from xclip_fast.kernels.frame_attention_bwd import key_gradient_tile, query_gradient_tile
 from xclip_fast.ops import explain, frame_attention
 from xclip_fast.reference.vision import FrameAttention, attend_within_frame
+from xclip_fast.tuning import Tile, Tunable
 
-PLANS = [streamed_plan, query_gradient_plan, key_gradient_plan]
+TILES = [streamed_tile, query_gradient_tile, key_gradient_tile]
+KEPT = Tile(64, 0)  # a program keeps all keys of a head
 
 # frames, tokens, heads, head dimension: tokens around each border of a block or a tail; several frames or heads, since
 # the gradient of one message holds too few numbers to compare the largest errors of two methods
@@ -387,23 +389,22 @@ def test_operations_are_counted() -> None:
 
 @pytest.mark.parametrize("tokens", [197, 257])
 def test_padding_costs_little(tokens: int) -> None:
-    assert 1.0 < padded_work(tokens, streamed_plan(tokens, 64, 2)) <= 1.12
-    assert padded_work(577, streamed_plan(577, 64, 2)) <= 1.14
+    assert 1.0 < padded_work(tokens, cut(streamed_tile(tokens, 64, 2), tokens)) <= 1.12
+    assert padded_work(577, cut(streamed_tile(577, 64, 2), 577)) <= 1.14
 
 
 def test_padded_work_is_of_whole_tiles() -> None:
-    assert padded_work(50, streamed_plan(50, 64, 2)) == 64 * 64 / (50 * 51)
-    assert padded_work(257, streamed_plan(257, 64, 2)) == 272 * 272 / (257 * 258)
-    assert padded_work(257, plan(257, 64, 0, 4)) == 320 * 272 / (257 * 258)
+    assert padded_work(50, cut(streamed_tile(50, 64, 2), 50)) == 64 * 64 / (50 * 51)
+    assert padded_work(257, cut(streamed_tile(257, 64, 2), 257)) == 272 * 272 / (257 * 258)
+    assert padded_work(257, cut(KEPT, 257)) == 320 * 272 / (257 * 258)
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("make_plan", PLANS)
-def test_tiles_cover_each_row_once(make_plan, head_dim: int, element_size: int) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("tile_of", TILES)
+def test_tiles_cover_each_row_once(tile_of: Tunable, head_dim: int, element_size: int) -> None:
     for tokens in [*range(1, 700), 1025, 4096, 5000]:
-        plan: Plan = make_plan(tokens, head_dim, element_size)
-        queries, keys = plan.queries, plan.keys
+        queries, keys = cut(tile_of(tokens, head_dim, element_size), tokens)
         assert queries.body % queries.block == keys.body % keys.block == 0
         # queries: a tail behind the body, or blocks alone of which the last may be masked
         assert (
@@ -420,17 +421,17 @@ def test_tiles_cover_each_row_once(make_plan, head_dim: int, element_size: int) 
 
 def test_kept_keys_are_two_powers_of_two_and_a_tail() -> None:
     for tokens in KEPT_TOKENS:
-        cut = plan(tokens, 64, 0, 4)
-        options = cut.options()
+        blocks = cut(KEPT, tokens)
+        options = blocks.options(KEPT)
         sides = [options[f"KEY_{part}"] for part in ("FIRST", "SECOND", "TAIL")]
         assert all(side >= 16 and side & (side - 1) == 0 for side in sides)
-        assert sum(sides[:2]) == cut.keys.body <= tokens < cut.keys.body + cut.keys.tail
-        assert cut.queries.body - 64 < tokens <= cut.queries.body
-        assert cut.queries.tail == 0
-        assert cut.programs == 1
+        assert sum(sides[:2]) == blocks.keys.body <= tokens < blocks.keys.body + blocks.keys.tail
+        assert blocks.queries.body - 64 < tokens <= blocks.queries.body
+        assert blocks.queries.tail == 0
+        assert blocks.programs == 1
     for tokens in (63, 321):
         with pytest.raises(ValueError, match=f"keys of {tokens} tokens are not kept"):
-            plan(tokens, 64, 0, 4)
+            cut(KEPT, tokens)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xclip_fast.kernels import frame_attention as kernels
 from xclip_fast.ops import frame_attention
+from xclip_fast.tuning import override
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -22,7 +23,7 @@ HALVES = [torch.float16, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def kept() -> Iterator[None]:
     """Every launch in here that can keep its keys does."""
-    with patch.object(kernels, "forward_plan", lambda tokens, *rest: kernels.plan(tokens, 64, 0, 4)):
+    with override("frame_attention", rows=64, columns=0, num_warps=4, num_stages=2):
         yield
 
 
@@ -100,7 +101,7 @@ def test_padding_has_no_weight_where_all_scores_are_low() -> None:
 def test_log_sum_exp_is_that_of_the_streamed_keys(tokens: int, dtype: torch.dtype) -> None:
     inputs = arguments((2, tokens, 2, 64), dtype)
     out, lse = kernels.frame_attention_fwd(*inputs.values(), True)
-    with patch.object(kernels, "forward_plan", kernels.streamed_plan):
+    with override("frame_attention"):
         _, expected = kernels.frame_attention_fwd(*inputs.values(), True)
     # it is of weights that were rounded before they were summed, as those of the values are
     assert_within(lse, expected, torch.finfo(dtype).eps / 4, what="frame_attention head lse")

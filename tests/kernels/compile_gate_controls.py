@@ -1,4 +1,4 @@
-"""What the static gate says of builds it must refuse, and of one it must not, as JSON; and what its command prints.
+"""What the compile gate says of builds it must refuse, and of one it must not, as JSON; and what its command prints.
 
 Run as a process of its own, with a folder for budgets: under the interpreter nothing is compiled.
 """
@@ -8,37 +8,29 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.static import calls
-from benchmarks.static.__main__ import main
-from benchmarks.static.build import Build, compile_launch, measure
-from benchmarks.static.capture import captured_launches
-from benchmarks.static.gate import broken_laws, budget_file, read_budgets, write_budgets
-from xclip_fast.kernels import linear_quick_gelu
-from xclip_fast.kernels.linear_quick_gelu import Tiling
+from benchmarks.compile_gate import calls
+from benchmarks.compile_gate.__main__ import main
+from benchmarks.compile_gate.build import Build, compile_launch, measure
+from benchmarks.compile_gate.capture import captured_launches
+from benchmarks.compile_gate.gate import broken_laws, budget_file, read_budgets, write_budgets
+from xclip_fast.tuning import Tile, override
 
 ARCH = 90
 
 
-@contextmanager
-def tiles(*sizes: int) -> Iterator[None]:
-    """Another tiling of the product than its default."""
-    original = linear_quick_gelu.tiling
-    linear_quick_gelu.tiling = lambda *_: Tiling(*sizes)
-    try:
-        yield
-    finally:
-        linear_quick_gelu.tiling = original
+def tiles(*sizes: int) -> AbstractContextManager[None]:
+    """Another tile of the GEMM than its default."""
+    return override("linear_quick_gelu", **Tile(*sizes)._asdict())
 
 
 def product(dtype: torch.dtype, width: int = 64) -> Build:
-    """The product compiled for inputs of this dtype."""
+    """The GEMM compiled for inputs of this dtype."""
 
     def make(*shape: int, dtype: torch.dtype | None = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -58,7 +50,7 @@ def controls() -> dict[str, list[str]]:
     # 256 sums a thread, of 255 registers
     with tiles(128, 256, 16, 4, 2):
         found["spills"] = list(broken_laws(product(torch.bfloat16)))
-    with tiles(128, 128, 64, 8, 16):
+    with tiles(128, 128, 64, 8, 8):
         found["too large"] = list(broken_laws(product(torch.bfloat16, 1024)))
     return found
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 
 import xclip_fast.kernels
-from benchmarks.static.build import TALL, TENSOR_CORES, Build
+from benchmarks.compile_gate.build import TALL, TENSOR_CORES, Build
 
 BUDGETS = Path(__file__).parent / "budgets"
 # registers are given out by eight

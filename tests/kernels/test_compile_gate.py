@@ -1,4 +1,4 @@
-"""The static gate: every kernel passes it, planted faults do not, and no kernel can be forgotten."""
+"""The compile gate: every kernel passes it, planted faults do not, and no kernel can be forgotten."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from benchmarks.static.build import Build, architectures, blocks  # noqa: E402
-from benchmarks.static.cases import production_launches  # noqa: E402
-from benchmarks.static.gate import (  # noqa: E402
+from benchmarks.compile_gate.build import Build, architectures, blocks  # noqa: E402
+from benchmarks.compile_gate.cases import production_launches  # noqa: E402
+from benchmarks.compile_gate.gate import (  # noqa: E402
     Budget,
     budget_file,
     changes,
@@ -60,7 +60,7 @@ def test_every_kernel_passes(tmp_path: Path) -> None:
     # one shape and one architecture here, all of them in ``make kernels-report``
     figures = tmp_path / "figures.json"
     part = ("--arch", "90", "--shape", "B/16 8f", "--first")
-    done = run("-m", "benchmarks.static", *part, "--json", str(figures))
+    done = run("-m", "benchmarks.compile_gate", *part, "--json", str(figures))
     assert done.returncode == 0, done.stdout + done.stderr
     builds = json.loads(figures.read_text())
     assert {build["kernel"] for build in builds} == kernels().keys()
@@ -73,7 +73,7 @@ def test_every_kernel_passes(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the gate says of planted faults."""
-    done = run("tests/kernels/static_controls.py", str(tmp_path_factory.mktemp("budgets")))
+    done = run("tests/kernels/compile_gate_controls.py", str(tmp_path_factory.mktemp("budgets")))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from rich import box
 from rich.table import Table
 
-from benchmarks.static.build import KILOBYTE, Build
+from benchmarks.compile_gate.build import KILOBYTE, Build
 
 COLUMNS = ("sm", "regs", "spill", "KB", "CTAs", "128b", "code")
 

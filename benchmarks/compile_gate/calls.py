@@ -1,6 +1,6 @@
 """Every launcher called as the model calls it, forward and then backward, on tensors from a factory.
 
-The static report calls them with production shapes on the meta device, the tests of memory with small tensors in
+The compile gate calls them with production shapes on the meta device, the tests of memory with small tensors in
 awkward places.
 """
 
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from xclip_fast.kernels import frame_attention as plans
 from xclip_fast.kernels.clip_logits import clip_logits_bwd, clip_logits_fwd
 from xclip_fast.kernels.folded_message import folded_message_fwd
 from xclip_fast.kernels.frame_attention import frame_attention_fwd
@@ -30,6 +28,7 @@ from xclip_fast.kernels.patch_embed import patch_embed_fwd, patch_tokens
 from xclip_fast.kernels.prompt_attention import prompt_attention_bwd, prompt_attention_fwd
 from xclip_fast.kernels.quantize_rows import quantize_rows_fwd
 from xclip_fast.kernels.temporal_block import temporal_block_fwd
+from xclip_fast.tuning import Sizes, override
 
 EPS = 1e-5
 
@@ -159,16 +158,13 @@ def frame_attention(
     *,
     head_dim: int = 64,
     training: bool,
-    numbers: tuple[int, ...] | None = None,
+    tile: Sizes | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Only training keeps the log-sum-exp and has a backward pass; ``numbers`` are a plan's, as a table has them."""
+    """Only training keeps the log-sum-exp and has a backward pass; ``tile`` is one as a table has it."""
     width = heads * head_dim
     qkv, message_kv = make(frames, tokens, 3 * width, dtype=dtype), make(frames, 2 * width, dtype=dtype)
-    tuned: AbstractContextManager[object] = nullcontext()
-    if numbers:
-        cut = plans.plan(tokens, *numbers)
-        tuned = patch.object(plans, "forward_plan", lambda *shape: cut)
+    tuned: AbstractContextManager[object] = override("frame_attention", **tile) if tile else nullcontext()
     with tuned:
         out, lse = frame_attention_fwd(qkv, message_kv, heads, training)
     if not training:

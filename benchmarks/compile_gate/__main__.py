@@ -1,4 +1,4 @@
-"""``python -m benchmarks.static``: compile every kernel for every production shape, hold it to laws and budgets."""
+"""``python -m benchmarks.compile_gate``: every kernel at every production shape, held to laws and budgets."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 from rich.console import Console
 
-from benchmarks.static.build import SHARED, Build, architectures, compile_launch, measure
-from benchmarks.static.cases import production_launches
-from benchmarks.static.gate import (
+from benchmarks.compile_gate.build import SHARED, Build, architectures, compile_launch, measure
+from benchmarks.compile_gate.cases import production_launches
+from benchmarks.compile_gate.gate import (
     BUDGETS,
     Budget,
     budget_file,
@@ -33,7 +33,7 @@ from benchmarks.static.gate import (
     violations,
     write_budgets,
 )
-from benchmarks.static.table import table
+from benchmarks.compile_gate.table import table
 
 
 def builds(arch: int, part: str, first: bool) -> list[Build]:
@@ -87,7 +87,7 @@ def _is_partial(options: argparse.Namespace) -> bool:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_gate", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED, default=list(SHARED), help="80 for sm_80")
     parser.add_argument("--shape", default="", help="only shapes whose name contains this")
     parser.add_argument("--first", action="store_true", help="only the first build of each kernel")

@@ -16,7 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from benchmarks.static.capture import Launch
+from benchmarks.compile_gate.capture import Launch
 from xclip_fast.kernels.frame_attention_head import _frame_attention_head_kernel
 from xclip_fast.kernels.linear_quick_gelu import _linear_quick_gelu_persistent_fwd_kernel
 
