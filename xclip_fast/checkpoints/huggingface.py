@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from xclip_fast.checkpoints.files import read_checkpoint, read_json, state_dict_of
 from xclip_fast.checkpoints.names import listing
+from xclip_fast.checkpoints.reading import read_checkpoint, state_dict_of
 from xclip_fast.checkpoints.sizes import Claim
 from xclip_fast.checkpoints.stored import Checkpoint, from_hf
 from xclip_fast.config import HEAD_DIM, XCLIPConfig
 from xclip_fast.errors import InputError, one_line
+from xclip_fast.files import read_json
 
 _log = logging.getLogger("xclip_fast")
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from xclip_fast.checkpoints import clip, huggingface
-from xclip_fast.checkpoints.files import DTYPES, parse_json, read_checkpoint, state_dict_of
 from xclip_fast.checkpoints.names import added_to_clip, listing
+from xclip_fast.checkpoints.reading import DTYPES, read_checkpoint, state_dict_of
 from xclip_fast.checkpoints.sizes import Claim, check_tensors, claims_of, infer_sizes, resolve, shapes_of
 from xclip_fast.checkpoints.skeleton import skeleton
 from xclip_fast.checkpoints.stored import Checkpoint, from_official
 from xclip_fast.config import VARIANTS, XCLIPConfig
 from xclip_fast.errors import InputError, one_line
+from xclip_fast.files import parse_json
 from xclip_fast.model import XCLIP, create_model
 from xclip_fast.reference.positions import temporal_positions
 

@@ -10,7 +10,7 @@ import typer
 from xclip_fast.cli.console import CHECK_FAILED, emit_json, note, safe, stdout, table
 from xclip_fast.cli.options import MAX_FRAMES, AsJson, Device
 from xclip_fast.config import VARIANTS
-from xclip_fast.errors import InputError
+from xclip_fast.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from xclip_fast.bench.record import Row, Run
@@ -62,8 +62,8 @@ def bench(
     The floor is the least time that this machine's rate of products and copies allows, over the time taken.
     """
     for path in (out, csv, html):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"there is no folder {str(path.absolute().parent)!r} to write to")
+        if path is not None:
+            check_writable(path)
     names = tuple(dict.fromkeys(name.strip() for name in providers.split(","))) if providers else None
     dtypes = tuple(dict.fromkeys(name.strip() for name in dtype.split(",")))
 
@@ -71,7 +71,6 @@ def bench(
     from xclip_fast.bench.operators import BACKENDS
     from xclip_fast.bench.record import to_csv
     from xclip_fast.bench.run import MODEL, Job, effort_of, make_case, run
-    from xclip_fast.files import replacing
 
     if names is None:
         names = (BACKENDS if full else BACKENDS[:-1]) if op else tuple(registry.PROVIDERS) if full else registry.QUICK

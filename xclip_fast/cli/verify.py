@@ -11,7 +11,7 @@ import typer
 
 from xclip_fast.cli.console import CHECK_FAILED, emit_json, safe, stdout, table
 from xclip_fast.cli.options import AsJson
-from xclip_fast.errors import InputError
+from xclip_fast.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from xclip_fast.bench.verify import Result
@@ -36,12 +36,11 @@ def verify(
     An error is relative; a kernel may err twice as much as plain torch of the same dtype, and a rounding. The same seed
     gives the same numbers again. Exit code 0: all right, 1: something is wrong, or nothing could be checked.
     """
-    if junit is not None and not junit.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {str(junit.absolute().parent)!r} to write to")
+    if junit is not None:
+        check_writable(junit)
 
     from xclip_fast.bench.verify import BACKENDS, DTYPES, FAILED, PASSED
     from xclip_fast.bench.verify import verify as check
-    from xclip_fast.files import replacing
 
     if device != "cpu":
         from xclip_fast.bench.run import check_device
