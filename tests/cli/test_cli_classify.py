@@ -126,12 +126,12 @@ def test_labels_that_cannot_be_used(labels: str, words: str, cli: Cli, tiny: Pat
     one_line(err, words)
 
 
-@pytest.mark.parametrize("device", ["banana", "meta", "mps", "", "CPU", "cpu:x"])
+@pytest.mark.parametrize("device", ["banana", "meta", "mps", "", "CPU", "cpu:x", "cuda:300"])
 @pytest.mark.parametrize("command", [("classify", "--labels", "a,b"), ("embed", "--out", "f.npz")], ids=str)
 def test_other_devices_are_refused(command: tuple[str, ...], device: str, cli: Cli, tiny: Path, bikes: Path) -> None:
     code, out, err = cli(*command, bikes, "--weights", tiny, "--device", device)
     assert (code, out) == (2, "")
-    one_line(err, f"unknown device {device!r}: choose cpu, cuda or cuda:N")
+    one_line(err, f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
 
 
 @pytest.mark.parametrize(

@@ -39,15 +39,13 @@ def open_model(weights: str, frames: int | None, device: str, dtype: str) -> Any
 
     import torch
 
-    from xclip_fast.bench.run import check_device
     from xclip_fast.checkpoints import load_model
+    from xclip_fast.devices import find_device
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    place = find_device(device)
     if weights == DEMO:
         note("the demo's model knows nothing but its moving shapes: choose another with --weights")
-    model = load_model(find_weights(weights), frames=frames, dtype=getattr(torch, dtype), device=device)
+    model = load_model(find_weights(weights), frames=frames, dtype=getattr(torch, dtype), device=place)
     report = cast("LoadReport", model.load_report)
     if fresh := len(report.initialised):
         warning(f"{weights} are CLIP's weights: {fresh} tensors that X-CLIP adds are random, so train it first")

@@ -74,9 +74,8 @@ def bench(
 
     if names is None:
         names = (BACKENDS if full else BACKENDS[:-1]) if op else tuple(registry.PROVIDERS) if full else registry.QUICK
-    place = _device(device)
     effort = effort_of(full, cache)
-    cases = [make_case(op or MODEL, variant, frames, batch, name, mode, place, input=given) for name in dtypes]
+    cases = [make_case(op or MODEL, variant, frames, batch, name, mode, device, input=given) for name in dtypes]
     found = run([Job(case, names) for case in cases], effort, lambda row: _show_row(row, as_json), out)
     if csv is not None:
         with replacing(csv) as temporary:
@@ -90,14 +89,6 @@ def bench(
     else:
         _show(found)
     return 0 if found.sound else CHECK_FAILED
-
-
-def _device(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _show_row(row: Row, quiet: bool) -> None:

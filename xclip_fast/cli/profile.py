@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xclip_fast.cli.bench import MAX_BATCH, _device
+from xclip_fast.cli.bench import MAX_BATCH
 from xclip_fast.cli.console import emit_json, safe, stdout, table
 from xclip_fast.cli.options import MAX_FRAMES, AsJson, Device
 from xclip_fast.config import VARIANTS
@@ -36,7 +36,7 @@ def profile(
     from xclip_fast.bench.profiling import record
     from xclip_fast.bench.run import MODEL, make_case
 
-    case = make_case(MODEL, variant, frames, batch, dtype, mode, _device(device))
+    case = make_case(MODEL, variant, frames, batch, dtype, mode, device)
     rows = record(case, provider, steps, out)[:top]
     if as_json:
         emit_json({"case": vars(case), "provider": provider, "steps": steps, "top": [row._asdict() for row in rows]})

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def verify(
-    device: Annotated[str, typer.Option(help="cpu (kernels in Triton's interpreter), cuda or cuda:N.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu (kernels in Triton's interpreter), cuda or cuda:N; auto for either.")
+    ] = "cpu",
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, float16, bfloat16; may be given several times.")
     ] = None,
@@ -41,11 +43,9 @@ def verify(
 
     from xclip_fast.bench.verify import BACKENDS, DTYPES, FAILED, PASSED
     from xclip_fast.bench.verify import verify as check
+    from xclip_fast.devices import find_device
 
-    if device != "cpu":
-        from xclip_fast.bench.run import check_device
-
-        check_device(device)
+    device = str(find_device(device))
     found = []
     with stdout.status("checking") if stdout.is_terminal and not as_json else nullcontext():
         for result in check(op or (), device, dtype or DTYPES, backend or BACKENDS, seed, not forward_only):
