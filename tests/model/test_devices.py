@@ -75,7 +75,7 @@ def test_unknown_names_are_refused(asked: str) -> None:
 
 def test_other_kinds_are_taken_where_they_can_be_used() -> None:
     assert find_device("meta", kinds=None) == torch.device("meta")
-    with pytest.raises(InputError, match="^device 'vulkan' was asked for: torch cannot use it: "):
+    with pytest.raises(InputError, match=r"^device 'vulkan' was asked for: torch cannot use it: "):
         find_device("vulkan", kinds=None)
 
 

@@ -139,9 +139,8 @@ def _warm_up(case: Case, provider: str, folder: Path) -> None:
 
 def _ready(case: Case, provider: str, folder: Path) -> Callable[[], object]:
     """One step of a provider; the weights it was made of are gone where it has its own."""
-    from xclip_fast.bench.models import prepared, step
     from xclip_fast.bench.providers import PROVIDERS
-    from xclip_fast.bench.setting import forget, inputs_of, setting_of
+    from xclip_fast.bench.setting import forget, inputs_of, prepared, setting_of, step
 
     setting = setting_of(case, folder)
     classify = prepared(PROVIDERS[provider].build(setting), case)
