@@ -33,7 +33,7 @@ from xclip_fast.text import apply_template, clean_labels, get_tokenizer
 from xclip_fast.text.folder import TextFolder
 
 if TYPE_CHECKING:
-    from xclip_fast.throughput import FileFeatures
+    from xclip_fast.pipeline import FileFeatures
 
 _PROBE_FRAMES = 2  # of the random clip that a new engine is checked with
 
@@ -183,13 +183,13 @@ class Engine:
             return self._run(self._embedding, video)[0]
 
     def embed_files(self, paths: Iterable[str | os.PathLike[str]], **options: Any) -> Iterator[FileFeatures]:
-        """Features of video files in their order, decoded in processes of their own; see ``throughput.embed_files``.
+        """Features of video files in their order, decoded in processes of their own; see ``pipeline.embed_files``.
 
         Args:
             paths: local video files.
             options: batch_size, patches, clips, crops, preset, backend, workers and timeout.
         """
-        from xclip_fast.throughput import embed_files
+        from xclip_fast.pipeline import embed_files
 
         return embed_files(self, paths, **options)
 

@@ -1,4 +1,4 @@
-"""Features of many video files: decoded in processes of their own while the model computes, in full batches."""
+"""Features of one video, and of many files: decoded in processes of their own while full batches are computed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from xclip_fast.errors import InputError, is_out_of_memory
-from xclip_fast.pipeline import check_finite
+from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.video.pool import DEADLINE_SECONDS, decode_files
 
 BATCH_SIZE = 8
+VIEWS_AT_ONCE = 4  # bounds the memory of many-view runs
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,23 @@ class FileFeatures:
     video: Tensor | None = None
     patches: Tensor | None = None
     error: InputError | None = None
+
+
+@torch.inference_mode()
+def embed(model: Any, views: Tensor) -> VideoFeatures:
+    """Features of one video, float32 and not normalised: ``video`` (E,) and ``patches`` (N, E), the mean of its views.
+
+    Args:
+        model: an ``Engine``, or what ``create_model`` or ``load_model`` returns.
+        views: uint8 (views, T, H, W, 3) of one video.
+
+    Raises:
+        InputError: the model gave something that is not a number.
+    """
+    parts = [model.encode_video(some) for some in views.to(device_of(model)).split(VIEWS_AT_ONCE)]
+    video = torch.cat([part.video for part in parts]).float().mean(dim=0).cpu()
+    patches = torch.cat([part.patches for part in parts]).float().mean(dim=0).cpu()
+    return VideoFeatures(check_finite(video), check_finite(patches))
 
 
 def embed_files(
@@ -140,7 +158,7 @@ class _Batches:
 
     def __init__(self, model: Any, size: int, view: tuple[int, ...], patches: bool) -> None:
         self.encode = _encoder(model, patches)
-        self.device = torch.device(getattr(model, "device", None) or next(model.parameters()).device)
+        self.device = device_of(model)
         self.pinned = self.device.type == "cuda"
         shape = size, *view
         count = 2 if self.pinned else 1
@@ -204,8 +222,30 @@ def _encoder(model: Any, patches: bool) -> Callable[[Tensor], Sequence[Tensor]]:
     @torch.inference_mode()
     def encode(views: Tensor) -> Sequence[Tensor]:
         # an engine saves the last block of patches that nobody wants
-        if not patches and hasattr(model, "embed_video"):
+        if not patches and is_engine(model):
             return [model.embed_video(views)]
         return model.encode_video(views)[: 2 if patches else 1]
 
     return encode
+
+
+def is_engine(model: Any) -> bool:
+    """Whether this is an ``Engine``; its class is not imported here, since engines offer ``embed_files`` themselves."""
+    return hasattr(model, "embed_video")
+
+
+def device_of(model: Any) -> torch.device:
+    """Where an engine or a model computes."""
+    device: torch.device = model.device if is_engine(model) else next(model.parameters()).device
+    return device
+
+
+def check_finite(values: Tensor) -> Tensor:
+    """The values given.
+
+    Raises:
+        InputError: one of them is NaN or infinite.
+    """
+    if not values.isfinite().all():
+        raise InputError("the model gave values that are not numbers: check the weights, or compute in float32")
+    return values
