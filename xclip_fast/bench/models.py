@@ -17,7 +17,7 @@ from torch import Tensor
 from xclip_fast.bench.cases import config_of
 from xclip_fast.bench.launches import launches_of
 from xclip_fast.bench.machine import Sensors
-from xclip_fast.bench.memory import lacking_memory, peak_memory
+from xclip_fast.bench.memory import memory_refusal, peak_memory
 from xclip_fast.bench.parity import same_bits
 from xclip_fast.bench.providers import BASELINES, PROVIDERS, check_names
 from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Case, Check, Roof, Row, Timing, finite
@@ -65,7 +65,7 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
         InputError: an unknown provider, or less memory than the case needs.
     """
     check_names(list(providers))
-    if reason := lacking_memory(case):
+    if reason := memory_refusal(case):
         raise InputError(reason)
     with TemporaryDirectory() as folder, exact_float32():
         yield from _measured(case, Path(folder), providers, effort, ceilings)
@@ -239,7 +239,7 @@ def row_of(case: Case, provider: str, check: Check, timing: Timing, ceilings: di
 
 
 def roof_of(case: Case, timing: Timing, ceilings: dict[str, float]) -> Roof | None:
-    """What is left after exact rewrites, at the measured product rate; weights and frames read once."""
+    """The roofline: FLOPs after exact rewrites at the measured GEMM rate, or weights and frames read once."""
     rate = ceilings.get(f"{case.dtype}_tflops")
     if rate is None:
         return None

@@ -10,7 +10,7 @@ from typing import Any
 
 from xclip_fast.bench.cases import OPS, config_of
 from xclip_fast.bench.machine import ceilings, facts
-from xclip_fast.bench.memory import lacking_memory
+from xclip_fast.bench.memory import memory_refusal
 from xclip_fast.bench.models import Effort, measure_model
 from xclip_fast.bench.operators import BACKENDS, measure_op
 from xclip_fast.bench.providers import check_names
@@ -110,9 +110,9 @@ def run(
     """
     for job in jobs:
         _check_providers(job)
-    lacking = [reason for job in jobs if (reason := lacking_memory(job.case))]
-    if len(lacking) == len(jobs):
-        raise InputError(lacking[0])
+    refusals = [reason for job in jobs if (reason := memory_refusal(job.case))]
+    if len(refusals) == len(jobs):
+        raise InputError(refusals[0])
     device = jobs[0].case.device
     dtypes = tuple(dict.fromkeys(job.case.dtype for job in jobs))
     origin = facts(device)

@@ -1,4 +1,4 @@
-"""What every provider of a model is built for, and what it is given: the weights, frames and texts of a case."""
+"""A case made concrete: its weights, frames and texts, and the step of a provider that is timed."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def prepared(classify: Classify, case: Case) -> Classify:
 
 
 class Frames(nn.Module):
-    """Frames as a model takes them that takes no bytes: what its user has to do first is part of its time."""
+    """Normalises uint8 frames for a model that does not take them; its user would have to, so this is in its time."""
 
     scale: Tensor
     shift: Tensor

@@ -68,7 +68,7 @@ def from_tensors(
         tensors: a state dict of ``XCLIPModel``.
         where: the source, for messages.
         config: what its config.json holds; without it heads are taken as width / 64.
-        preprocessor: what its preprocessor_config.json holds, or nothing.
+        preprocessor: the content of its preprocessor_config.json; empty where there is none.
 
     Raises:
         InputError: a name is foreign, or the configuration asks for what this library does not compute.

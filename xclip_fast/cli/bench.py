@@ -59,7 +59,7 @@ def bench(
     """Time the model here: errors first, then blocks in turn with Hugging Face's eager model.
 
     The ratio is the other's time over this one's; it counts where it leaves the noise of the baseline against itself.
-    The floor is the least time that this machine's rate of products and copies allows, over the time taken.
+    The floor is the roofline time, at this machine's measured GEMM and copy rates, over the time taken.
     """
     for path in (out, csv, html):
         if path is not None:

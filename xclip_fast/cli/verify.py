@@ -35,8 +35,9 @@ def verify(
 ) -> int:
     """Check every op against float64, forward and backward, on awkward shapes.
 
-    An error is relative; a kernel may err twice as much as plain torch of the same dtype, and a rounding. The same seed
-    gives the same numbers again. Exit code 0: all right, 1: something is wrong, or nothing could be checked.
+    Errors are relative; a kernel passes with at most twice the error of plain torch in the same dtype, plus a rounding.
+    The same seed gives the same numbers again. Exit code 0: all right, 1: something is wrong, or nothing could be
+    checked.
     """
     if junit is not None:
         check_writable(junit)

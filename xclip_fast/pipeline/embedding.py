@@ -69,7 +69,7 @@ def embed_files(
     """The features of each file, in the order of the files; one that cannot be used comes with its error.
 
     Views of several files share a batch. The number of workers changes no bit. A batch of another size, or a file more
-    or less before it, may change the rounding of a product: some 1e-6 of a feature in float32.
+    or less before it, may change the rounding of a GEMM: some 1e-6 of a feature in float32.
 
     Args:
         model: an ``Engine``, or what ``create_model`` or ``load_model`` returns.
@@ -119,12 +119,12 @@ def _embed(batches: _Batches, paths: Sequence[str], ends: Collection[int], decod
             file = _File(path, found if isinstance(found, InputError) else None)
             waiting.append(file)
             if isinstance(found, Tensor):
-                file.missing = len(found)
+                file.pending = len(found)
                 for view in found:
                     batches.add(file, view)
             if number in ends or number == len(paths) - 1:
                 batches.flush()
-            while waiting and not waiting[0].missing:
+            while waiting and not waiting[0].pending:
                 yield waiting.popleft().features()
 
 
@@ -132,12 +132,12 @@ def _embed(batches: _Batches, paths: Sequence[str], ends: Collection[int], decod
 class _File:
     path: str
     error: InputError | None
-    missing: int = 0
+    pending: int = 0
     rows: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     def take(self, row: tuple[Tensor, ...]) -> None:
         self.rows.append(row)
-        self.missing -= 1
+        self.pending -= 1
 
     def features(self) -> FileFeatures:
         if self.error is not None:
@@ -150,7 +150,7 @@ class _File:
 
 
 class _Batches:
-    """Views on their way through the model.
+    """Batches of views in flight: being filled, computed, or copied back.
 
     On a GPU two pinned buffers take turns: one is filled while the other is copied and computed, and nothing waits for
     the results of a batch before the next one is under way.
@@ -167,23 +167,23 @@ class _Batches:
         except (MemoryError, RuntimeError) as error:
             raise _too_large(error, size) from None
         self.owners: list[_File] = []
-        self.flying: deque[tuple[list[_File], list[Tensor], torch.cuda.Event | None]] = deque()
+        self.in_flight: deque[tuple[list[_File], list[Tensor], torch.cuda.Event | None]] = deque()
 
     def add(self, owner: _File, view: Tensor) -> None:
         """Put a view into the batch; a full one goes to the model."""
         self.buffers[0][len(self.owners)].copy_(view)
         self.owners.append(owner)
         if len(self.owners) == len(self.buffers[0]):
-            self._launch()
+            self._compute()
 
     def flush(self) -> None:
         """Compute what is left, and hand out all results."""
         if self.owners:
-            self._launch()
-        while self.flying:
-            self._land()
+            self._compute()
+        while self.in_flight:
+            self._collect()
 
-    def _launch(self) -> None:
+    def _compute(self) -> None:
         try:
             found = self.encode(self.buffers[0][: len(self.owners)].to(self.device, non_blocking=True))
             event = None
@@ -192,18 +192,18 @@ class _Batches:
                 event = torch.cuda.current_stream(self.device).record_event()
         except (MemoryError, RuntimeError) as error:
             raise _too_large(error, len(self.owners)) from None
-        self.flying.append((self.owners, [*found], event))
+        self.in_flight.append((self.owners, [*found], event))
         self.owners = []
         # the buffer used longest ago is filled next
         self.buffers.append(self.buffers.pop(0))
-        while len(self.flying) >= len(self.buffers):
-            self._land()
+        while len(self.in_flight) >= len(self.buffers):
+            self._collect()
 
     def _to_host(self, rows: Tensor) -> Tensor:
         return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
 
-    def _land(self) -> None:
-        owners, found, event = self.flying.popleft()
+    def _collect(self) -> None:
+        owners, found, event = self.in_flight.popleft()
         if event is not None:
             event.synchronize()
         for place, owner in enumerate(owners):
@@ -217,7 +217,7 @@ def _too_large(error: Exception, size: int) -> Exception:
 
 
 def _encoder(model: Any, patches: bool) -> Callable[[Tensor], Sequence[Tensor]]:
-    """What makes the rows of a batch: of the videos, and of the patches where they are wanted."""
+    """From a batch of views to its rows: video features, then patch features where they are asked for."""
 
     @torch.inference_mode()
     def encode(views: Tensor) -> Sequence[Tensor]:

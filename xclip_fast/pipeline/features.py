@@ -41,7 +41,7 @@ def save_features(path: str | Path, names: Sequence[str], video: Array, patches:
             shape of a patch row is in the metadata of its column).
         names: one for each video; what UTF-8 cannot hold is spelled out.
         video: float32 (F, E).
-        patches: float32 (F, N, E), or nothing.
+        patches: float32 (F, N, E), or None.
 
     Raises:
         InputError: the file cannot be written, see ``check_features_path``.

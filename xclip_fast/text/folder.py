@@ -1,4 +1,4 @@
-"""Text features in a folder, for the next run."""
+"""An LRU cache of text features on disk, for the next run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger("xclip_fast")
 
 
 class TextFolder:
-    """Text features kept in files, the least recently used out first.
+    """An LRU cache of text features in files.
 
     Several processes and threads may share a folder: a file appears whole or not at all. One that is damaged counts as
     missing, and where nothing can be written the features are computed each time, with a warning.
