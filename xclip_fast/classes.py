@@ -1,4 +1,4 @@
-"""Large label sets: classes are adapted to the videos in chunks, so that memory grows with neither product."""
+"""Large label sets: video-specific prompts in chunks of classes, never a buffer of videos x classes x width."""
 
 from __future__ import annotations
 

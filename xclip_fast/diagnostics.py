@@ -104,17 +104,15 @@ def _torch() -> dict[str, Any]:
 
     found: dict[str, Any] = {"available": True, "version": torch.__version__, "reason": None}
     from xclip_fast import processor
+    from xclip_fast.devices import cuda_refusal
 
     kernels = torch.backends.cpu.get_cpu_capability()
     cpu = f"{processor.describe()}; {torch.get_num_threads()} threads, PyTorch's kernels for {kernels}"
     found["devices"] = [{"name": "cpu", "description": cpu}]
     found["features"] = list(processor.features())
     found["native"] = [name for name in ("bfloat16", "float16") if processor.multiplies(getattr(torch, name))]
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        found["cuda_reason"] = (
-            f"built for CUDA {built}, no usable GPU found" if built else "this torch is built for CPUs"
-        )
+    if reason := cuda_refusal():
+        found["cuda_reason"] = reason
         return found
     found["cuda"] = torch.version.cuda
     for index in range(torch.cuda.device_count()):

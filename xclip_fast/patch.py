@@ -1,4 +1,4 @@
-"""Put the fused ops under a model of somebody else: Hugging Face's X-CLIP, or one with the official attribute names.
+"""Run a model of another library on the fused ops: Hugging Face's X-CLIP, or one with the official attribute names.
 
 Single modules of the given instance get a subclass of their class: parameters, state dict, hooks and whatever else
 belongs to them stay, and ``restore`` gives the class back.
@@ -104,7 +104,7 @@ def _mixin(module: nn.Module) -> type[Patched] | None:
 
 
 def _refusal(module: nn.Module, kind: str) -> str | None:
-    """Why a module of a kind cannot be replaced, or nothing."""
+    """Why a module of a kind cannot be replaced. Returns the reason, or None."""
     cls = type(module)
     base = next(base for base in cls.__mro__ if base.__name__ == kind)
     if "forward" in vars(module):

@@ -16,7 +16,7 @@ FEATURES = (
 )
 # names of PyTorch that differ from those above
 _TORCH_NAMES = {"avx512": ("avx512_bw",), "bf16": ("bf16", "sve_bf16"), "i8mm": ("i8mm", "sve_i8mm")}
-# what each limit of oneDNN leaves of them (ONEDNN_MAX_CPU_ISA); any other value is no limit
+# features left by each value of ONEDNN_MAX_CPU_ISA; any other value is no limit
 _ONEDNN_LIMITS = {
     "SSE41": (),
     "AVX": (),
@@ -39,21 +39,21 @@ def features() -> tuple[str, ...]:
 
 @cache
 def onednn_features() -> tuple[str, ...]:
-    """Those of ``features`` that oneDNN, which runs PyTorch's packed products, may use in this process."""
+    """Those of ``features`` that oneDNN, which runs PyTorch's packed GEMMs, may use in this process."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     allowed = _ONEDNN_LIMITS.get(limit.upper())
     return features() if allowed is None else tuple(name for name in features() if name in allowed)
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether products in this dtype run natively, and so not slower than float32: bfloat16 or float16."""
+    """Whether GEMMs in this dtype, bfloat16 or float16, run natively, and so not slower than in float32."""
     if dtype is torch.bfloat16:
         return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(onednn_features()))
     return dtype is torch.float16 and "avx512_fp16" in onednn_features()
 
 
 def sums_bytes_in_16_bits() -> bool:
-    """Whether products of bytes are added in pairs of 16 bits, which saturate: x86 without VNNI."""
+    """Whether int8 GEMMs add pairs of products in 16 bits, which saturate: x86 without VNNI."""
     return X86 and not {"avx_vnni", "avx512_vnni", "amx_int8"} & set(onednn_features())
 
 

@@ -18,7 +18,7 @@ from xclip_fast.bench.cases import config_of
 from xclip_fast.bench.models import Effort
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import TIMED, UNAVAILABLE, WRONG, Case, Check, Row
-from xclip_fast.bench.setting import Classify, Setting, UnavailableError, inputs_of, setting_of
+from xclip_fast.bench.setting import Classify, Setting, UnavailableError, inputs_of, prepared, setting_of, step
 from xclip_fast.numerics import exact_float32
 
 EFFORT = Effort(blocks=5, block=0.03, memory=False)
@@ -62,7 +62,7 @@ def build(desk: Desk, case: Case, providers: Sequence[str]) -> Found:
         for provider in providers:
             try:
                 if provider not in contest.built:
-                    contest.built[provider] = models.prepared(PROVIDERS[provider].build(contest.setting), case)
+                    contest.built[provider] = prepared(PROVIDERS[provider].build(contest.setting), case)
                 classify = contest.built[provider]
                 check = models.check_of(
                     provider, classify, contest.setting, contest.inputs, contest.truth, contest.torch_error
@@ -90,7 +90,7 @@ def warm(desk: Desk, case: Case, providers: Sequence[str]) -> None:
     with desk.turns.together(), exact_float32():
         for provider in providers:
             if provider in contest.checks:
-                models.step(contest.built[provider], contest.inputs, case.direction == "train")()
+                step(contest.built[provider], contest.inputs, case.direction == "train")()
 
 
 def measure(desk: Desk, case: Case, providers: Sequence[str], methods: Sequence[str], effort: Effort = EFFORT) -> Found:
@@ -143,7 +143,7 @@ def profile(desk: Desk, case: Case, providers: Sequence[str]) -> Found:
     contest = _built(desk, case, providers)
     with desk.turns.alone():
         found = {
-            provider: _kernels(models.step(contest.built[provider], contest.inputs, False), desk.judged)
+            provider: _kernels(step(contest.built[provider], contest.inputs, False), desk.judged)
             for provider in providers
             if provider in contest.checks
         }

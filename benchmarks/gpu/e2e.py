@@ -14,10 +14,10 @@ from torch import Tensor
 from benchmarks.gpu.goals import BYTES, MEMORY, STRONGEST
 from benchmarks.gpu.journal import Journal, leave_if_lost
 from xclip_fast.bench.machine import ceilings, facts
-from xclip_fast.bench.models import Effort, measure_model, prepared, roof_of
+from xclip_fast.bench.models import Effort, measure_model, roof_of
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import FAILED, SCHEMA, TIMED, UNAVAILABLE, Case, Row, Run
-from xclip_fast.bench.setting import inputs_of, setting_of
+from xclip_fast.bench.setting import inputs_of, prepared, setting_of
 
 Plan = list[tuple[Case, tuple[str, ...]]]
 

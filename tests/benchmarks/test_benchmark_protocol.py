@@ -479,7 +479,7 @@ def test_inputs_are_the_same_for_every_dtype_but_for_rounding() -> None:
         ({"input": "frames"}, "unknown input 'frames': choose one of normalised, uint8"),
         ({"input": "uint8", "name": "layer_norm"}, "layer_norm has its own: ask for a model"),
         ({"input": "uint8", "direction": "train"}, "bytes have no gradient to check, use normalised"),
-        ({"device": "cuda:7"}, "torch finds no GPU here"),
+        ({"device": "cuda:7"}, "device 'cuda:7' was asked for: "),
     ],
 )
 def test_unknown_parts_of_a_case_are_named(change: dict[str, str], words: str) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from xclip_fast.bench import models
-from xclip_fast.bench.models import Effort, measure_model, methods_of, prepared, step
+from xclip_fast.bench.models import Effort, measure_model, methods_of
 from xclip_fast.bench.providers import PROVIDERS, _Engine
 from xclip_fast.bench.record import Case
 from xclip_fast.bench.run import make_case
-from xclip_fast.bench.setting import inputs_of, setting_of
+from xclip_fast.bench.setting import inputs_of, prepared, setting_of, step
 from xclip_fast.engine import Engine
 
 EFFORT = Effort(blocks=1, block=0.001, memory=False)

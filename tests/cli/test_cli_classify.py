@@ -15,9 +15,11 @@ import pytest
 import torch
 from cli_support import TINY, Cli, one_line
 
-from xclip_fast import XCLIPConfig, create_model, pipeline
+from xclip_fast import Engine, XCLIPConfig, create_model, pipeline
 from xclip_fast.checkpoints import load_model, save_model
+from xclip_fast.engine.texts import TextTower
 from xclip_fast.errors import InputError
+from xclip_fast.reference import XCLIP
 from xclip_fast.text import get_tokenizer
 from xclip_fast.video import load_video
 
@@ -126,12 +128,12 @@ def test_labels_that_cannot_be_used(labels: str, words: str, cli: Cli, tiny: Pat
     one_line(err, words)
 
 
-@pytest.mark.parametrize("device", ["banana", "meta", "mps", "", "CPU", "cpu:x"])
+@pytest.mark.parametrize("device", ["banana", "meta", "mps", "", "CPU", "cpu:x", "cuda:300"])
 @pytest.mark.parametrize("command", [("classify", "--labels", "a,b"), ("embed", "--out", "f.npz")], ids=str)
 def test_other_devices_are_refused(command: tuple[str, ...], device: str, cli: Cli, tiny: Path, bikes: Path) -> None:
     code, out, err = cli(*command, bikes, "--weights", tiny, "--device", device)
     assert (code, out) == (2, "")
-    one_line(err, f"unknown device {device!r}: choose cpu, cuda or cuda:N")
+    one_line(err, f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
 
 
 @pytest.mark.parametrize(
@@ -317,13 +319,14 @@ def test_a_fault_of_the_program_is_not_hidden(
         cli("classify", bikes, "--labels", LABELS, "--weights", tiny)
 
 
-def test_weights_that_overflow_are_said_to(tmp_path: Path, cli: Cli, bikes: Path) -> None:
+@pytest.mark.parametrize("reference", [(), ("--reference",)], ids=["engine", "reference"])
+def test_weights_that_overflow_are_said_to(reference: tuple[str, ...], tmp_path: Path, cli: Cli, bikes: Path) -> None:
     model = create_model(TINY, seed=0)
     with torch.no_grad():
         model.logit_scale.fill_(1000)
     save_model(model, tmp_path / "overflow.safetensors")
     code, out, err = cli(
-        "classify", bikes, "--labels", LABELS, "--weights", tmp_path / "overflow.safetensors", "--json"
+        "classify", bikes, "--labels", LABELS, "--weights", tmp_path / "overflow.safetensors", "--json", *reference
     )
     assert code == 2
     one_line(err, str(bikes), "not numbers")
@@ -342,10 +345,12 @@ def test_equal_labels_for_the_model_keep_their_order() -> None:
     assert [prediction.index for prediction in classifier.top(views, 50)] == list(range(50))
 
 
+@pytest.mark.parametrize("reference", [False, True])
 def test_encoded_class_names_are_kept_for_the_next_run(
-    cli: Cli, tiny: Path, bikes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: bool, cli: Cli, tiny: Path, bikes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("classify", bikes, "--labels", LABELS, "--weights", tiny, "--json", "--text-cache", tmp_path / "texts")
+    command = ["classify", bikes, "--labels", LABELS, "--weights", tiny, "--json", "--text-cache", tmp_path / "texts"]
+    command[2:2] = ["--reference"] if reference else []
     first = cli(*command)
     assert first[0] == 0
     assert len(os.listdir(tmp_path / "texts")) == 1
@@ -353,7 +358,8 @@ def test_encoded_class_names_are_kept_for_the_next_run(
     def fail(*_: object) -> None:
         raise AssertionError("the texts are known")
 
-    monkeypatch.setattr(type(load_model(tiny)), "encode_text", fail)
+    monkeypatch.setattr(XCLIP, "encode_text", fail)
+    monkeypatch.setattr(TextTower, "encode_text", fail)
     assert cli(*command) == first
     code, out, err = cli(*command[:-1], tiny)
     assert (code, out) == (2, "")
@@ -366,6 +372,8 @@ def test_the_library_refuses_what_the_command_line_refuses() -> None:
         pipeline.Classifier(model, ["a", " "], get_tokenizer(TINY))
     with pytest.raises(InputError, match=r"\{\}"):
         pipeline.Classifier(model, ["a"], get_tokenizer(TINY), template="no place")
+    with pytest.raises(ValueError, match=r"give it to Engine\(model, text_cache=...\)"):
+        pipeline.Classifier(Engine(model), ["a"], get_tokenizer(TINY), text_cache="texts")
 
 
 def test_the_real_process_keeps_json_alone_on_stdout(tiny: Path, bikes: Path, bad_files: dict[str, Path]) -> None:

@@ -18,7 +18,7 @@ import torch
 from cli_support import TINY, Cli, one_line
 from safetensors.torch import load_file, save_file
 
-from xclip_fast import Engine, create_model, features
+from xclip_fast import Engine, create_model, pipeline
 from xclip_fast.checkpoints import load_model, save_model
 from xclip_fast.video import load_video
 
@@ -80,7 +80,7 @@ def test_ctrl_c_leaves_no_file(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Engine if step == "embed_files" else features, step, interrupt)
+    monkeypatch.setattr(Engine if step == "embed_files" else pipeline, step, interrupt)
     code, shown, err = cli("embed", bikes, bikes, "--weights", tiny, "--out", tmp_path / "features.npz")
     assert (code, shown) == (130, "")
     assert err.strip() == "interrupted: nothing was left half-written"

@@ -21,10 +21,11 @@ import torch
 from cli_support import TINY, Cli, one_line, write_video
 from safetensors import safe_open
 
-from xclip_fast import InputError, create_model, shards
+from xclip_fast import InputError, create_model
 from xclip_fast.cli import console, main
-from xclip_fast.shards import MANIFEST, Request, embed_to_shards, weights_digest
-from xclip_fast.throughput import embed_files
+from xclip_fast.files import LEFTOVER
+from xclip_fast.pipeline import embed_files, shards
+from xclip_fast.pipeline.shards import MANIFEST, Request, embed_to_shards, weights_digest
 
 SLOW = """
 import os, sys, time
@@ -150,7 +151,7 @@ def killed_at(step: int, work: Callable[[], object]) -> bool:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return change(*arguments, **settings)
 
-            from xclip_fast import features
+            from xclip_fast.pipeline import features
 
             for place, name in (
                 (os, "replace"),
@@ -204,7 +205,7 @@ def test_a_finished_run_computes_nothing(
 ) -> None:
     folder = tmp_path / "out"
     shutil.copytree(undisturbed, folder)
-    monkeypatch.setattr("xclip_fast.throughput._Batches.add", lambda *_: pytest.fail("it is all there"))
+    monkeypatch.setattr("xclip_fast.pipeline.embedding._Batches.add", lambda *_: pytest.fail("it is all there"))
     before = {entry.name: entry.stat().st_mtime_ns for entry in folder.iterdir()}
     told = finish(model, paths, folder)
     assert told == [(path, place not in (3, 4, 5)) for place, path in enumerate(paths)]
@@ -517,7 +518,7 @@ def test_the_command_goes_on_after_it_is_interrupted_and_killed(
         said = (tmp_path / "said").read_text()
         assert said.endswith("interrupted: nothing was left half-written\n") == (ending == signal.SIGINT)
     # the kill may have left a half-written file: the next run removes it
-    found = {name for name in contents(folder) if not shards._LEFTOVER.fullmatch(name)}
+    found = {name for name in contents(folder) if not LEFTOVER.fullmatch(name)}
     assert found < contents(tmp_path / "whole").keys()
 
     code, out, again = cli("embed", "--out", folder, "--workers", "0", *options)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from cli_support import TINY, write_video
 
-from xclip_fast import Engine, InputError, create_model, pipeline, throughput
-from xclip_fast.throughput import FileFeatures, embed_files
+from xclip_fast import Engine, InputError, create_model, pipeline
+from xclip_fast.pipeline import FileFeatures, embed_files, embedding
 from xclip_fast.video import load_video
 
 
@@ -93,13 +93,13 @@ def test_the_number_of_workers_changes_no_bit(model: Any, clips: list[Path]) -> 
 
 def test_two_buffers_take_turns(model: Any, clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     # as on a GPU, where results of a batch are taken after the next one is launched
-    made = throughput._Batches.__init__
+    made = embedding._Batches.__init__
 
     def with_two(self: Any, *arguments: Any) -> None:
         made(self, *arguments)
         self.buffers.append(torch.empty_like(self.buffers[0]))
 
-    monkeypatch.setattr(throughput._Batches, "__init__", with_two)
+    monkeypatch.setattr(embedding._Batches, "__init__", with_two)
     found = list(embed_files(model, clips, batch_size=2, patches=True, clips=3, workers=0))
     agree(found, one_by_one(model, [*clips[:2], *clips[3:]], clips=3), True)
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xclip_fast import features
 from xclip_fast.errors import InputError
-from xclip_fast.features import check_features_path, save_features
+from xclip_fast.pipeline import check_features_path, features, save_features
 
 NAMES = ["a.mp4", "Straße, 日本.mp4", "new\nline.mp4", "bad\udcff.mp4"]
 SAVED = [*NAMES[:3], "bad\\udcff.mp4"]

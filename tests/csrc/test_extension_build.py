@@ -1,4 +1,4 @@
-"""The build switch: what it builds, what it leaves out in one line, when it fails; what a source distribution holds."""
+"""The build switch: what it builds, what it leaves out in one line, when it fails; what distributions hold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,14 @@ def sources(tmp_path: Path) -> Path:
     for folder in ("csrc", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "xclip_fast").mkdir()
-    shutil.copy(ROOT / "xclip_fast" / "__init__.py", tmp_path / "xclip_fast")
+    for name in ("__init__.py", "py.typed"):
+        shutil.copy(ROOT / "xclip_fast" / name, tmp_path / "xclip_fast")
     return tmp_path
 
 
-def setup(sources: Path, *arguments: str, mode: str, python: tuple[str, ...] = ("setup.py",), **changes: str):  # type: ignore[no-untyped-def]
+def setup(
+    sources: Path, *arguments: str, mode: str, python: tuple[str, ...] = ("setup.py",), **changes: str
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "XCLIP_FAST_BUILD_EXT": mode, **changes}
     command = [sys.executable, *python, *arguments]
     return subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, timeout=250)
@@ -89,3 +93,12 @@ def test_a_source_distribution_holds_all_that_is_compiled(sources: Path) -> None
     assert {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= names
     assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
     assert not [name for name in names if name.endswith(".so")]
+
+
+def test_a_wheel_says_that_the_package_is_typed_and_holds_the_kernels(sources: Path) -> None:
+    done = setup(sources, "--quiet", "bdist_wheel", mode="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (sources / "dist").iterdir()
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"xclip_fast/py.typed", "xclip_fast/kernels/layer_norm.py"} <= names
+    assert not any(name.startswith("kernels/") for name in names)

@@ -105,13 +105,13 @@ def test_float8_needs_hopper(model: XCLIP) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_needs_a_gpu(model: XCLIP) -> None:
-    with pytest.raises(InputError, match="no usable CUDA GPU"):
+    with pytest.raises(InputError, match=r"device 'cuda' was asked for: .*: use cpu"):
         Engine(model, device="cuda")
 
 
 def test_unknown_devices_are_refused(model: XCLIP) -> None:
     for device in ("meta", "banana", "", "cpu:x"):
-        with pytest.raises(InputError, match="it runs on cpu and cuda"):
+        with pytest.raises(InputError, match=r"unknown device .*: choose auto, cpu, cuda or cuda:N"):
             Engine(model, device=device)
 
 

@@ -33,6 +33,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(api, "find_device", torch.device)
     monkeypatch.setattr(api, "precision_of", lambda dtype, device: (*PRECISIONS[dtype], None))
     one_stream = cuda.Side(CPU)
     for module in (api, cuda):

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from xclip_fast.bench.cases import OPS, find_op
 from xclip_fast.bench.inputs import Inputs
-from xclip_fast.bench.models import prepared, step
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case
 from xclip_fast.bench.setting import inputs_of as model_inputs
-from xclip_fast.bench.setting import setting_of
+from xclip_fast.bench.setting import prepared, setting_of, step
 from xclip_fast.bench.timing import capture
 
 CASES = [("B/16", 2), ("B/32", 1), ("L/14", 1)]

@@ -1,4 +1,4 @@
-"""Hugging Face's model as a provider: eager, after ``optimize``, and in the compiler's hands, as any module can be."""
+"""Hugging Face's model as a provider: eager, after ``optimize``, and under torch.compile."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def huggingface(attention: str) -> Callable[[Setting], Classify]:
         # first values drawn on a GPU are there at once
         with torch.device(setting.case.device), torch.random.fork_rng(devices=[]):
             model = model_of(setting.config, attention)
-        lacking = model.load_state_dict(huggingface_state(setting.state), strict=False)
-        if lost := [name for name in lacking.missing_keys if not name.endswith("position_ids")]:
+        keys = model.load_state_dict(huggingface_state(setting.state), strict=False)
+        if lost := [name for name in keys.missing_keys if not name.endswith("position_ids")]:
             raise UnavailableError(f"this version of transformers has other weights: {', '.join(lost[:3])}")
         return HuggingFace(model, setting)
 
@@ -113,7 +113,7 @@ def huggingface_compiled(
     Args:
         tuned: by max-autotune.
         attention: the one backend of PyTorch's attention that is allowed, on a GPU.
-        products: the backends that tuned products are chosen from, such as "ATEN", which is cuBLAS; all without.
+        products: the backends that tuned GEMMs are chosen from, such as "ATEN", which is cuBLAS; all by default.
     """
 
     def build(setting: Setting) -> Classify:
@@ -126,7 +126,7 @@ def huggingface_compiled(
             settings |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
             settings |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
             settings |= {} if products is None else {"max_autotune_gemm_backends": products}
-            # on a CPU it tunes products with constants alone
+            # on a CPU it tunes GEMMs only with constant weights
             settings["freezing"] = not on_gpu and setting.case.direction == "forward"
         return compiled(huggingface("sdpa")(setting), settings, attention)
 

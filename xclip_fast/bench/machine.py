@@ -1,4 +1,4 @@
-"""The machine a run is made on: what it is, what is free, how fast it multiplies and copies, how it is clocked."""
+"""The machine of a run: versions and hardware, free memory, GEMM and copy rates, GPU sensors."""
 
 from __future__ import annotations
 
@@ -61,21 +61,21 @@ def facts(device: str) -> dict[str, Any]:
 
 @exact_float32()
 def ceilings(device: str, dtypes: tuple[str, ...], seconds: float = 0.5) -> dict[str, float]:
-    """Product rate of each dtype in TFLOP/s (square matrices of random numbers), and of a copy in GB/s, both ways."""
+    """GEMM rate of each dtype in TFLOP/s (square, random numbers), and copy rate in GB/s, reads and writes counted."""
     on_gpu = device.startswith("cuda")
     side = 8192 if on_gpu else 2048
     found = {}
     for dtype in dtypes:
         left, right = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
         out = torch.empty_like(left)
-        found[f"{dtype}_tflops"] = 2 * side**3 / _best(_product(left, right, out), device, seconds) / 1e12
+        found[f"{dtype}_tflops"] = 2 * side**3 / _best(_gemm(left, right, out), device, seconds) / 1e12
     source = torch.randn((1 << 30 if on_gpu else 1 << 28) // 4, device=device)
     target = torch.empty_like(source)
     found["copy_gbs"] = 2 * source.nbytes / _best(lambda: target.copy_(source), device, seconds) / 1e9
     return found
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
+def _gemm(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
     return lambda: torch.mm(left, right, out=out)
 
 
@@ -86,7 +86,7 @@ def _best(run: Callable[[], object], device: str, seconds: float) -> float:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that a program may still take."""
+    """Bytes of memory that are free: of the GPU, or of the system within the limit of its container."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -25,7 +25,7 @@ def estimate(case: Case) -> int:
     config = config_of(case.variant, case.frames)
     size = getattr(torch, case.dtype).itemsize
     rows = case.frames * (config.patches + 1)
-    # the stream, its norm, query, key and value, the hidden layer twice: numbers a row
+    # values a row: residual stream, its norm, query, key, value, and the hidden layer before and after the activation
     live = config.vision_width * 6 + 2 * config.vision_mlp_width
     scores = case.frames * config.vision_heads * (config.patches + 2) ** 2 * 3
     kept = config.vision_layers if case.direction == "train" else 1
@@ -38,8 +38,8 @@ def estimate(case: Case) -> int:
     return int(weights + max(exact, activations) + frames + prompts)
 
 
-def lacking_memory(case: Case) -> str | None:
-    """Why a case does not fit into the memory that is free, or nothing."""
+def memory_refusal(case: Case) -> str | None:
+    """Why a case does not fit into the free memory. Returns the reason, or None."""
     needed, free = estimate(case), available_memory(case.device)
     if needed <= free:
         return None
@@ -50,7 +50,7 @@ def lacking_memory(case: Case) -> str | None:
 
 
 def peak_memory(case: Case, provider: str, folder: Path) -> float | None:
-    """What a provider takes at its peak to compute a case, in MB: its weights, and all that a step makes.
+    """Peak memory of a provider in a case, in MB: its weights, and all that a step allocates.
 
     In a process of its own. On a GPU it is what torch has allocated. On a CPU it is the memory of the process above
     what it was once the same provider had computed the tiny model: neither imported libraries count, nor the threads
@@ -99,7 +99,7 @@ class _Process:
 
 
 def answer(spec: str) -> None:
-    """Be the child."""
+    """Entry point of the child process: reads a case as JSON, prints its peak memory as JSON."""
     asked = json.loads(spec)
     case, provider, folder = Case(**asked["case"]), asked["provider"], Path(asked["folder"])
     if case.device == "cpu":
@@ -125,7 +125,7 @@ def answer(spec: str) -> None:
 
 
 def _warm_up(case: Case, provider: str, folder: Path) -> None:
-    """Everything that a provider does once in a process, with a model that leaves nothing."""
+    """A first step on the tiny model: imports, threads and kernels that count as nobody's peak."""
     from xclip_fast.bench.setting import UnavailableError
 
     small = folder / "tiny"
@@ -138,10 +138,9 @@ def _warm_up(case: Case, provider: str, folder: Path) -> None:
 
 
 def _ready(case: Case, provider: str, folder: Path) -> Callable[[], object]:
-    """One step of a provider; the weights it was made of are gone where it has its own."""
-    from xclip_fast.bench.models import prepared, step
+    """One step of a provider; weights that it has copied are freed first."""
     from xclip_fast.bench.providers import PROVIDERS
-    from xclip_fast.bench.setting import forget, inputs_of, setting_of
+    from xclip_fast.bench.setting import forget, inputs_of, prepared, setting_of, step
 
     setting = setting_of(case, folder)
     classify = prepared(PROVIDERS[provider].build(setting), case)

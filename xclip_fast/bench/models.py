@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xclip_fast.bench.cases import config_of
 from xclip_fast.bench.launches import launches_of
 from xclip_fast.bench.machine import Sensors
-from xclip_fast.bench.memory import lacking_memory, peak_memory
+from xclip_fast.bench.memory import memory_refusal, peak_memory
 from xclip_fast.bench.parity import same_bits
 from xclip_fast.bench.providers import BASELINES, PROVIDERS, check_names
 from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Case, Check, Roof, Row, Timing, finite
-from xclip_fast.bench.setting import Classify, Setting, UnavailableError, inputs_of, setting_of
+from xclip_fast.bench.setting import Classify, Setting, UnavailableError, inputs_of, prepared, setting_of, step
 from xclip_fast.bench.timing import BLOCK, LEAST, SPENT, Blocks, Sample, alternate, noise_of, sampler, timing_of, wall
 from xclip_fast.errors import InputError
 from xclip_fast.flops import count
@@ -65,7 +65,7 @@ def measure_model(case: Case, providers: Sequence[str], effort: Effort, ceilings
         InputError: an unknown provider, or less memory than the case needs.
     """
     check_names(list(providers))
-    if reason := lacking_memory(case):
+    if reason := memory_refusal(case):
         raise InputError(reason)
     with TemporaryDirectory() as folder, exact_float32():
         yield from _measured(case, Path(folder), providers, effort, ceilings)
@@ -112,45 +112,6 @@ def _measured(
 def methods_of(case: Case) -> tuple[str, ...]:
     """How a case is timed: on a GPU by replays of a graph of one step, forward or training, and as a user sees it."""
     return ("wall",) if case.device == "cpu" else ("graph", "wall")
-
-
-def step(classify: Classify, inputs: tuple[Tensor, Tensor], train: bool) -> Callable[[], Tensor]:
-    """One call as it is timed: logits, or forward and backward of all parameters.
-
-    A training step begins without gradients, so that one that is captured into a graph makes them in the graph's own
-    memory, and writes all of them at each replay.
-    """
-    video, text = inputs
-    if not train:
-
-        def forward() -> Tensor:
-            with torch.inference_mode():
-                return classify(video, text)
-
-        return forward
-    assert isinstance(classify, nn.Module)
-    module = classify
-
-    def train_step() -> Tensor:
-        module.zero_grad(set_to_none=True)
-        logits = classify(video, text)
-        logits.float().square().mean().backward()
-        return logits
-
-    return train_step
-
-
-def prepared(classify: Classify, case: Case) -> Classify:
-    """The classifier in the mode of the case.
-
-    Raises:
-        UnavailableError: it cannot be trained, and is asked to.
-    """
-    if case.direction == "train" and not isinstance(classify, nn.Module):
-        raise UnavailableError("it does not train")
-    if isinstance(classify, nn.Module):
-        classify.train(case.direction == "train").requires_grad_(case.direction == "train")
-    return classify
 
 
 def _answers(classify: Classify, inputs: tuple[Tensor, Tensor], train: bool) -> dict[str, Tensor]:
@@ -278,7 +239,7 @@ def row_of(case: Case, provider: str, check: Check, timing: Timing, ceilings: di
 
 
 def roof_of(case: Case, timing: Timing, ceilings: dict[str, float]) -> Roof | None:
-    """What is left after exact rewrites, at the measured product rate; weights and frames read once."""
+    """The roofline: FLOPs after exact rewrites at the measured GEMM rate, or weights and frames read once."""
     rate = ceilings.get(f"{case.dtype}_tflops")
     if rate is None:
         return None

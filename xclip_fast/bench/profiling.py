@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from torch.profiler import ProfilerActivity, profile
 
-from xclip_fast.bench.models import prepared, step
 from xclip_fast.bench.providers import PROVIDERS, check_names
 from xclip_fast.bench.record import Case
-from xclip_fast.bench.setting import UnavailableError, inputs_of, setting_of
+from xclip_fast.bench.setting import UnavailableError, inputs_of, prepared, setting_of, step
 from xclip_fast.errors import InputError
 from xclip_fast.files import replacing
 

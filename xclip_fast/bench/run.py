@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from xclip_fast.bench.cases import OPS, config_of
 from xclip_fast.bench.machine import ceilings, facts
-from xclip_fast.bench.memory import lacking_memory
+from xclip_fast.bench.memory import memory_refusal
 from xclip_fast.bench.models import Effort, measure_model
 from xclip_fast.bench.operators import BACKENDS, measure_op
 from xclip_fast.bench.providers import check_names
 from xclip_fast.bench.record import FAILED, Case, Row, Run
 from xclip_fast.bench.setting import INPUTS
+from xclip_fast.devices import find_device
 from xclip_fast.errors import InputError
 
 MODEL = "model"
@@ -72,7 +71,7 @@ def make_case(
         raise InputError("training from uint8 frames was asked for: bytes have no gradient to check, use normalised")
     config = config_of(variant, frames)
     kind = (input or INPUTS[0]) if name == MODEL else "uint8" if name == "patch_embed" else "activations"
-    return Case(name, variant, config.frames, batch, classes, dtype, direction, kind, check_device(device))
+    return Case(name, variant, config.frames, batch, classes, dtype, direction, kind, str(find_device(device)))
 
 
 def effort_of(full: bool, cache: str) -> Effort:
@@ -84,19 +83,6 @@ def effort_of(full: bool, cache: str) -> Effort:
     if cache not in CACHES:
         raise InputError(f"unknown cache {cache!r}: choose one of {', '.join(CACHES)}")
     return replace(FULL if full else QUICK, cold=cache == "cold")
-
-
-def check_device(device: str) -> str:
-    """The device, if it is there.
-
-    Raises:
-        InputError: it is not.
-    """
-    if device != "cpu" and not device.startswith("cuda"):
-        raise InputError(f"unknown device {device!r}: choose cpu, cuda or cuda:N")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} was asked for, and torch finds no GPU here")
-    return device
 
 
 def run(
@@ -124,9 +110,9 @@ def run(
     """
     for job in jobs:
         _check_providers(job)
-    lacking = [reason for job in jobs if (reason := lacking_memory(job.case))]
-    if len(lacking) == len(jobs):
-        raise InputError(lacking[0])
+    refusals = [reason for job in jobs if (reason := memory_refusal(job.case))]
+    if len(refusals) == len(jobs):
+        raise InputError(refusals[0])
     device = jobs[0].case.device
     dtypes = tuple(dict.fromkeys(job.case.dtype for job in jobs))
     origin = facts(device)

@@ -1,4 +1,4 @@
-"""What every provider of a model is built for, and what it is given: the weights, frames and texts of a case."""
+"""A case made concrete: its weights, frames and texts, and the step of a provider that is timed."""
 
 from __future__ import annotations
 
@@ -82,8 +82,47 @@ def inputs_of(setting: Setting, seed: int = 1) -> tuple[Tensor, Tensor]:
     return video.to(case.device), text.to(case.device, setting.dtype)
 
 
+def step(classify: Classify, inputs: tuple[Tensor, Tensor], train: bool) -> Callable[[], Tensor]:
+    """One call as it is timed: logits, or forward and backward of all parameters.
+
+    A training step begins without gradients, so that one that is captured into a graph makes them in the graph's own
+    memory, and writes all of them at each replay.
+    """
+    video, text = inputs
+    if not train:
+
+        def forward() -> Tensor:
+            with torch.inference_mode():
+                return classify(video, text)
+
+        return forward
+    assert isinstance(classify, nn.Module)
+    module = classify
+
+    def train_step() -> Tensor:
+        module.zero_grad(set_to_none=True)
+        logits = classify(video, text)
+        logits.float().square().mean().backward()
+        return logits
+
+    return train_step
+
+
+def prepared(classify: Classify, case: Case) -> Classify:
+    """The classifier in the mode of the case.
+
+    Raises:
+        UnavailableError: it cannot be trained, and is asked to.
+    """
+    if case.direction == "train" and not isinstance(classify, nn.Module):
+        raise UnavailableError("it does not train")
+    if isinstance(classify, nn.Module):
+        classify.train(case.direction == "train").requires_grad_(case.direction == "train")
+    return classify
+
+
 class Frames(nn.Module):
-    """Frames as a model takes them that takes no bytes: what its user has to do first is part of its time."""
+    """Normalises uint8 frames for a model that does not take them; its user would have to, so this is in its time."""
 
     scale: Tensor
     shift: Tensor

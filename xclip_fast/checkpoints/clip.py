@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from xclip_fast.checkpoints.files import state_dict_of
+from xclip_fast.checkpoints.reading import state_dict_of
 from xclip_fast.checkpoints.sizes import Claim
 from xclip_fast.checkpoints.stored import Checkpoint, from_official
 from xclip_fast.config import CLIP_MEAN, CLIP_STD

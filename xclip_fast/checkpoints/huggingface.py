@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from xclip_fast.checkpoints.files import read_checkpoint, read_json, state_dict_of
 from xclip_fast.checkpoints.names import listing
+from xclip_fast.checkpoints.reading import read_checkpoint, state_dict_of
 from xclip_fast.checkpoints.sizes import Claim
 from xclip_fast.checkpoints.stored import Checkpoint, from_hf
 from xclip_fast.config import HEAD_DIM, XCLIPConfig
 from xclip_fast.errors import InputError, one_line
+from xclip_fast.files import read_json
 
 _log = logging.getLogger("xclip_fast")
 
@@ -67,7 +68,7 @@ def from_tensors(
         tensors: a state dict of ``XCLIPModel``.
         where: the source, for messages.
         config: what its config.json holds; without it heads are taken as width / 64.
-        preprocessor: what its preprocessor_config.json holds, or nothing.
+        preprocessor: the content of its preprocessor_config.json; empty where there is none.
 
     Raises:
         InputError: a name is foreign, or the configuration asks for what this library does not compute.

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from xclip_fast.checkpoints import clip, huggingface
-from xclip_fast.checkpoints.files import DTYPES, parse_json, read_checkpoint, state_dict_of
 from xclip_fast.checkpoints.names import added_to_clip, listing
+from xclip_fast.checkpoints.reading import DTYPES, read_checkpoint, state_dict_of
 from xclip_fast.checkpoints.sizes import Claim, check_tensors, claims_of, infer_sizes, resolve, shapes_of
 from xclip_fast.checkpoints.skeleton import skeleton
 from xclip_fast.checkpoints.stored import Checkpoint, from_official
 from xclip_fast.config import VARIANTS, XCLIPConfig
-from xclip_fast.errors import InputError, one_line
+from xclip_fast.devices import find_device
+from xclip_fast.errors import InputError
+from xclip_fast.files import parse_json
 from xclip_fast.model import XCLIP, create_model
 from xclip_fast.reference.positions import temporal_positions
 
@@ -97,7 +99,7 @@ def load_model(
         XCLIPConfig(frames=frames)  # refuses what is no number of frames before anything is read
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, found {dtype!r}")
-    target = None if device is None else _usable_device(device)
+    target = None if device is None else find_device(device, kinds=None)
     checkpoint = _open(source)
     config = _configure(checkpoint)
     wanted = config.with_frames(frames or config.frames)
@@ -257,10 +259,3 @@ def _read(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
 def _is_finite(tensor: Tensor) -> bool:
     # NaN travels through aminmax, which needs no second tensor
     return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used: {one_line(error)}") from error

@@ -90,7 +90,7 @@ def hf_names(official: str) -> tuple[str, ...]:
 
 
 def official_name(hf: str) -> tuple[str, int] | None:
-    """The official name of a Hugging Face tensor and its place in the stack of q, k, v; nothing for a foreign name."""
+    """The official name of a Hugging Face tensor and its place in the stack of q, k, v; None for a foreign name."""
     for pattern, template in _FROM_HF:
         if found := pattern.fullmatch(hf):
             fields = found.groupdict()

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xclip_fast.checkpoints import huggingface
-from xclip_fast.checkpoints.files import state_dict_of
 from xclip_fast.checkpoints.loading import OWN_FORMAT, OWN_VERSION
 from xclip_fast.checkpoints.names import TRANSPOSED, hf_names
+from xclip_fast.checkpoints.reading import state_dict_of
 from xclip_fast.checkpoints.sizes import check_tensors, shapes_of
 from xclip_fast.checkpoints.skeleton import skeleton
 from xclip_fast.config import HEAD_DIM, IMAGENET_MEAN, IMAGENET_STD, XCLIPConfig

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated
 
@@ -32,8 +33,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _help(command: Callable[..., object]) -> str:
+    # typer would keep the line breaks of the source
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+
+
 for command in (demo, classify, embed, convert, bench, verify, profile, flops, info):
-    app.command(epilog=EXIT_CODES)(command)
+    app.command(help=_help(command), epilog=EXIT_CODES)(command)
 
 
 def _show_version(wanted: bool) -> None:

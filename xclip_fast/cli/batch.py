@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from xclip_fast.checkpoints import LoadReport
+    from xclip_fast.config import XCLIPConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,27 +40,37 @@ def open_model(weights: str, frames: int | None, device: str, dtype: str) -> Any
 
     import torch
 
-    from xclip_fast.bench.run import check_device
     from xclip_fast.checkpoints import load_model
+    from xclip_fast.devices import find_device
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    place = find_device(device)
     if weights == DEMO:
         note("the demo's model knows nothing but its moving shapes: choose another with --weights")
-    model = load_model(find_weights(weights), frames=frames, dtype=getattr(torch, dtype), device=device)
+    model = load_model(find_weights(weights), frames=frames, dtype=getattr(torch, dtype), device=place)
     report = cast("LoadReport", model.load_report)
     if fresh := len(report.initialised):
         warning(f"{weights} are CLIP's weights: {fresh} tensors that X-CLIP adds are random, so train it first")
     return model
 
 
-def view_loader(model: Any, plan: dict[str, Any]) -> Callable[[str], Tensor]:
-    """A function that reads the views of a file as the model takes them; ``plan`` is what ``plan_views`` checked."""
+def definition_of(model: Any) -> Any:
+    """The definition of the model in plain PyTorch, with the same weights."""
+    import torch
+
+    from xclip_fast.reference import XCLIP
+
+    with torch.device("meta"):
+        definition = XCLIP(model.config).eval()
+    definition.load_state_dict(model.state_dict(), assign=True)
+    return definition
+
+
+def view_loader(config: XCLIPConfig, plan: dict[str, Any]) -> Callable[[str], Tensor]:
+    """A function that reads the views of a file for a model of these sizes; ``plan_views`` has checked ``plan``."""
     from xclip_fast.video import load_video
 
     def load(path: str) -> Tensor:
-        return load_video(path, frames=model.config.frames, size=model.config.image_size, **plan)
+        return load_video(path, frames=config.frames, size=config.image_size, **plan)
 
     return load
 

@@ -10,7 +10,7 @@ import typer
 from xclip_fast.cli.console import CHECK_FAILED, emit_json, note, safe, stdout, table
 from xclip_fast.cli.options import MAX_FRAMES, AsJson, Device
 from xclip_fast.config import VARIANTS
-from xclip_fast.errors import InputError
+from xclip_fast.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from xclip_fast.bench.record import Row, Run
@@ -59,11 +59,11 @@ def bench(
     """Time the model here: errors first, then blocks in turn with Hugging Face's eager model.
 
     The ratio is the other's time over this one's; it counts where it leaves the noise of the baseline against itself.
-    The floor is the least time that this machine's rate of products and copies allows, over the time taken.
+    The floor is the roofline time, at this machine's measured GEMM and copy rates, over the time taken.
     """
     for path in (out, csv, html):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"there is no folder {str(path.absolute().parent)!r} to write to")
+        if path is not None:
+            check_writable(path)
     names = tuple(dict.fromkeys(name.strip() for name in providers.split(","))) if providers else None
     dtypes = tuple(dict.fromkeys(name.strip() for name in dtype.split(",")))
 
@@ -71,13 +71,11 @@ def bench(
     from xclip_fast.bench.operators import BACKENDS
     from xclip_fast.bench.record import to_csv
     from xclip_fast.bench.run import MODEL, Job, effort_of, make_case, run
-    from xclip_fast.files import replacing
 
     if names is None:
         names = (BACKENDS if full else BACKENDS[:-1]) if op else tuple(registry.PROVIDERS) if full else registry.QUICK
-    place = _device(device)
     effort = effort_of(full, cache)
-    cases = [make_case(op or MODEL, variant, frames, batch, name, mode, place, input=given) for name in dtypes]
+    cases = [make_case(op or MODEL, variant, frames, batch, name, mode, device, input=given) for name in dtypes]
     found = run([Job(case, names) for case in cases], effort, lambda row: _show_row(row, as_json), out)
     if csv is not None:
         with replacing(csv) as temporary:
@@ -91,14 +89,6 @@ def bench(
     else:
         _show(found)
     return 0 if found.sound else CHECK_FAILED
-
-
-def _device(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _show_row(row: Row, quiet: bool) -> None:

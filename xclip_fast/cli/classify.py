@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress_bar import ProgressBar
 
-from xclip_fast.cli.batch import open_model, through_files, view_loader
+from xclip_fast.cli.batch import definition_of, open_model, through_files, view_loader
 from xclip_fast.cli.console import BAD_INPUT, emit_json, safe, stdout, table
 from xclip_fast.cli.options import (
     DEMO,
@@ -47,16 +47,21 @@ def classify(
     backend: Backend = "auto",
     vocabulary: Vocabulary = None,
     text_cache: TextCacheFolder = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Compute with the definition in plain PyTorch, not with the engine.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Rank class names for each video.
 
-    The probabilities are the softmax over the labels, averaged over the views of the video. A file that cannot be used
-    is reported and the others are done; the exit code is then 2.
+    The engine computes, on the weights packed for inference; --reference computes the same by the definition, more
+    slowly, to compare with it. The probabilities are the softmax over the labels, averaged over the views of the video.
+    A file that cannot be used is reported and the others are done; the exit code is then 2.
     """
     if (labels is None) == (labels_file is None):
         raise InputError("give the class names with either --labels a,b,c or --labels-file FILE")
 
+    from xclip_fast.engine import Engine
     from xclip_fast.pipeline import Classifier, read_labels
     from xclip_fast.text import apply_template, clean_labels, get_tokenizer
 
@@ -64,8 +69,14 @@ def classify(
     names = clean_labels(read_labels(labels_file) if labels_file is not None else (labels or "").split(","))
     apply_template(names, template)  # a bad one is refused before the weights are read
     model = open_model(weights, frames, device, dtype)
-    classifier = Classifier(model, names, get_tokenizer(model.config, vocabulary), template, text_cache)
-    load = view_loader(model, plan)
+    config = model.config
+    tokenizer = get_tokenizer(config, vocabulary)
+    if reference:
+        classifier = Classifier(definition_of(model), names, tokenizer, template, text_cache)
+    else:
+        classifier = Classifier(Engine(model, text_cache=text_cache), names, tokenizer, template)
+    del model  # the engine has weights of its own
+    load = view_loader(config, plan)
 
     results: list[dict[str, Any]] = []
     for path, best, error in through_files(videos, lambda path: classifier.top(load(path), top_k), "classify"):
@@ -76,7 +87,7 @@ def classify(
         if not as_json:
             show_ranking(path, best)
     if as_json:
-        used = {"weights": weights, "frames": model.config.frames, **plan, "classes": len(names)}
+        used = {"weights": weights, "frames": config.frames, **plan, "classes": len(names)}
         emit_json({**used, "results": results})
     if any("error" in result for result in results):
         raise typer.Exit(BAD_INPUT)

@@ -9,6 +9,7 @@ import typer
 from xclip_fast.cli.batch import find_weights
 from xclip_fast.cli.console import note
 from xclip_fast.errors import InputError
+from xclip_fast.files import check_writable
 
 if TYPE_CHECKING:
     from xclip_fast.checkpoints import LoadReport
@@ -24,8 +25,6 @@ def convert(
     """Write a checkpoint in another format; the weights stay the same bit for bit."""
     if form not in FORMATS:
         raise InputError(f"unknown format {form!r}: choose one of {', '.join(FORMATS)}")
-
-    from xclip_fast.features import check_writable
 
     if form != "hf":
         check_writable(target)

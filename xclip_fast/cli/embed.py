@@ -63,7 +63,7 @@ def embed(
     stopped goes on where it was when the same command is given again; shards with a video that changed since, by size
     or time of change, are computed again.
     """
-    from xclip_fast.features import check_features_path
+    from xclip_fast.pipeline import check_features_path
 
     plan = plan_views(views, preset or default_preset(weights), backend)
     options = {**plan, "batch_size": batch_size, "patches": patches}
@@ -90,7 +90,7 @@ def _to_file(videos: list[str], out: str, model: Any, options: dict[str, Any], d
     import torch
 
     from xclip_fast.engine import Engine
-    from xclip_fast.features import save_features
+    from xclip_fast.pipeline import save_features
 
     engine = Engine(model)
     del model  # the engine has weights of its own
@@ -112,7 +112,7 @@ def _to_file(videos: list[str], out: str, model: Any, options: dict[str, Any], d
 
 def _to_shards(videos: list[str], out: str, model: Any, options: dict[str, Any], decoding: dict[str, Any]) -> int:
     from xclip_fast.engine import Engine
-    from xclip_fast.shards import Request, embed_to_shards, weights_digest
+    from xclip_fast.pipeline import Request, embed_to_shards, weights_digest
 
     weight = next(model.parameters())
     settings = {"model": model.config.to_dict(), "dtype": str(weight.dtype), "device": weight.device.type}

@@ -16,7 +16,7 @@ from xclip_fast.errors import InputError
 PARTS = {
     "patch_embed": "patch embedding",
     "cfa": "cross-frame attention (CFA)",
-    "ifa_projections": "intra-frame attention, products",
+    "ifa_projections": "intra-frame attention, projections",
     "ifa_attention": "intra-frame attention, softmax",
     "mlp": "MLP",
     "projection": "projection of tokens",

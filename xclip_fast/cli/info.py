@@ -33,11 +33,9 @@ def _show(facts: dict[str, Any]) -> None:
         versions.add_row(safe(device["name"]), safe(device["description"]))
     if facts["devices"]:
         half = (
-            f"{' and '.join(facts['native'])} natively"
-            if facts["native"]
-            else "no half precision: multiplied in float32"
+            f"{' and '.join(facts['native'])} natively" if facts["native"] else "half precision falls back to float32"
         )
-        versions.add_row("cpu multiplies", safe(f"float32, {half}"))
+        versions.add_row("cpu GEMMs", safe(f"float32, {half}"))
     stdout.print(versions)
 
     backends = table("Backends", "backend", "for", "usable", "version, or why not")

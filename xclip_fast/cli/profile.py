@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from xclip_fast.cli.bench import MAX_BATCH, _device
+from xclip_fast.cli.bench import MAX_BATCH
 from xclip_fast.cli.console import emit_json, safe, stdout, table
 from xclip_fast.cli.options import MAX_FRAMES, AsJson, Device
 from xclip_fast.config import VARIANTS
-from xclip_fast.errors import InputError
+from xclip_fast.files import check_writable
 
 
 def profile(
@@ -30,13 +30,13 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Record a few calls with PyTorch's profiler: the operators or kernels that take longest."""
-    if out is not None and not out.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {str(out.absolute().parent)!r} to write to")
+    if out is not None:
+        check_writable(out)
 
     from xclip_fast.bench.profiling import record
     from xclip_fast.bench.run import MODEL, make_case
 
-    case = make_case(MODEL, variant, frames, batch, dtype, mode, _device(device))
+    case = make_case(MODEL, variant, frames, batch, dtype, mode, device)
     rows = record(case, provider, steps, out)[:top]
     if as_json:
         emit_json({"case": vars(case), "provider": provider, "steps": steps, "top": [row._asdict() for row in rows]})

@@ -11,14 +11,16 @@ import typer
 
 from xclip_fast.cli.console import CHECK_FAILED, emit_json, safe, stdout, table
 from xclip_fast.cli.options import AsJson
-from xclip_fast.errors import InputError
+from xclip_fast.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from xclip_fast.bench.verify import Result
 
 
 def verify(
-    device: Annotated[str, typer.Option(help="cpu (kernels in Triton's interpreter), cuda or cuda:N.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu (kernels in Triton's interpreter), cuda or cuda:N; auto for either.")
+    ] = "cpu",
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, float16, bfloat16; may be given several times.")
     ] = None,
@@ -33,20 +35,18 @@ def verify(
 ) -> int:
     """Check every op against float64, forward and backward, on awkward shapes.
 
-    An error is relative; a kernel may err twice as much as plain torch of the same dtype, and a rounding. The same seed
-    gives the same numbers again. Exit code 0: all right, 1: something is wrong, or nothing could be checked.
+    Errors are relative; a kernel passes with at most twice the error of plain torch in the same dtype, plus a rounding.
+    The same seed gives the same numbers again. Exit code 0: all right, 1: something is wrong, or nothing could be
+    checked.
     """
-    if junit is not None and not junit.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {str(junit.absolute().parent)!r} to write to")
+    if junit is not None:
+        check_writable(junit)
 
     from xclip_fast.bench.verify import BACKENDS, DTYPES, FAILED, PASSED
     from xclip_fast.bench.verify import verify as check
-    from xclip_fast.files import replacing
+    from xclip_fast.devices import find_device
 
-    if device != "cpu":
-        from xclip_fast.bench.run import check_device
-
-        check_device(device)
+    device = str(find_device(device))
     found = []
     with stdout.status("checking") if stdout.is_terminal and not as_json else nullcontext():
         for result in check(op or (), device, dtype or DTYPES, backend or BACKENDS, seed, not forward_only):

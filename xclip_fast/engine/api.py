@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from xclip_fast import processor
+from xclip_fast.devices import find_device
 from xclip_fast.engine.budget import ProductError, check_products
 from xclip_fast.engine.cpu import CpuTower
 from xclip_fast.engine.cuda import CudaTower, Side
@@ -23,7 +24,7 @@ from xclip_fast.engine.graphs import GraphCache, Pass
 from xclip_fast.engine.heads import Heads
 from xclip_fast.engine.models import check_model
 from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, Packing
-from xclip_fast.engine.precision import device_of, precision_of
+from xclip_fast.engine.precision import precision_of
 from xclip_fast.engine.texts import EncodedTexts, KeptTexts, TextTower, encoder_digest
 from xclip_fast.errors import InputError
 from xclip_fast.numerics import exact_float32
@@ -32,7 +33,7 @@ from xclip_fast.text import apply_template, clean_labels, get_tokenizer
 from xclip_fast.text.folder import TextFolder
 
 if TYPE_CHECKING:
-    from xclip_fast.throughput import FileFeatures
+    from xclip_fast.pipeline import FileFeatures
 
 _PROBE_FRAMES = 2  # of the random clip that a new engine is checked with
 
@@ -119,7 +120,7 @@ class Engine:
     ) -> None:
         check_model(model)
         weight = model.visual.conv1.weight
-        self.device = weight.device if device is None else device_of(device)
+        self.device = find_device(weight.device if device is None else device)
         self.dtype = weight.dtype if dtype is None else dtype
         self.config = model.config
         stream, narrow, stored = precision_of(self.dtype, self.device)
@@ -182,13 +183,13 @@ class Engine:
             return self._run(self._embedding, video)[0]
 
     def embed_files(self, paths: Iterable[str | os.PathLike[str]], **options: Any) -> Iterator[FileFeatures]:
-        """Features of video files in their order, decoded in processes of their own; see ``throughput.embed_files``.
+        """Features of video files in their order, decoded in processes of their own; see ``pipeline.embed_files``.
 
         Args:
             paths: local video files.
             options: batch_size, patches, clips, crops, preset, backend, workers and timeout.
         """
-        from xclip_fast.throughput import embed_files
+        from xclip_fast.pipeline import embed_files
 
         return embed_files(self, paths, **options)
 

@@ -16,18 +16,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8
 _log = logging.getLogger("xclip_fast")
 
 
-def device_of(device: str | torch.device) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        InputError: there is no such name.
-    """
-    try:
-        return torch.device(device)
-    except RuntimeError:
-        raise InputError(f"an engine on {device!r} was asked for: it runs on cpu and cuda") from None
-
-
 def precision_of(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, str | None, torch.dtype | None]:
     """The dtype of the stream, the narrow one of the blocks' products, and the one that weights are kept in, if any.
 
@@ -36,10 +24,6 @@ def precision_of(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype,
     """
     if dtype not in DTYPES and dtype is not torch.float64:
         raise InputError(f"an engine in {dtype!r} was asked for: choose one of {', '.join(map(str, DTYPES))}")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"an engine on {device} was asked for: it runs on cpu and cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"an engine on {device} was asked for, and this machine has no usable CUDA GPU: use cpu")
     if dtype is torch.int8:
         if device.type != "cpu" or int8_product() is None:
             raise InputError(

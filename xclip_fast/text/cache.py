@@ -1,4 +1,4 @@
-"""Text features of class sets, kept between calls."""
+"""An LRU cache of the text features of class sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROW_WORDS = 1024
 
 
 class TextCache:
-    """Text features of class sets, the least recently used out first. It is safe to use from several threads.
+    """An LRU cache of the text features of class sets. It is safe to use from several threads.
 
     A kept feature is returned only for the same model object, tokens, device, dtype, autocast state and *contents* of
     the text weights. The version counters of tensors would not do: a write through ``parameter.data`` leaves them be.
@@ -66,7 +66,7 @@ class TextCache:
         Args:
             model: anything with ``encode_text`` and the text tower under its official names (token_embedding,
                 positional_embedding, transformer, ln_final, text_projection). Its mode is left as it is.
-            tokens: integers (K, L) on any device; columns behind the longest end of text cost nothing.
+            tokens: integers (K, L) on any device; columns after the longest text cost nothing.
 
         Returns:
             (K, E) on the device of the model, without gradients; writing into it does not reach the cache.
@@ -110,7 +110,7 @@ class TextCache:
 
 
 def _depends_on_weights_alone(model: Any) -> bool:
-    """Whether nothing that no key could hold is on the text tower: hooks, adapters that come and go, packed weights."""
+    """Whether weights alone decide the text features: no hooks, adapters or quantised weights on the text tower."""
     packages = "xclip_fast", type(model).__module__.partition(".")[0]
 
     def is_known(_: str, cls: type) -> bool:
@@ -139,7 +139,7 @@ def encode_in_chunks(model: Any, tokens: Tensor, ends: Tensor, device: torch.dev
         found = model.encode_text(tokens[chunk, : int(ends[chunk[-1]]) + 1].to(device))
         if features is None:
             features = found.new_empty(len(tokens), *found.shape[1:])
-        # results kept in a list would part the free memory that the next chunk could use
+        # results kept in a list would fragment the memory that the next chunk could use
         features[chunk.to(device)] = found
     assert features is not None
     return features

@@ -1,4 +1,4 @@
-"""Text features in a folder, for the next run."""
+"""An LRU cache of text features on disk, for the next run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from xclip_fast.errors import InputError
+from xclip_fast.files import LEFTOVER, replacing
 
 MAX_FOLDER_BYTES = 4 << 30
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
-_LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _LEFTOVER_SECONDS = 3600  # nobody writes that long
 _HEADER_BYTES = 1 << 10
 
@@ -27,7 +27,7 @@ _log = logging.getLogger("xclip_fast")
 
 
 class TextFolder:
-    """Text features kept in files, the least recently used out first.
+    """An LRU cache of text features in files.
 
     Several processes and threads may share a folder: a file appears whole or not at all. One that is damaged counts as
     missing, and where nothing can be written the features are computed each time, with a warning.
@@ -70,8 +70,6 @@ class TextFolder:
     def _write(self, file: Path, key: bytes, features: Tensor) -> None:
         from safetensors.torch import save_file
 
-        from xclip_fast.files import replacing
-
         kept = features.detach().cpu().contiguous()
         try:
             with replacing(file) as temporary:
@@ -89,7 +87,7 @@ class TextFolder:
                     status = entry.stat(follow_symlinks=False)
                     if _ENTRY.fullmatch(entry.name):
                         found.append((status.st_mtime, status.st_size, entry.path))
-                    elif _LEFTOVER.fullmatch(entry.name) and status.st_mtime < time.time() - _LEFTOVER_SECONDS:
+                    elif LEFTOVER.fullmatch(entry.name) and status.st_mtime < time.time() - _LEFTOVER_SECONDS:
                         os.unlink(entry.path)
         taken = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair encoding, without a library beside it."""
+"""CLIP's byte-pair encoding, with no other library."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Tokenizer:
             context_length: the most tokens of one text. Longer texts are cut and keep their end of text.
 
         Returns:
-            int64 (K, L), zero behind the end of text. L is the longest text of the batch: attention is causal and the
-            feature is read at the end of text, so that columns behind it would change nothing.
+            int64 (K, L), zero after the end of text. L is the longest text of the batch: attention is causal and the
+            feature is read at the end of text, so that columns after it would change nothing.
 
         Raises:
             InputError: a text is not valid Unicode.

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,19 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from xclip_fast.checkpoints.files import parse_json
 from xclip_fast.errors import InputError
-from xclip_fast.features import check_features_path, save_features
-from xclip_fast.files import replacing
+from xclip_fast.files import LEFTOVER, parse_json, replacing
+from xclip_fast.pipeline.embedding import BATCH_SIZE, FileFeatures, embed_in_groups
+from xclip_fast.pipeline.features import check_features_path, save_features
 from xclip_fast.text.folder import digest
-from xclip_fast.throughput import BATCH_SIZE, FileFeatures, embed_in_groups
 from xclip_fast.video.preprocess import get_preset
 
 MANIFEST = "manifest.json"
 FORMATS = ("safetensors", "parquet")
 _FORMAT = "xclip_fast features 2"
 _LOCK = ".lock"
-_LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _MAX_MANIFEST = 256 << 20
 _DIGITS = 8  # that stand for the state of a file in the manifest, which a million files must not swell
 _GONE = "-" * _DIGITS
@@ -164,11 +161,11 @@ class _Folder:
         """
         check_features_path(self.path / self._name(0))
         names = os.listdir(self.path)
-        for name in filter(_LEFTOVER.fullmatch, names):
+        for name in filter(LEFTOVER.fullmatch, names):
             (self.path / name).unlink(missing_ok=True)
         manifest = self.path / MANIFEST
         if MANIFEST not in names:
-            if others := sorted(name for name in names if name != _LOCK and not _LEFTOVER.fullmatch(name)):
+            if others := sorted(name for name in names if name != _LOCK and not LEFTOVER.fullmatch(name)):
                 found = ascii(others[0])
                 raise InputError(f"{str(self.path)!r} holds other files, such as {found}: choose a new folder")
             self._save()

@@ -1,4 +1,4 @@
-"""From video files to labels and features: what ``xclip-fast classify`` and ``xclip-fast embed`` do, as a library."""
+"""From videos to class probabilities: ``xclip-fast classify`` as a library."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from xclip_fast.classes import class_logits
 from xclip_fast.errors import InputError, is_out_of_memory
-from xclip_fast.reference.model import VideoFeatures
+from xclip_fast.pipeline.embedding import VIEWS_AT_ONCE, check_finite, device_of, is_engine
 from xclip_fast.text import TextCache, Tokenizer, apply_template, clean_labels
 
-VIEWS_AT_ONCE = 4  # bounds the memory of many-view runs
 MAX_LABEL_BYTES = 16 << 20
 
 Result = TypeVar("Result")
@@ -33,14 +32,16 @@ class Classifier:
     """Class probabilities of videos; the label texts are encoded once.
 
     Args:
-        model: what ``create_model`` or ``load_model`` returns.
+        model: an ``Engine``, or what ``create_model`` or ``load_model`` returns.
         labels: class names; blank and repeated ones are refused.
         tokenizer: the one the model was trained with, from ``get_tokenizer``.
         template: a sentence with ``{}`` in the label's place.
-        text_cache: a folder that keeps the encoded texts for the next run, see ``TextFolder``.
+        text_cache: a folder that keeps the encoded texts of a model for the next run, see ``TextFolder``. An engine
+            brings its own: ``Engine(model, text_cache=...)``.
 
     Raises:
         InputError: the labels, the template or the folder cannot be used.
+        ValueError: a folder was given beside an engine.
     """
 
     def __init__(
@@ -54,7 +55,12 @@ class Classifier:
         self.model = model
         self.labels = clean_labels(labels)
         tokens = tokenizer(apply_template(self.labels, template), model.config.context_length)
-        self.text = TextCache(folder=text_cache).encode(model, tokens)
+        if is_engine(model):
+            if text_cache is not None:
+                raise ValueError("text_cache was given beside an engine: give it to Engine(model, text_cache=...)")
+            self.text: Any = model.encode_texts(tokens)
+        else:
+            self.text = TextCache(folder=text_cache).encode(model, tokens)
 
     @torch.inference_mode()
     def probabilities(self, views: Tensor) -> Tensor:
@@ -67,34 +73,21 @@ class Classifier:
             InputError: the model gave something that is not a number.
         """
         total = torch.zeros(len(self.labels))
-        for some in views.to(self.text.device).split(VIEWS_AT_ONCE):
-            logits = class_logits(self.model, self.model.encode_video(some), self.text)
-            total += logits.float().softmax(dim=-1).sum(dim=0).cpu()
+        for some in views.to(device_of(self.model)).split(VIEWS_AT_ONCE):
+            total += self._scores(some).sum(dim=0).cpu()
         return check_finite(total / len(views))
+
+    def _scores(self, views: Tensor) -> Tensor:
+        if is_engine(self.model):
+            probabilities: Tensor = self.model.classify(views, self.text)
+            return probabilities
+        return class_logits(self.model, self.model.encode_video(views), self.text).float().softmax(dim=-1)
 
     def top(self, views: Tensor, count: int = 5) -> list[Prediction]:
         """The likeliest ``count`` labels of one video, best first; ties keep the order of the labels."""
         probabilities, order = self.probabilities(views).sort(descending=True, stable=True)
         best = zip(order[:count].tolist(), probabilities[:count].tolist(), strict=True)
         return [Prediction(self.labels[index], index, probability) for index, probability in best]
-
-
-@torch.inference_mode()
-def embed(model: Any, views: Tensor) -> VideoFeatures:
-    """Features of one video, float32 and not normalised: ``video`` (E,) and ``patches`` (N, E), the mean of its views.
-
-    Args:
-        model: what ``create_model`` or ``load_model`` returns.
-        views: uint8 (views, T, H, W, 3) of one video.
-
-    Raises:
-        InputError: the model gave something that is not a number.
-    """
-    device = next(model.parameters()).device
-    parts = [model.encode_video(some) for some in views.to(device).split(VIEWS_AT_ONCE)]
-    video = torch.cat([part.video for part in parts]).float().mean(dim=0).cpu()
-    patches = torch.cat([part.patches for part in parts]).float().mean(dim=0).cpu()
-    return VideoFeatures(check_finite(video), check_finite(patches))
 
 
 def each_file(
@@ -134,14 +127,3 @@ def read_labels(path: str) -> list[str]:
     if not labels:
         raise InputError(f"label file {path} holds no label: give one label a line")
     return labels
-
-
-def check_finite(values: Tensor) -> Tensor:
-    """The values given.
-
-    Raises:
-        InputError: one of them is NaN or infinite.
-    """
-    if not values.isfinite().all():
-        raise InputError("the model gave values that are not numbers: check the weights, or compute in float32")
-    return values

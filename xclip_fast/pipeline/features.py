@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xclip_fast.errors import InputError
+from xclip_fast.files import check_writable, replacing
 
 Array = NDArray[np.float32]
 FORMATS = (".safetensors", ".npz", ".parquet")
@@ -31,21 +32,6 @@ def check_features_path(path: str | Path) -> None:
     check_writable(path)
 
 
-def check_writable(path: str | Path) -> None:
-    """Find out whether a file can be written or replaced before any work is done.
-
-    Raises:
-        InputError: its folder is missing or read-only, or it is something other than a file.
-    """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise InputError(f"cannot write {path}: it is not a file: give the name of a new one")
-    if not target.parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {target.parent}: make it first")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {path}: the folder {target.parent} is read-only: choose another")
-
-
 def save_features(path: str | Path, names: Sequence[str], video: Array, patches: Array | None = None) -> None:
     """Write features in the format of the path's ending; the file appears whole or not at all.
 
@@ -55,14 +41,12 @@ def save_features(path: str | Path, names: Sequence[str], video: Array, patches:
             shape of a patch row is in the metadata of its column).
         names: one for each video; what UTF-8 cannot hold is spelled out.
         video: float32 (F, E).
-        patches: float32 (F, N, E), or nothing.
+        patches: float32 (F, N, E), or None.
 
     Raises:
         InputError: the file cannot be written, see ``check_features_path``.
         ValueError: names and rows do not match.
     """
-    from xclip_fast.files import replacing
-
     check_features_path(path)
     arrays = {"video": video} if patches is None else {"video": video, "patches": patches}
     for key, array in arrays.items():

@@ -1,4 +1,4 @@
-"""Features of many video files: decoded in processes of their own while the model computes, in full batches."""
+"""Features of one video, and of many files: decoded in processes of their own while full batches are computed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from xclip_fast.errors import InputError, is_out_of_memory
-from xclip_fast.pipeline import check_finite
+from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.video.pool import DEADLINE_SECONDS, decode_files
 
 BATCH_SIZE = 8
+VIEWS_AT_ONCE = 4  # bounds the memory of many-view runs
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,23 @@ class FileFeatures:
     error: InputError | None = None
 
 
+@torch.inference_mode()
+def embed(model: Any, views: Tensor) -> VideoFeatures:
+    """Features of one video, float32 and not normalised: ``video`` (E,) and ``patches`` (N, E), the mean of its views.
+
+    Args:
+        model: an ``Engine``, or what ``create_model`` or ``load_model`` returns.
+        views: uint8 (views, T, H, W, 3) of one video.
+
+    Raises:
+        InputError: the model gave something that is not a number.
+    """
+    parts = [model.encode_video(some) for some in views.to(device_of(model)).split(VIEWS_AT_ONCE)]
+    video = torch.cat([part.video for part in parts]).float().mean(dim=0).cpu()
+    patches = torch.cat([part.patches for part in parts]).float().mean(dim=0).cpu()
+    return VideoFeatures(check_finite(video), check_finite(patches))
+
+
 def embed_files(
     model: Any,
     paths: Iterable[str | os.PathLike[str]],
@@ -51,7 +69,7 @@ def embed_files(
     """The features of each file, in the order of the files; one that cannot be used comes with its error.
 
     Views of several files share a batch. The number of workers changes no bit. A batch of another size, or a file more
-    or less before it, may change the rounding of a product: some 1e-6 of a feature in float32.
+    or less before it, may change the rounding of a GEMM: some 1e-6 of a feature in float32.
 
     Args:
         model: an ``Engine``, or what ``create_model`` or ``load_model`` returns.
@@ -101,12 +119,12 @@ def _embed(batches: _Batches, paths: Sequence[str], ends: Collection[int], decod
             file = _File(path, found if isinstance(found, InputError) else None)
             waiting.append(file)
             if isinstance(found, Tensor):
-                file.missing = len(found)
+                file.pending = len(found)
                 for view in found:
                     batches.add(file, view)
             if number in ends or number == len(paths) - 1:
                 batches.flush()
-            while waiting and not waiting[0].missing:
+            while waiting and not waiting[0].pending:
                 yield waiting.popleft().features()
 
 
@@ -114,12 +132,12 @@ def _embed(batches: _Batches, paths: Sequence[str], ends: Collection[int], decod
 class _File:
     path: str
     error: InputError | None
-    missing: int = 0
+    pending: int = 0
     rows: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     def take(self, row: tuple[Tensor, ...]) -> None:
         self.rows.append(row)
-        self.missing -= 1
+        self.pending -= 1
 
     def features(self) -> FileFeatures:
         if self.error is not None:
@@ -132,7 +150,7 @@ class _File:
 
 
 class _Batches:
-    """Views on their way through the model.
+    """Batches of views in flight: being filled, computed, or copied back.
 
     On a GPU two pinned buffers take turns: one is filled while the other is copied and computed, and nothing waits for
     the results of a batch before the next one is under way.
@@ -140,7 +158,7 @@ class _Batches:
 
     def __init__(self, model: Any, size: int, view: tuple[int, ...], patches: bool) -> None:
         self.encode = _encoder(model, patches)
-        self.device = torch.device(getattr(model, "device", None) or next(model.parameters()).device)
+        self.device = device_of(model)
         self.pinned = self.device.type == "cuda"
         shape = size, *view
         count = 2 if self.pinned else 1
@@ -149,23 +167,23 @@ class _Batches:
         except (MemoryError, RuntimeError) as error:
             raise _too_large(error, size) from None
         self.owners: list[_File] = []
-        self.flying: deque[tuple[list[_File], list[Tensor], torch.cuda.Event | None]] = deque()
+        self.in_flight: deque[tuple[list[_File], list[Tensor], torch.cuda.Event | None]] = deque()
 
     def add(self, owner: _File, view: Tensor) -> None:
         """Put a view into the batch; a full one goes to the model."""
         self.buffers[0][len(self.owners)].copy_(view)
         self.owners.append(owner)
         if len(self.owners) == len(self.buffers[0]):
-            self._launch()
+            self._compute()
 
     def flush(self) -> None:
         """Compute what is left, and hand out all results."""
         if self.owners:
-            self._launch()
-        while self.flying:
-            self._land()
+            self._compute()
+        while self.in_flight:
+            self._collect()
 
-    def _launch(self) -> None:
+    def _compute(self) -> None:
         try:
             found = self.encode(self.buffers[0][: len(self.owners)].to(self.device, non_blocking=True))
             event = None
@@ -174,18 +192,18 @@ class _Batches:
                 event = torch.cuda.current_stream(self.device).record_event()
         except (MemoryError, RuntimeError) as error:
             raise _too_large(error, len(self.owners)) from None
-        self.flying.append((self.owners, [*found], event))
+        self.in_flight.append((self.owners, [*found], event))
         self.owners = []
         # the buffer used longest ago is filled next
         self.buffers.append(self.buffers.pop(0))
-        while len(self.flying) >= len(self.buffers):
-            self._land()
+        while len(self.in_flight) >= len(self.buffers):
+            self._collect()
 
     def _to_host(self, rows: Tensor) -> Tensor:
         return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
 
-    def _land(self) -> None:
-        owners, found, event = self.flying.popleft()
+    def _collect(self) -> None:
+        owners, found, event = self.in_flight.popleft()
         if event is not None:
             event.synchronize()
         for place, owner in enumerate(owners):
@@ -199,13 +217,35 @@ def _too_large(error: Exception, size: int) -> Exception:
 
 
 def _encoder(model: Any, patches: bool) -> Callable[[Tensor], Sequence[Tensor]]:
-    """What makes the rows of a batch: of the videos, and of the patches where they are wanted."""
+    """From a batch of views to its rows: video features, then patch features where they are asked for."""
 
     @torch.inference_mode()
     def encode(views: Tensor) -> Sequence[Tensor]:
         # an engine saves the last block of patches that nobody wants
-        if not patches and hasattr(model, "embed_video"):
+        if not patches and is_engine(model):
             return [model.embed_video(views)]
         return model.encode_video(views)[: 2 if patches else 1]
 
     return encode
+
+
+def is_engine(model: Any) -> bool:
+    """Whether this is an ``Engine``; its class is not imported here, since engines offer ``embed_files`` themselves."""
+    return hasattr(model, "embed_video")
+
+
+def device_of(model: Any) -> torch.device:
+    """Where an engine or a model computes."""
+    device: torch.device = model.device if is_engine(model) else next(model.parameters()).device
+    return device
+
+
+def check_finite(values: Tensor) -> Tensor:
+    """The values given.
+
+    Raises:
+        InputError: one of them is NaN or infinite.
+    """
+    if not values.isfinite().all():
+        raise InputError("the model gave values that are not numbers: check the weights, or compute in float32")
+    return values
