@@ -126,7 +126,7 @@ def _ops() -> dict[str, float]:
 def _case(name: str, direction: str = "forward") -> Any:
     from xclip_fast.bench.run import MODEL, make_case
 
-    what = "normalised" if name == MODEL else "activations"
+    what = "normalised" if name == MODEL else None
     return make_case(name, "B/32", None, 1, "bfloat16", direction=direction, device="cuda", input=what)
 
 
@@ -150,9 +150,8 @@ def _block() -> dict[str, float]:
 
 
 def _model(direction: str) -> dict[str, float]:
-    from xclip_fast.bench.models import prepared, step
     from xclip_fast.bench.providers import PROVIDERS
-    from xclip_fast.bench.setting import inputs_of, setting_of
+    from xclip_fast.bench.setting import inputs_of, prepared, setting_of, step
 
     case = _case("model", direction)
     setting = setting_of(case)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def launch(grid, {names}, **options):
         return miss(None, grid, dict({given}, **options))
     {addresses}
     device = current_device()
-    key = (device, {dtypes}, {rest}, *options.values())
+    key = (device, {dtypes}, {rest}, *options.items())
     found = remembered.get(key)
     if found is None or ({together}) & 15:
         return miss(None if ({together}) & 15 else key, grid, dict({given}, **options))
@@ -118,9 +118,3 @@ def cdiv(count: int, size: int) -> int:
 def next_power_of_2(count: int) -> int:
     """The least power of two that holds so many; see ``cdiv``."""
     return 1 << max(count - 1, 0).bit_length()
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

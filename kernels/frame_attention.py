@@ -6,6 +6,7 @@ needs no mask, and one small masked tail; the message is one more key of the tai
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xclip_fast.devices import compute_capability, multiprocessors
 from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
-from xclip_fast.kernels._launch import cdiv, kernel, multiprocessors, next_power_of_2, on_device_of
+from xclip_fast.kernels._launch import cdiv, kernel, next_power_of_2, on_device_of
 from xclip_fast.kernels._tensors import unit_stride
 from xclip_fast.kernels.frame_attention_head import _frame_attention_head_kernel
 from xclip_fast.tuning import Tile, listed, tunable
@@ -56,19 +58,21 @@ class Cut(NamedTuple):
         """Of a head."""
         return 1 if self.keeps_keys else self.queries.count
 
-    def options(self, tile: Tile) -> dict[str, int]:
-        """The keyword arguments of a launch."""
-        launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        if self.keeps_keys:
-            first = next_power_of_2(self.keys.body) // 2
-            keys = {"KEY_FIRST": first, "KEY_SECOND": self.keys.body - first, "KEY_TAIL": self.keys.tail}
-            return {"QUERY_BLOCK": self.queries.block, **keys, **launch}
-        blocks = {
-            f"{name}_{part.upper()}": rows
-            for name, side in (("QUERY", self.queries), ("KEY", self.keys))
-            for part, rows in side._asdict().items()
-        }
-        return blocks | launch
+
+@cache
+def options(cut: Cut, tile: Tile) -> dict[str, int]:
+    """The keyword arguments of a launch."""
+    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if cut.keeps_keys:
+        first = next_power_of_2(cut.keys.body) // 2
+        keys = {"KEY_FIRST": first, "KEY_SECOND": cut.keys.body - first, "KEY_TAIL": cut.keys.tail}
+        return {"QUERY_BLOCK": cut.queries.block, **keys, **launch}
+    blocks = {
+        f"{name}_{part.upper()}": rows
+        for name, side in (("QUERY", cut.queries), ("KEY", cut.keys))
+        for part, rows in side._asdict().items()
+    }
+    return blocks | launch
 
 
 def query_side(tokens: int, block: int) -> Side:
@@ -307,7 +311,7 @@ def frame_attention_fwd(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: b
                 HEADS=heads,
                 HEAD_DIM=width // heads,
                 STORE_LSE=with_lse,
-                **blocks.options(tile),
+                **options(blocks, tile),
             )
     return out, lse
 
@@ -318,4 +322,4 @@ def _can_keep(device: torch.device, programs: int) -> bool:
     if device.type != "cuda":
         return True
     # of few heads each is better cut up, lest most multiprocessors wait for the others
-    return torch.cuda.get_device_capability(device)[0] == 9 and programs >= 2 * multiprocessors(device)
+    return compute_capability(device.index)[0] == 9 and programs >= 2 * multiprocessors(device.index)

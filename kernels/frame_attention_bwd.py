@@ -15,7 +15,7 @@ from torch import Tensor
 from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
 from xclip_fast.kernels._launch import contiguous_like, kernel, on_device_of
 from xclip_fast.kernels._tensors import unit_stride
-from xclip_fast.kernels.frame_attention import cut
+from xclip_fast.kernels.frame_attention import cut, options
 from xclip_fast.tuning import Tile, listed, tunable
 
 FIELDS = "rows columns num_warps num_stages"
@@ -389,9 +389,9 @@ def frame_attention_bwd(
         tile = query_gradient_tile(tokens, head_dim, qkv.element_size())
         blocks = cut(tile, tokens)
         grid = (frames * heads * blocks.queries.count,)
-        _frame_attention_bwd_query_kernel[grid](**shared, out_ptr=out, **blocks.options(tile))
+        _frame_attention_bwd_query_kernel[grid](**shared, out_ptr=out, **options(blocks, tile))
         tile = key_gradient_tile(tokens, head_dim, qkv.element_size())
         blocks = cut(tile, tokens)
         grid = (frames * heads * blocks.keys.count,)
-        _frame_attention_bwd_key_kernel[grid](**shared, grad_message_ptr=grad_message, **blocks.options(tile))
+        _frame_attention_bwd_key_kernel[grid](**shared, grad_message_ptr=grad_message, **options(blocks, tile))
     return grad_qkv, grad_message

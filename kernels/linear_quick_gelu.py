@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from xclip_fast.kernels._launch import as_rows, cdiv, kernel, multiprocessors, next_power_of_2, on_device_of
+from xclip_fast.devices import compute_capability, multiprocessors
+from xclip_fast.kernels._launch import as_rows, cdiv, kernel, next_power_of_2, on_device_of
 from xclip_fast.kernels._tensors import dot_precision
 from xclip_fast.tuning import Tile, every, listed, tunable
 
@@ -220,7 +221,7 @@ def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: boo
     rows, width = flat.shape
     hidden_width = weight.shape[0]
     if not save_pre and _persists(flat, weight):
-        hidden = linear_quick_gelu_persistent_fwd(flat, weight, bias, multiprocessors(x.device))
+        hidden = linear_quick_gelu_persistent_fwd(flat, weight, bias, multiprocessors(x.get_device()))
         return hidden.view(*x.shape[:-1], hidden_width), x.new_empty(0)
     hidden = x.new_empty(*x.shape[:-1], hidden_width)
     pre = torch.empty_like(hidden) if save_pre else x.new_empty(0)
@@ -252,9 +253,9 @@ def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: boo
 
 def _persists(x: Tensor, weight: Tensor) -> bool:
     """Whether the persistent kernel takes a launch: on Hopper, a tile or more a multiprocessor, rows it can copy."""
-    if x.dtype == torch.float32 or x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] != 9:
+    if x.dtype == torch.float32 or not x.is_cuda or compute_capability(x.get_device())[0] != 9:
         return False
-    if tiles(len(x), len(weight)) < multiprocessors(x.device):
+    if tiles(len(x), len(weight)) < multiprocessors(x.get_device()):
         return False
     sizes = x.stride(0), weight.stride(0), weight.shape[0]
     # a descriptor takes rows of whole 16 bytes, one behind another

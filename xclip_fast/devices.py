@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from xclip_fast.errors import InputError, one_line
@@ -44,6 +46,18 @@ def cuda_refusal() -> str | None:
         return None
     built = torch.version.cuda
     return f"built for CUDA {built}, no usable GPU found" if built else "this torch is built for CPUs"
+
+
+@cache
+def compute_capability(index: int) -> tuple[int, int]:
+    """Of the GPU with this number."""
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def multiprocessors(index: int) -> int:
+    """Of the GPU with this number."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _refusal(device: torch.device) -> str | None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.gpu.candidates import CHOICES, MOST
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import e2e, goals, journal, launches, parity, sanitize, sweep, tune
-from benchmarks.gpu.candidates import CHOICES, MOST
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.prepare import run as run_command
 from xclip_fast import tuning

@@ -140,7 +140,7 @@ def test_the_table_names_backends_of_calls(use: Any) -> None:
 class OnGpu:
     """What the choice of a backend looks at in a tensor."""
 
-    device = torch.device("cuda")
+    is_cuda = True
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_the_automatic_choice_asks_the_table(
     tuned: str | None, extension: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_backends, "tuned_backend", lambda op, tensors: tuned)
-    monkeypatch.setattr(_backends, "kernel_refusal", lambda *tensors: None)
+    monkeypatch.setattr(_backends, "_tensor_refusal", lambda tensors: None)
     assert _backends.choose("patch_embed", None, OnGpu(), extension=extension) == chosen
     # who asks for a backend gets it
     assert _backends.choose("patch_embed", "triton", OnGpu(), extension=extension) == "triton"

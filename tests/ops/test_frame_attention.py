@@ -10,7 +10,14 @@ from pointer_check import Launches
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from xclip_fast.kernels.frame_attention import KEPT_TOKENS, cut, frame_attention_fwd, padded_work, streamed_tile
+from xclip_fast.kernels.frame_attention import (
+    KEPT_TOKENS,
+    cut,
+    frame_attention_fwd,
+    options,
+    padded_work,
+    streamed_tile,
+)
 from xclip_fast.kernels.frame_attention_bwd import key_gradient_tile, query_gradient_tile
 from xclip_fast.ops import explain, frame_attention
 from xclip_fast.reference.vision import FrameAttention, attend_within_frame
@@ -422,8 +429,8 @@ def test_tiles_cover_each_row_once(tile_of: Tunable, head_dim: int, element_size
 def test_kept_keys_are_two_powers_of_two_and_a_tail() -> None:
     for tokens in KEPT_TOKENS:
         blocks = cut(KEPT, tokens)
-        options = blocks.options(KEPT)
-        sides = [options[f"KEY_{part}"] for part in ("FIRST", "SECOND", "TAIL")]
+        launch = options(blocks, KEPT)
+        sides = [launch[f"KEY_{part}"] for part in ("FIRST", "SECOND", "TAIL")]
         assert all(side >= 16 and side & (side - 1) == 0 for side in sides)
         assert sum(sides[:2]) == blocks.keys.body <= tokens < blocks.keys.body + blocks.keys.tail
         assert blocks.queries.body - 64 < tokens <= blocks.queries.body

@@ -137,7 +137,7 @@ def test_where_keys_cannot_be_kept_they_are_streamed(
 @pytest.mark.parametrize(("capability", "kept"), [((8, 0), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)])
 def test_gpus_that_can_keep_keys(capability: tuple[int, int], kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "multiprocessors", lambda device: 132)
-    with patch("torch.cuda.get_device_capability", lambda device: capability):
+    with patch.object(kernels, "compute_capability", lambda index: capability):
         assert kernels._can_keep(torch.device("cuda"), 264) == kept
         # of few heads each is cut up
         assert not kernels._can_keep(torch.device("cuda"), 263)

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from inspect import Signature, signature
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from xclip_fast.devices import compute_capability
 from xclip_fast.tuning import tuned_backend
 
 BACKENDS = ("reference", "torch", "triton", "extension")
@@ -147,7 +147,7 @@ def _tensor_refusal(tensors: Sequence[Tensor | None]) -> str | None:
         return None
     if place.type != "cuda":
         return f"the tensors are on {place.type}, and Triton needs a CUDA GPU (TRITON_INTERPRET=1 emulates one, slowly)"
-    return None if compute_capability(place) >= (8, 0) else "it needs compute capability 8.0 or newer"
+    return None if compute_capability(first.get_device()) >= (8, 0) else "it needs compute capability 8.0 or newer"
 
 
 def _on_one_gpu(tensors: Sequence[Tensor | None]) -> bool:
@@ -159,13 +159,7 @@ def _on_one_gpu(tensors: Sequence[Tensor | None]) -> bool:
         if not tensor.is_cuda or tensor.dtype not in KERNEL_DTYPES or place not in (-1, tensor.get_device()):
             return False
         place = tensor.get_device()
-    return _TRITON_INSTALLED and compute_capability(torch.device("cuda", place)) >= (8, 0)
-
-
-@cache
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU."""
-    return torch.cuda.get_device_capability(device)
+    return place >= 0 and _TRITON_INSTALLED and compute_capability(place) >= (8, 0)
 
 
 def is_transformed() -> bool:
@@ -203,7 +197,7 @@ def runs_kernels(tensor: Tensor) -> bool:
     """Whether a registered op called directly on this tensor executes Triton, or falls back to plain PyTorch."""
     if tensor.is_cuda:
         known = tensor.dtype in KERNEL_DTYPES or not tensor.is_floating_point()
-        return known and _TRITON_INSTALLED and compute_capability(tensor.device) >= (8, 0)
+        return known and _TRITON_INSTALLED and compute_capability(tensor.get_device()) >= (8, 0)
     return not tensor.is_meta and kernel_refusal(tensor) is None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from xclip_fast import _extension, processor
+from xclip_fast.devices import compute_capability
 from xclip_fast.ops._backends import runs_kernels
 from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.ops._patch_contract import channels_last
@@ -38,7 +39,7 @@ def refusal(frames: Tensor, weight: Tensor) -> str | None:
         return f"on CUDA it takes uint8 frames and float16 or bfloat16 weights, found {found}"
     if max(channels_last(frames).shape[1:3]) > LONGEST_SIDE:
         return f"frames on CUDA have sides of up to {LONGEST_SIDE} pixels, found {tuple(frames.shape)}"
-    if torch.cuda.get_device_capability(frames.device) < (8, 0):
+    if compute_capability(frames.get_device()) < (8, 0):
         return "it needs compute capability 8.0 or newer"
     return _extension.cuda_refusal()
 

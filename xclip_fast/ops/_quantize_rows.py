@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xclip_fast.ops._backends import choose, compute_capability, explains, interpreting
+from xclip_fast.devices import compute_capability
+from xclip_fast.ops._backends import choose, explains, interpreting
 from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.ops._register import fused_op
 from xclip_fast.ops.layer_norm import layer_norm_ref, size_refusal
@@ -116,7 +117,7 @@ def _quantize_rows_torch(
 
 def _float8_refusal(x: Tensor) -> str | None:
     """Why the kernel cannot write float8 on the device of ``x``, or nothing."""
-    if x.device.type == "cuda" and compute_capability(x.device) < (8, 9):
+    if x.device.type == "cuda" and compute_capability(x.get_device()) < (8, 9):
         return "float8 needs compute capability 8.9 or newer"
     if x.device.type == "cpu" and interpreting():
         return "Triton's interpreter rounds float8 wrongly"
