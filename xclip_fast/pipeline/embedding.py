@@ -247,7 +247,7 @@ def _encoder(model: Any, patches: bool) -> Callable[[Tensor], Sequence[Tensor]]:
 
     @torch.inference_mode()
     def encode(views: Tensor) -> Sequence[Tensor]:
-        # an engine saves the last block of patches that nobody wants
+        # without patches an engine computes only the class rows of the last block
         if not patches and is_engine(model):
             return [model.embed_video(views)]
         return model.encode_video(views)[: 2 if patches else 1]
