@@ -20,6 +20,11 @@ def find_device(asked: str | torch.device, kinds: tuple[str, ...] | None = KINDS
 
     Raises:
         InputError: the name is unknown, or the device cannot be used on this machine.
+
+    Example:
+        >>> from xclip_fast.devices import find_device
+        >>> find_device("cpu")
+        device(type='cpu')
     """
     if asked == "auto":
         return torch.device("cpu" if cuda_refusal() else "cuda")

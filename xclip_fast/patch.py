@@ -26,6 +26,11 @@ class OptimizeReport:
         replaced, already: the name of each module in the model, and its kind.
         kept: modules that run by themselves as long as they are what they are, by name, and why: adapters, hooks,
             quantised weights, a ``forward`` of another library. What is around them is fused.
+
+    Example:
+        >>> from xclip_fast.patch import OptimizeReport
+        >>> print(OptimizeReport({"layer.0": "CrossFramelAttentionBlock"}, {}))
+        replaced 1 x CrossFramelAttentionBlock
     """
 
     replaced: dict[str, str]
@@ -57,6 +62,16 @@ def optimize(model: nn.Module) -> OptimizeReport:
 
     Raises:
         ValueError: nothing in the model can be replaced.
+
+    Example:
+        >>> from transformers import XCLIPVisionConfig, XCLIPVisionModel
+        >>> from xclip_fast import optimize, restore
+        >>> model = XCLIPVisionModel(XCLIPVisionConfig(image_size=32, hidden_size=64, num_hidden_layers=1,
+        ...                                            num_attention_heads=1, intermediate_size=64))
+        >>> print(optimize(model))
+        replaced 1 x XCLIPMLP, 1 x XCLIPVisionEncoderLayer
+        >>> restore(model)
+        2
     """
     replaced, already, kept = {}, {}, {}
     for name, module in list(model.named_modules()):
@@ -85,7 +100,14 @@ def optimize(model: nn.Module) -> OptimizeReport:
 
 
 def restore(model: nn.Module) -> int:
-    """Undo ``optimize``: the modules run their classes' own code again. Returns how many were restored."""
+    """Undo ``optimize``: the modules run their classes' own code again. Returns how many were restored.
+
+    Example:
+        >>> from xclip_fast import restore
+        >>> from torch import nn
+        >>> restore(nn.Linear(2, 2))
+        0
+    """
     restored = 0
     for module in model.modules():
         if isinstance(module, Patched):

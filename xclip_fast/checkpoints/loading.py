@@ -54,6 +54,12 @@ class LoadReport:
     loaded: tensors of the model that came from the checkpoint.
     initialised: names of those that started random, since the checkpoint is CLIP's.
     repairs: what was put right, resized or assumed, a sentence each.
+
+    Example:
+        >>> from xclip_fast import XCLIPConfig, create_model, load_model
+        >>> config = XCLIPConfig(image_size=32, patch_size=16, vision_width=64, vision_layers=1, embed_dim=64)
+        >>> load_model(create_model(config).state_dict()).load_report.format
+        'official'
     """
 
     format: str
@@ -94,6 +100,14 @@ def load_model(
     Raises:
         InputError: the source can't be found, read, trusted or understood; the message says which and what to do.
         ValueError: ``frames`` or ``dtype`` is out of range.
+
+    Example:
+        >>> import torch, xclip_fast
+        >>> model = xclip_fast.load_model("model.pth", frames=16, dtype=torch.bfloat16)  # doctest: +SKIP
+        >>> config = xclip_fast.XCLIPConfig(image_size=32, vision_width=64, vision_layers=1, embed_dim=64)
+        >>> weights = xclip_fast.create_model(config).state_dict()
+        >>> xclip_fast.load_model(weights).config.image_size
+        32
     """
     if frames is not None:
         XCLIPConfig(frames=frames)  # refuses what is no number of frames before anything is read

@@ -42,6 +42,13 @@ def save_model(model: XCLIP, path: str | os.PathLike[str], format: str = OWN_FOR
 
     Raises:
         InputError: the format is unknown or can't express the model, or the path can't be written.
+
+    Example:
+        >>> from xclip_fast import XCLIPConfig, create_model, load_model, save_model
+        >>> config = XCLIPConfig(image_size=32, patch_size=16, vision_width=64, vision_layers=1, embed_dim=64)
+        >>> save_model(create_model(config), "model.safetensors")
+        >>> load_model("model.safetensors").config == config
+        True
     """
     if format not in _WRITERS:
         raise InputError(f"unknown checkpoint format {format!r}: choose one of {', '.join(_WRITERS)}")

@@ -21,7 +21,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One class of a video: its label, its place in the label list, and the probability the model gives it."""
+    """One class of a video: its label, its place in the label list, and the probability the model gives it.
+
+    Example:
+        >>> from xclip_fast.pipeline import Prediction
+        >>> Prediction("cooking", index=1, probability=0.9).label
+        'cooking'
+    """
 
     label: str
     index: int
@@ -42,6 +48,21 @@ class Classifier:
     Raises:
         InputError: the labels, the template or the folder cannot be used.
         ValueError: a folder was given beside an engine.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast import Engine, XCLIPConfig, create_model
+        >>> from xclip_fast.pipeline import Classifier
+        >>> from xclip_fast.text import get_tokenizer
+        >>> config = XCLIPConfig(image_size=32, patch_size=16, vision_width=64, vision_layers=1, embed_dim=64,
+        ...                      text_width=64, text_layers=1, vocab_size=514)
+        >>> engine = Engine(create_model(config, seed=0))
+        >>> classifier = Classifier(engine, ["cooking", "riding a bike"], get_tokenizer(config))
+        >>> views = torch.zeros(4, 8, 32, 32, 3, dtype=torch.uint8)  # of one video, as load_video returns them
+        >>> classifier.probabilities(views).shape
+        torch.Size([2])
+        >>> [prediction.index for prediction in classifier.top(views, count=1)] in ([0], [1])
+        True
     """
 
     def __init__(
@@ -93,7 +114,13 @@ class Classifier:
 def each_file(
     paths: Iterable[str], work: Callable[[str], Result]
 ) -> Iterator[tuple[str, Result | None, InputError | None]]:
-    """Do the work on each file: (path, result, None), or (path, None, error) for a file that cannot be used."""
+    """Do the work on each file: (path, result, None), or (path, None, error) for a file that cannot be used.
+
+    Example:
+        >>> from xclip_fast.pipeline import each_file, read_labels
+        >>> [(path, str(error)) for path, _, error in each_file(["none.txt"], read_labels)]
+        [('none.txt', 'cannot read label file none.txt: No such file or directory')]
+    """
     for path in paths:
         result = error = None
         try:
@@ -112,6 +139,13 @@ def read_labels(path: str) -> list[str]:
 
     Raises:
         InputError: the file cannot be read, is not text, or is larger than 16 MiB.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from xclip_fast.pipeline import read_labels
+        >>> _ = Path("labels.txt").write_text("riding a bike")
+        >>> read_labels("labels.txt")
+        ['riding a bike']
     """
     try:
         with open(path, "rb") as file:

@@ -28,6 +28,12 @@ class FileFeatures:
     video: float32 (E,) on the CPU, not normalised, the mean over the views; None for a file that cannot be used.
     patches: float32 (N, E), or None where they were not asked for.
     error: why the file cannot be used.
+
+    Example:
+        >>> from xclip_fast import InputError
+        >>> from xclip_fast.pipeline import FileFeatures
+        >>> FileFeatures("none.mp4", error=InputError("none.mp4: cannot be read")).video is None
+        True
     """
 
     path: str
@@ -46,6 +52,16 @@ def embed(model: Any, views: Tensor) -> VideoFeatures:
 
     Raises:
         InputError: the model gave something that is not a number.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast import XCLIPConfig, create_model
+        >>> from xclip_fast.pipeline import embed
+        >>> config = XCLIPConfig(image_size=32, patch_size=16, vision_width=64, vision_layers=1, embed_dim=64)
+        >>> model = create_model(config)
+        >>> features = embed(model, torch.zeros(4, 8, 32, 32, 3, dtype=torch.uint8))
+        >>> features.video.shape, features.patches.shape
+        (torch.Size([64]), torch.Size([4, 64]))
     """
     parts = [model.encode_video(some) for some in views.to(device_of(model)).split(VIEWS_AT_ONCE)]
     video = torch.cat([part.video for part in parts]).float().mean(dim=0).cpu()
@@ -82,6 +98,16 @@ def embed_files(
     Raises:
         InputError: an option cannot be used, the memory is too small for the batch, or the processes do not start.
         ValueError: a number is out of range, or ``paths`` is one path.
+
+    Example:
+        >>> from xclip_fast import Engine, XCLIPConfig, create_model
+        >>> from xclip_fast.pipeline import embed_files
+        >>> config = XCLIPConfig(image_size=32, patch_size=16, vision_width=64, vision_layers=1, embed_dim=64)
+        >>> engine = Engine(create_model(config))
+        >>> for found in embed_files(engine, ["clip.mp4", "none.mp4"], clips=2):
+        ...     print(found.path, found.error or found.video.shape)
+        clip.mp4 torch.Size([64])
+        none.mp4 none.mp4: cannot be read (No such file or directory); give the path of a local video file
     """
     if isinstance(paths, str | os.PathLike):
         raise ValueError(f"paths must be a list of files, found the one path {os.fspath(paths)!r}")
@@ -221,7 +247,7 @@ def _encoder(model: Any, patches: bool) -> Callable[[Tensor], Sequence[Tensor]]:
 
     @torch.inference_mode()
     def encode(views: Tensor) -> Sequence[Tensor]:
-        # an engine saves the last block of patches that nobody wants
+        # without patches an engine computes only the class rows of the last block
         if not patches and is_engine(model):
             return [model.embed_video(views)]
         return model.encode_video(views)[: 2 if patches else 1]

@@ -23,6 +23,12 @@ def check_features_path(path: str | Path) -> None:
 
     Raises:
         InputError: the ending is unknown, its library is missing, or the folder cannot be written.
+
+    Example:
+        >>> from xclip_fast.pipeline import check_features_path
+        >>> check_features_path("features.txt")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        xclip_fast.errors.InputError: cannot write features to features.txt: the name must end in ...
     """
     ending = Path(path).suffix.lower()
     if ending not in FORMATS:
@@ -46,6 +52,13 @@ def save_features(path: str | Path, names: Sequence[str], video: Array, patches:
     Raises:
         InputError: the file cannot be written, see ``check_features_path``.
         ValueError: names and rows do not match.
+
+    Example:
+        >>> import numpy as np
+        >>> from xclip_fast.pipeline import save_features
+        >>> save_features("features.npz", ["a.mp4", "b.mp4"], np.ones((2, 64), np.float32))
+        >>> np.load("features.npz")["video"].shape
+        (2, 64)
     """
     check_features_path(path)
     arrays = {"video": video} if patches is None else {"video": video, "patches": patches}

@@ -45,6 +45,11 @@ class Request:
     settings: what else the model's answers depend on, ready for JSON: its configuration, dtype and kind of device.
 
     The others are those of ``embed_files``.
+
+    Example:
+        >>> from xclip_fast.pipeline import Request
+        >>> Request(["a.mp4", "b.mp4"], weights="of the model", shard_size=1).described()["files"]
+        2
     """
 
     paths: Sequence[str]
@@ -79,7 +84,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Written:
-    """What a folder holds at the end: rows in all, and the files that could not be used."""
+    """What a folder holds at the end: rows in all, and the files that could not be used.
+
+    Example:
+        >>> from xclip_fast.pipeline import Written
+        >>> Written(rows=9, failed=1, width=512).rows
+        9
+    """
 
     rows: int
     failed: int
@@ -87,7 +98,14 @@ class Written:
 
 
 def weights_digest(model: Any) -> str:
-    """SHA-256 of names, shapes, dtypes and contents of a model's weights."""
+    """SHA-256 of names, shapes, dtypes and contents of a model's weights.
+
+    Example:
+        >>> from torch import nn
+        >>> from xclip_fast.pipeline import weights_digest
+        >>> len(weights_digest(nn.Linear(2, 2)))
+        64
+    """
     state = model.state_dict()
     return digest(part for name in sorted(state) for part in (name, state[name])).hex()
 
@@ -118,6 +136,15 @@ def embed_to_shards(
         InputError: the folder holds something else or another request's features, another run writes to it, it cannot
             be written, or as ``embed_files``.
         ValueError: a number is out of range.
+
+    Example:
+        >>> from xclip_fast import Engine, XCLIPConfig, create_model
+        >>> from xclip_fast.pipeline import Request, embed_to_shards, weights_digest
+        >>> config = XCLIPConfig(image_size=32, patch_size=16, vision_width=64, vision_layers=1, embed_dim=64)
+        >>> model = create_model(config)
+        >>> request = Request(["clip.mp4", "none.mp4"], weights_digest(model), shard_size=1)
+        >>> embed_to_shards(Engine(model), "shards", request)
+        Written(rows=1, failed=1, width=64)
     """
     if request.shard_size < 1:
         raise ValueError(f"shard_size must be at least 1, found {request.shard_size}")

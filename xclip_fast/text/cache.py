@@ -40,6 +40,14 @@ class TextCache:
 
     Raises:
         InputError: there can be no such folder.
+
+    Example:
+        >>> from xclip_fast import XCLIPConfig, create_model
+        >>> from xclip_fast.text import TextCache, get_tokenizer
+        >>> config = XCLIPConfig(text_width=64, text_layers=1, vocab_size=514, vision_layers=1)
+        >>> cache = TextCache(folder="texts")
+        >>> cache.encode(create_model(config, seed=0), get_tokenizer(config)(["cooking", "sleeping"])).shape
+        torch.Size([2, 512])
     """
 
     def __init__(

@@ -23,6 +23,11 @@ def probe(path: str | os.PathLike[str], *, backend: str = "auto") -> VideoInfo:
 
     Raises:
         InputError: the file is missing, no video, damaged or beyond the caps, or the backend can't be used.
+
+    Example:
+        >>> from xclip_fast.video import probe
+        >>> probe("clip.mp4").frames
+        12
     """
     source = check_source(path)
     return select_backend(backend, source).probe(source)
@@ -54,6 +59,11 @@ def read_frames(
         InputError: the file is missing, no video, too damaged or beyond the caps; an index lies past its end; the
             frames would take more than 4 GiB; the backend can't be used.
         ValueError: both ``indices`` and ``sample``, or indices that are not whole numbers from 0.
+
+    Example:
+        >>> from xclip_fast.video import read_frames
+        >>> read_frames("clip.mp4", [0, 11]).shape
+        (2, 48, 64, 3)
     """
     source = check_source(path)
     request = _request(source, indices, sample)
@@ -103,6 +113,11 @@ def load_video(
     Raises:
         InputError: as in ``read_frames``, or no preset has this name.
         ValueError: a number is out of range.
+
+    Example:
+        >>> from xclip_fast.video import load_video
+        >>> load_video("clip.mp4", clips=4, crops=3).shape
+        torch.Size([12, 8, 224, 224, 3])
     """
     sampling = Sampling(frames=frames, clips=clips)
     get_preset(preset)

@@ -48,6 +48,11 @@ class Sampling:
 
     Raises:
         ValueError: ``frames`` or ``clips`` is not a positive integer.
+
+    Example:
+        >>> from xclip_fast.video import Sampling
+        >>> Sampling(frames=4, clips=2).indices(total=16).tolist()
+        [[1, 5, 9, 13], [3, 7, 11, 15]]
     """
 
     frames: int = 8
