@@ -25,7 +25,7 @@ from xclip_fast.ops import (
     message_key_value,
     prompt_attention,
 )
-from xclip_fast.ops._backends import choose, is_transformed
+from xclip_fast.ops._backends import choose, host_bound, is_transformed
 from xclip_fast.ops._frames import attention_refusal
 from xclip_fast.plain import LINEAR, NORM, QUICK_GELU, Plain, is_plain
 
@@ -197,7 +197,8 @@ class XCLIPVisionEncoderLayer(Patched):
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         dropout = self.training and getattr(self.self_attn, "dropout", 0.0)
-        if not _is_in_force(self) or attention_mask is not None or dropout or _drops(self.drop_path):
+        unserved = attention_mask is not None or dropout or _drops(self.drop_path) or host_bound(hidden_states)
+        if not _is_in_force(self) or unserved:
             return _original(self)(hidden_states, attention_mask, **kwargs)
         _check_clips(len(hidden_states), self.num_frames)
         norm, attention, message_attn = self.layer_norm1, self.self_attn, self.message_attn
@@ -251,7 +252,7 @@ class XCLIPMLP(Patched):
         return {"fc1": LINEAR, "activation_fn": QUICK_GELU, "fc2": LINEAR}
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if not _is_in_force(self) or not is_plain(self, **_parts_of(self)):
+        if not _is_in_force(self) or host_bound(hidden_states) or not is_plain(self, **_parts_of(self)):
             return _original(self)(hidden_states)
         return feed_forward(hidden_states, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
@@ -265,7 +266,8 @@ class XCLIPCrossAttention(Patched):
 
     def forward(self: Any, queries: Tensor, keys: Tensor, values: Tensor, **kwargs: Any) -> Tensor:
         dropping = (self.training and self.attn_drop) or _drops(self.proj_drop)
-        if not _is_in_force(self) or dropping or not is_plain(self, **_parts_of(self)) or not _is_usual(self):
+        unserved = dropping or host_bound(queries)
+        if not _is_in_force(self) or unserved or not is_plain(self, **_parts_of(self)) or not _is_usual(self):
             return _original(self)(queries, keys, values, **kwargs)
         return _cross_attention(self, queries, keys, values)
 
@@ -290,8 +292,8 @@ class CrossFramelAttentionBlock(Patched):
         return {**messages, "ln_1": norm, "attn": attention, "ln_2": norm, "mlp": mlp, "drop_path": drop_path}
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        masked = getattr(self, "attn_mask", None) is not None
-        if not _is_in_force(self) or masked or _drops(self.drop_path) or not _are_plain(self, "drop_path"):
+        unserved = getattr(self, "attn_mask", None) is not None or _drops(self.drop_path) or host_bound(x)
+        if not _is_in_force(self) or unserved or not _are_plain(self, "drop_path"):
             return _original(self)(x)
         _check_clips(x.shape[1], self.T)
         clips, tokens = (-1, self.T), x.transpose(0, 1)
@@ -334,8 +336,8 @@ class MulitHeadAttention(Patched):
         return {"attn_drop": _DROPOUT, "proj_drop": _DROPOUT}
 
     def forward(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dropping = _drops(self.attn_drop) or _drops(self.proj_drop)
-        if not _is_in_force(self) or dropping or not is_plain(self, **_parts_of(self)):
+        unserved = _drops(self.attn_drop) or _drops(self.proj_drop) or host_bound(q)
+        if not _is_in_force(self) or unserved or not is_plain(self, **_parts_of(self)):
             return _original(self)(q, k, v)
         return _cross_attention(self, q, k, v)
 

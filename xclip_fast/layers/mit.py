@@ -9,6 +9,7 @@ from torch import Tensor
 from xclip_fast import reference
 from xclip_fast.layers.transformer import ATTENTION, PERCEPTRON, Block
 from xclip_fast.ops import temporal_block
+from xclip_fast.ops._backends import host_bound
 from xclip_fast.plain import NORM, Plain, is_plain
 from xclip_fast.reference.positions import temporal_positions
 
@@ -20,6 +21,8 @@ class MultiframeIntegration(reference.MultiframeIntegration):
 
     def forward(self, features: Tensor) -> Tensor:
         """Frame features (B, T, E) to video features (B, E)."""
+        if host_bound(features):
+            return super().forward(features)
         table = temporal_positions(self.positional_embedding, features.shape[1])[0]
         positions: Tensor | None = table.to(features.dtype)
         x: Tensor = features

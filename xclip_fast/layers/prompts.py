@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from xclip_fast import reference
 from xclip_fast.layers.transformer import closed, join, perceptron
 from xclip_fast.ops import prompt_attention
+from xclip_fast.ops._backends import host_bound
 from xclip_fast.plain import LINEAR, LINEAR_WITHOUT_BIAS, NORM, QUICK_GELU, Plain, is_plain
 from xclip_fast.reference.prompts import CrossAttention
 
@@ -20,7 +21,7 @@ class PromptLayer(reference.prompts.PromptLayer):
 
     def forward(self, texts: Tensor, patches: Tensor) -> Tensor:
         """Texts (B, K, E) and normalised patch features (B, N, E) to texts (B, K, E)."""
-        return closed(*self.advance(texts, None, patches))
+        return super().forward(texts, patches) if host_bound(texts) else closed(*self.advance(texts, None, patches))
 
     def advance(
         self, stream: Tensor, pending: Tensor | None, patches: Tensor, *, key_value: Any = None
@@ -46,6 +47,8 @@ class VideoPrompts(reference.VideoPrompts):
 
     def forward(self, texts: Tensor, patches: Tensor) -> Tensor:
         """Texts (B, K, E), or (K, E) shared by all videos, and patch features (B, N, E) to texts (B, K, E)."""
+        if host_bound(texts):
+            return super().forward(texts, patches)
         return texts + self.alpha * closed(*self.advance(texts, patches))
 
     def advance(self, texts: Tensor, patches: Tensor) -> tuple[Tensor, Tensor | None]:

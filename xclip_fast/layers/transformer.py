@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from xclip_fast import reference
 from xclip_fast.ops import feed_forward, layer_norm
-from xclip_fast.ops._backends import is_transformed
+from xclip_fast.ops._backends import host_bound, is_transformed
 from xclip_fast.plain import LINEAR, NORM, QUICK_GELU, Plain, is_plain
-from xclip_fast.reference.transformer import causal_mask, split_heads
+from xclip_fast.reference.transformer import causal_mask
 
 
 class SelfAttention(reference.transformer.SelfAttention):
@@ -27,7 +27,9 @@ class SelfAttention(reference.transformer.SelfAttention):
     def attend(self, x: Tensor, **options: Any) -> Tensor:
         """``forward`` with options of ``scaled_dot_product_attention``."""
         packed = linear(x, self.in_proj_weight, self.in_proj_bias)
-        query, key, value = (split_heads(part, self.heads) for part in packed.chunk(3, dim=-1))
+        # (..., L, 3, heads, head_dim) to three of (..., heads, L, head_dim)
+        parts = packed.view(*x.shape[:-1], 3, self.heads, -1).transpose(-4, -2)
+        query, key, value = parts.unbind(-3)
         mixed = scaled_dot_product_attention(query, key, value, **options)
         return self.out_proj(mixed.transpose(-3, -2).flatten(-2))
 
@@ -71,7 +73,7 @@ class Block(reference.transformer.Block):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (..., L, width) to the same shape; ``mask`` (L, L) is added to the scores."""
-        return closed(*self.advance(x, None, mask))
+        return super().forward(x, mask) if host_bound(x) else closed(*self.advance(x, None, mask))
 
     def advance(
         self, stream: Tensor, pending: Tensor | None, mask: Tensor | None, *, causal: bool = False
@@ -93,9 +95,10 @@ def through(stack: Any, kind: Plain, stream: Tensor, *inputs: Tensor, **options:
     options: what else ``advance`` takes.
     """
     recomputed = stack.checkpointing is not None and stack.training and torch.is_grad_enabled()
+    by_modules = recomputed or host_bound(stream)
     pending: Tensor | None = None
     for name, block in stack.resblocks.named_children():
-        if not recomputed and is_plain(stack.resblocks, **{name: kind}):
+        if not by_modules and is_plain(stack.resblocks, **{name: kind}):
             stream, pending = block.advance(stream, pending, *inputs, **options)
             continue
         run = partial(checkpoint, block, **stack.checkpointing) if recomputed else block

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from xclip_fast import reference
 from xclip_fast.layers.transformer import ATTENTION, SelfAttention, closed, join, perceptron, through
 from xclip_fast.ops import frame_attention, message_attention, message_key_value, patch_embed
+from xclip_fast.ops._backends import host_bound
 from xclip_fast.ops._patch_contract import channels_last, pixel_statistics
 from xclip_fast.plain import LINEAR, NORM, Plain, is_plain
 from xclip_fast.reference.positions import spatial_positions
@@ -95,7 +96,9 @@ class PatchEmbed(reference.PatchEmbed):
 
 def _embed(patches: reference.PatchEmbed, frames: Tensor, mean: Statistics, std: Statistics) -> Tensor:
     dtype, side, norm = patches.class_embedding.dtype, patches.patch_size, patches.ln_pre
-    if not is_plain(patches, conv1=_CONVOLUTION, ln_pre=NORM) or not _cuts_patches(patches.conv1, side):
+    plain = is_plain(patches, conv1=_CONVOLUTION, ln_pre=NORM) and _cuts_patches(patches.conv1, side)
+    normalised = frames.ndim == 4 and frames.is_floating_point() and mean is None and std is None
+    if not plain or (normalised and host_bound(frames)):
         if frames.dtype == torch.uint8:
             mean, std = pixel_statistics(frames, mean, std)
             frames = normalise_pixels(channels_last(frames), mean, std, dtype)
@@ -174,7 +177,8 @@ class CrossFrameBlock(reference.CrossFrameBlock):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T, S, D), the class token first in each frame, to tokens of the same shape."""
-        return closed(*self.advance(tokens, None))
+        drops = self.training and self.drop_path
+        return super().forward(tokens) if host_bound(tokens) and not drops else closed(*self.advance(tokens, None))
 
     def advance(self, stream: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
         """``forward`` of ``stream + pending``, which the first norm adds on its way; the same for the next block.

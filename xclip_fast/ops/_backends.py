@@ -22,6 +22,10 @@ BACKENDS = ("reference", "torch", "triton", "extension")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED_DTYPES = (torch.float16, torch.float32)  # Triton's interpreter keeps bfloat16 as integers
 
+# numbers in the tokens of a batch below which a GPU waits for the host: an H200 takes about 2 ms for a block of as many,
+# and the host beside it as long to call our kernels; PyTorch's own operators take half of that
+HOST_BOUND = 1 << 25
+
 NO_EXTENSION = "this op has no part in the compiled extension"
 _TRANSFORMED = "torch.func and forward-mode derivatives know plain torch alone"
 
@@ -117,6 +121,17 @@ def choose(
     if extension is None and extension_wins:
         return "extension"
     return "torch"
+
+
+def host_bound(tokens: Tensor) -> bool:
+    """Whether a GPU is faster with a block of these tokens (..., D) than the host with the calls of its kernels.
+
+    Then plain modules of PyTorch's own operators cost the least, and fused ones gain nothing. Captured or compiled, a
+    block costs no calls; and who asks for a backend gets it.
+    """
+    if not tokens.is_cuda or tokens.numel() >= HOST_BOUND or torch.compiler.is_compiling():
+        return False
+    return _entered() is None and not torch.cuda.is_current_stream_capturing()
 
 
 def kernel_refusal(*tensors: Tensor | None) -> str | None:
