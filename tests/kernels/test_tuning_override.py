@@ -11,12 +11,12 @@ import torch
 
 from benchmarks.compile_gate.capture import Launch, captured_launches
 from xclip_fast import tuning
-from xclip_fast.bench.inputs import Draw
-from xclip_fast.bench.inputs import frame_attention as attention_inputs
-from xclip_fast.bench.inputs import layer_norm as norm_inputs
 from xclip_fast.bench.parity import compare
 from xclip_fast.kernels.layer_norm import forward_tile
 from xclip_fast.ops import frame_attention, layer_norm
+from xclip_fast.ops.inputs import Draw
+from xclip_fast.ops.inputs import frame_attention as attention_inputs
+from xclip_fast.ops.inputs import layer_norm as norm_inputs
 from xclip_fast.tuning import Tile, override, tunables
 
 DRAW = Draw(torch.float32, "cuda" if torch.cuda.is_available() else "cpu")

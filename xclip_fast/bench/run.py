@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from xclip_fast.bench.cases import OPS, config_of
 from xclip_fast.bench.machine import ceilings, facts
 from xclip_fast.bench.memory import lacking_memory
 from xclip_fast.bench.models import Effort, measure_model
@@ -19,6 +18,7 @@ from xclip_fast.bench.providers import check_names
 from xclip_fast.bench.record import FAILED, Case, Row, Run
 from xclip_fast.bench.setting import INPUTS
 from xclip_fast.errors import InputError
+from xclip_fast.ops.cases import OPS, config_of
 
 MODEL = "model"
 DTYPES = ("float32", "bfloat16", "float16")

@@ -11,8 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from xclip_fast.ops._backends import choose, explains, kernel_refusal, runs_kernels
 from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
 from xclip_fast.ops._fake import register_fake
-
-HEAD_DIMS = (32, 64, 128)
+from xclip_fast.ops._frames import HEAD_DIMS
 
 
 def prompt_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, backend: str | None = None) -> Tensor:
