@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +171,12 @@ def test_every_kernel_has_candidates_that_begin_with_its_default() -> None:
         assert len(set(found)) == len(found)
         for tile in found:
             assert kernel.made(SHAPES[name], kernel.sizes_of(tile)) == tile
+
+
+def test_the_page_says_what_is_there() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    assert inspect.getsource(forward_tile.default) in page
+    assert repr(forward_tile.default(768)) in page
 
 
 def test_candidates_that_come_to_the_same_are_tried_once() -> None:

@@ -282,7 +282,7 @@ OPS: dict[str, OpCase] = {
         _layers,
         {
             "3 frames": {"batch": 2, "frames": 3, "width": 64, "heads": 2},
-            "long clips": {"batch": 2, "frames": 66, "width": 32, "heads": 1},
+            "long clips": {"batch": 1, "frames": 66, "width": 32, "heads": 1},
         },
         conditioning=8.0,
         trained=False,
@@ -320,6 +320,9 @@ def find_op(name: str) -> Callable[..., Any]:
     if name not in OPS:
         raise InputError(f"unknown op {name!r}: choose one of {', '.join(OPS)}")
     if name == "quantize_rows":
+        # explain knows the op when it is imported
+        from xclip_fast.ops import _quantize_rows  # noqa: F401
+
         return _dequantized
     if not OPS[name].trained:
         from xclip_fast.ops._folded_message import folded_message
