@@ -54,11 +54,11 @@ def _model(draw: Draw, shape: str, load: Load) -> Iterator[Case]:
         ("prompts", load.batch * CLASSES, config.embed_dim),
     ):
         norm = partial(calls.layer_norm, draw, rows=rows, width=width)
-        product = partial(calls.linear_quick_gelu, draw, rows=rows, width=width, hidden=4 * width)
+        gemm = partial(calls.linear_quick_gelu, draw, rows=rows, width=width, hidden=4 * width)
         yield Case(f"{shape} {part}", norm)
         yield Case(f"{shape} {part} residual", partial(norm, residual=True))
-        yield Case(f"{shape} {part}", partial(product, training=False))
-        yield Case(f"{shape} {part} training", partial(product, training=True))
+        yield Case(f"{shape} {part}", partial(gemm, training=False))
+        yield Case(f"{shape} {part} training", partial(gemm, training=True))
         # on Hopper, where every program has a tile
         if tiles(rows, 4 * width) >= MULTIPROCESSORS:
             persistent = partial(calls.linear_quick_gelu_persistent, draw, rows, width, 4 * width)

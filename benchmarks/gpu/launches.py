@@ -1,6 +1,6 @@
 """Every launch of one launcher, with nothing compared: ``python -m benchmarks.gpu.launches LAUNCHER``, for sanitizers.
 
-Awkward small shapes in two dtypes, then those of the models, whose tiles are larger; with ``--small`` behind the name
+Awkward small shapes in two dtypes, then those of the models, whose tiles are larger; with ``--small`` after the name
 the small ones in bfloat16 alone.
 """
 

@@ -69,7 +69,7 @@ class Sweep:
 
 
 def sweeps(dry: bool) -> dict[str, Sweep]:
-    """Name to case; what production runs most comes first, the backends of an op behind its tiles."""
+    """Name to case; what production runs most comes first, the backends of an op after its tiles."""
     found = []
     for variant, batch in [("tiny", 1)] if dry else SHAPES:
         kernels = [one for one in tunables().values() if not dry or one.op == "clip_logits"]

@@ -172,7 +172,7 @@ def _gate(case: Case, op: Callable[..., object], arguments: Inputs, name: str) -
 
 
 def _roof(case: Case, arguments: Inputs, median_ms: float, ceilings: dict[str, float]) -> Roof | None:
-    """Products counted on meta tensors; every argument read once, every result written once."""
+    """FLOPs counted on meta tensors; every argument read once, every result written once."""
     rate = ceilings.get(f"{case.dtype}_tflops")
     if rate is None or case.direction == "train":
         return None

@@ -1,4 +1,4 @@
-"""Every op checked where it is installed: the yes or no behind ``xclip-fast verify``.
+"""Every op checked where it is installed: what ``xclip-fast verify`` runs.
 
 The rule is ``xclip_fast.numerics.allowance``. Kernels are held to twice plain torch's error and a rounding; the "torch"
 backend, which is PyTorch's own operators in another order, to what its dtype may err at most.

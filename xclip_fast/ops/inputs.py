@@ -54,7 +54,7 @@ class Draw:
         return made
 
     def weight(self, *shape: int) -> Tensor:
-        """A matrix whose products with unit activations are of unit scale."""
+        """A matrix that maps activations of unit scale to unit scale."""
         return self(*shape, scale=shape[-1] ** -0.5)
 
     def norm(self, width: int, which: str = "norm_", dtype: torch.dtype | None = None) -> Inputs:
@@ -210,7 +210,7 @@ def frame_attention(
 
 
 def message_attention(draw: Draw, batch: int, frames: int, width: int, heads: int, *, ragged: bool = False) -> Inputs:
-    """The class rows in front of each frame's patches; ragged clips lie behind each other."""
+    """The class rows in front of each frame's patches; ragged clips lie one after another."""
     tokens = draw.activations(batch, frames, 2, width)[:, :, 0]
     inputs = {"class_tokens": tokens.flatten(0, 1) if ragged else tokens}
     inputs |= {"fc_weight": draw.weight(width, width), "fc_bias": draw(width, scale=0.3)}
