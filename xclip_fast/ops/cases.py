@@ -198,7 +198,7 @@ OPS: dict[str, OpCase] = {
         {
             "odd sizes": {"batch": 3, "classes": 7, "width": 40},
             "one class": {"batch": 5, "classes": 1, "width": 512},
-            "residual": {"batch": 2, "classes": 5, "width": 33, "residual": True},
+            "residual": {"batch": 3, "classes": 5, "width": 33, "residual": True},
             "wide": {"batch": 3, "classes": 2, "width": 1030},
         },
         conditioning=8.0,
