@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def doubled(inputs: Mapping[str, object]) -> dict[str, object]:
     return {name: _double(x) for name, x in inputs.items()}
 
 
-def _double(x: object) -> object:
+def _double(x: Any) -> Any:
     if isinstance(x, tuple):
         # weights by name
         return type(x)(*map(_double, x))
