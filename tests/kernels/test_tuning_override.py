@@ -22,7 +22,7 @@ from xclip_fast.ops.inputs import layer_norm as norm_inputs
 from xclip_fast.tuning import Tile, override, tunables
 
 DRAW = Draw(torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
-INPUTS = norm_inputs(DRAW, rows=9, width=40)
+INPUTS = norm_inputs(DRAW, rows=9, width=40, residual=True)
 DEFAULT = forward_tile.default(40)
 
 
