@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from xclip_fast.bench.cases import OPS
 from xclip_fast.bench.models import Effort
 from xclip_fast.bench.operators import BACKENDS
 from xclip_fast.bench.run import MODEL, Job, effort_of, make_case
 from xclip_fast.errors import InputError
+from xclip_fast.ops.cases import OPS
 
 SUITES = ("cpu", "ops", "rivals", "tiny")
 OP_BACKENDS = tuple(name for name in BACKENDS if name != "compile")

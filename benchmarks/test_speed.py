@@ -11,12 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from xclip_fast.bench.cases import OPS
 from xclip_fast.bench.models import Effort
 from xclip_fast.bench.operators import measure_op, timed_call
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.run import make_case
 from xclip_fast.bench.setting import UnavailableError, inputs_of, prepared, setting_of, step
+from xclip_fast.ops.cases import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ONCE = Effort(blocks=1, block=0.0, memory=False)

@@ -15,8 +15,8 @@ import torch
 from benchmarks.gpu.journal import write_json
 from benchmarks.gpu.prepare import facts
 from benchmarks.gpu.sweep import Sweep, tiles_of
-from xclip_fast.bench.cases import config_of
 from xclip_fast.errors import InputError
+from xclip_fast.ops.cases import config_of
 from xclip_fast.tuning import tunables
 
 SHAPE = "B/16x8"

@@ -20,7 +20,7 @@ def place(TILES: tl.constexpr, HEADS: tl.constexpr):
 
 @triton.jit
 def load_rows(rows_ptr, row, row_stride, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """One head of the given rows, [ROWS, HEAD_DIM]; zero behind the last token."""
+    """One head of the given rows, [ROWS, HEAD_DIM]; zero past the last token."""
     element = rows_ptr + row.to(tl.int64)[:, None] * row_stride + tl.arange(0, HEAD_DIM)[None, :]
     if MASKED:
         return tl.load(element, mask=(row < TOKENS)[:, None], other=0.0)

@@ -1,4 +1,4 @@
-"""A message's key and value from folded weights: two products, attention over a clip's frames, a last division."""
+"""A message's key and value from folded weights: two GEMMs, attention over a clip's frames, a last division."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def folded_message_fwd(
         _attend(first, shift.contiguous(), attended, heads, frames, eps)
         stream, late_bias = first[:, : 3 * width], None
         if len(rows) > MAX_ROWS:
-            # PyTorch's product adds to what is there, but no bias with it
+            # PyTorch's GEMM accumulates in place, but adds no bias then
             stream, late_bias = stream.addmm_(attended, out_weight.t()), out_bias.contiguous()
         else:
             stream = skinny_linear(attended, out_weight, out_bias, residual=stream)

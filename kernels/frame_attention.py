@@ -21,7 +21,7 @@ from xclip_fast.kernels._tensors import unit_stride
 from xclip_fast.kernels.frame_attention_head import _frame_attention_head_kernel
 from xclip_fast.tuning import Tile, listed, tunable
 
-# the smallest side of a tensor core product
+# the smallest side of a tl.dot
 SMALLEST_TILE = 16
 # bodies of kept keys are cut into two powers of two, of this or more
 KEPT_STEP = 64
@@ -146,7 +146,7 @@ def forward_tile(tokens: int, head_dim: int, element_size: int) -> Tile:
     Args:
         tokens: rows of a frame, S.
         head_dim: 32, 64 or 128.
-        element_size: bytes of an element; the products of float32 know no tensor cores and need small tiles.
+        element_size: bytes of an element; exact float32 has no tensor cores and needs small tiles.
     """
     return streamed_tile(tokens, head_dim, element_size)
 
@@ -317,8 +317,8 @@ def frame_attention_fwd(qkv: Tensor, message_kv: Tensor, heads: int, with_lse: b
 
 
 def _can_keep(device: torch.device, programs: int) -> bool:
-    # older GPUs have no products that read keys in shared memory, and spill; on Blackwell the tensor memory of a
-    # multiprocessor has room for one program; without a GPU are the interpreter and the compile gate
+    # older GPUs cannot multiply keys from shared memory, and spill; on Blackwell the tensor memory of a multiprocessor
+    # has room for one program; without a GPU are the interpreter and the compile gate
     if device.type != "cuda":
         return True
     # of few heads each is better cut up, lest most multiprocessors wait for the others

@@ -2,7 +2,7 @@
 
 The first gives the queries' gradient and ``delta``, the dot product of each output row with its gradient; the second
 needs it, and gives the gradients of keys and values, the message's among them. Scores are computed anew in both, which
-makes seven products where five would do, and saves storing S x (S + 1) weights or adding them up across programs.
+makes seven GEMMs where five would do, and saves storing S x (S + 1) weights or adding them up across programs.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import triton.language as tl
 from xclip_fast.kernels._frame_rows import LOG2_E, load_rows, place, store_rows, tail_rows
 from xclip_fast.kernels._launch import kernel
 
-# the least a product of tensor cores gives
+# the narrowest result of a tensor core instruction
 SUM_COLUMNS = tl.constexpr(8)
 
 

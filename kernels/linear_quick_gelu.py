@@ -1,4 +1,4 @@
-"""The first product of the perceptron with bias and QuickGELU in its epilogue, and the activation's backward pass."""
+"""The first GEMM of the MLP with bias and QuickGELU in its epilogue, and the activation's backward pass."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def _quick_gelu_bwd_kernel(
 
 
 def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
-    """Launch the product: activated (..., N), and the pre-activation of the same shape or nothing."""
+    """Launch the GEMM: activated (..., N), and the pre-activation of the same shape, empty unless asked for."""
     flat = as_rows(x)
     weight = as_rows(weight)
     rows, width = flat.shape
@@ -264,7 +264,7 @@ def _persists(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear_quick_gelu_persistent_fwd(x: Tensor, weight: Tensor, bias: Tensor, programs: int) -> Tensor:
-    """Launch the product by so many programs, or one a tile where there are fewer: activated (M, N).
+    """Launch the persistent GEMM by so many programs, or one a tile where there are fewer: activated (M, N).
 
     Of x (M, K), weight (N, K) and bias (N,), none of them empty; a row of x, of the weight and of the result begins at
     a multiple of 16 bytes, and rows have unit stride. Only Hopper has the shared memory and the copies it is made for.
@@ -296,7 +296,7 @@ def linear_quick_gelu_persistent_fwd(x: Tensor, weight: Tensor, bias: Tensor, pr
 
 
 def quick_gelu_bwd(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
-    """Launch the activation's backward pass: gradient of the pre-activation, and the activation again or nothing."""
+    """Launch the activation's backward pass: gradient of the pre-activation, and the activation or an empty tensor."""
     grad = grad.contiguous()
     grad_pre = torch.empty_like(pre)
     hidden = torch.empty_like(pre) if write_hidden else pre.new_empty(0)

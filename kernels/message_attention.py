@@ -263,7 +263,7 @@ def attend_frames(
         x: rows (F, D) with unit stride along D.
         norm: in front of the projection.
         weight, bias: packed query, key and value rows (3D, D) and (3D,).
-        cu_frames: (clips + 1,) int32, or nothing: then each ``longest`` rows are a clip.
+        cu_frames: (clips + 1,) int32, or None: then each ``longest`` rows are a clip.
         heads: attention heads.
         longest: no clip has more frames.
         positions: (longest, D), added to the frames of each clip first; not with ``cu_frames``.

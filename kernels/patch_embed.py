@@ -127,7 +127,7 @@ def patch_embed_fwd(
     dtype: torch.dtype,
     save_embedded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward pass: patches gathered into rows, a product by PyTorch's library, and what follows it.
+    """Launch the forward pass: patches gathered into rows, a GEMM of PyTorch's, and what follows it.
 
     Args:
         pixels: frames viewed as (F, H, W, 3), any strides.
@@ -137,7 +137,7 @@ def patch_embed_fwd(
         save_embedded: whether to return what the tokens were before their norm.
 
     Returns:
-        Tokens (F, 1 + N, D), and what they were before their norm, or nothing.
+        Tokens (F, 1 + N, D), and the tokens before their norm, empty unless saved.
     """
     wide = torch.promote_types(weight.dtype, dtype)
     matrix = weight.flatten(1)
@@ -203,12 +203,12 @@ def patch_tokens(
     wide: torch.dtype,
     save_embedded: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the product with the table added, class tokens before them, and the norm.
+    """Rows of the GEMM with the table added, class tokens before them, and the norm.
 
     Args:
         product: (F N, D), contiguous.
-        scale: float32 (D,) to multiply it by, or nothing.
-        class_embedding: (D,), or nothing where the table holds it.
+        scale: float32 (D,) to multiply it by, or None.
+        class_embedding: (D,), or None where the table holds it.
         table: (1 + N, D), added to the tokens of each frame.
         norm_weight, norm_bias, eps: as in ``ops.patch_embed``.
         frames: F.
@@ -217,7 +217,7 @@ def patch_tokens(
         save_embedded: whether to return that.
 
     Returns:
-        Tokens (F, 1 + N, D), and what they were before their norm, or nothing.
+        Tokens (F, 1 + N, D), and the tokens before their norm, empty unless saved.
     """
     table = as_rows(table)
     tokens_of_frame, width = table.shape

@@ -1,4 +1,4 @@
-"""Rows to float8 e4m3 with a float32 scale each, behind a layer norm, with a residual added first, or an activation."""
+"""Rows to float8 e4m3 with a float32 scale each, after a layer norm, with a residual added first, or an activation."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _quantize_rows_fwd_kernel(
     if ACTIVATION is not None:
         x = _activate(x, ACTIVATION)
     largest = tl.max(tl.abs(x), axis=1)
-    # divisions a row, rounded as PyTorch rounds them; a product a number
+    # one division a row, rounded as PyTorch rounds it, and a multiplication a number
     scale = tl.where(largest > SMALLEST, tl.div_rn(largest, E4M3_MAX), 1.0)
     quantized = x * tl.div_rn(1.0, scale)[:, None]
     tl.store(quantized_ptr + out, quantized.to(quantized_ptr.dtype.element_ty), mask=inside)

@@ -14,14 +14,14 @@ from xclip_fast.kernels._tensors import dot_precision
 from xclip_fast.kernels.layer_norm import layer_norm_fwd
 from xclip_fast.tuning import Tile, listed, tunable
 
-# more rows than this fill the GPU in PyTorch's own product
+# more rows than this fill the GPU in PyTorch's own GEMM
 MAX_ROWS = 128
 # fewer programs than this leave most multiprocessors without work
 ENOUGH_PROGRAMS = 96
 
 
 class Norm(NamedTuple):
-    """A layer norm in front of a product: weight and bias (width,), and what is added to the variance."""
+    """A layer norm in front of a GEMM: weight and bias (width,), and what is added to the variance."""
 
     weight: Tensor
     bias: Tensor
@@ -164,7 +164,7 @@ def skinny_launches(rows: int, *, norm: bool = False, residual: bool = False, qu
 
 
 def pools(rows: int, width: int, out_width: int, itemsize: int, frames: int) -> bool:
-    """Whether ``skinny_linear_mean`` means clips of this many frames in the product's own launch."""
+    """Whether ``skinny_linear_mean`` means clips of this many frames in the GEMM's own launch."""
     if rows > MAX_ROWS or frames < 2:
         return False
     return forward_tile(rows, width, out_width, itemsize).rows % frames == 0
@@ -192,8 +192,8 @@ def skinny_linear(
 ) -> Tensor:
     """``[residual +] [quick_gelu](linear([norm] x))`` on rows (M, K): (M, N) in the dtype of ``x``, sums in float32.
 
-    One launch up to MAX_ROWS rows. Above, the norm, PyTorch's product and the residual are launched one by one; only
-    with QuickGELU does the product stay here, since another pass over its result costs more than it gains.
+    One launch up to MAX_ROWS rows. Above, the norm, PyTorch's GEMM and the residual are launched one by one; only
+    with QuickGELU does the GEMM stay here, since another pass over its result costs more than it gains.
     """
     if norm is not None and x.shape[0] > MAX_ROWS:
         x, norm = layer_norm_fwd(x, norm.weight, norm.bias, None, None, norm.eps)[0], None

@@ -27,14 +27,14 @@ MAX_BLOCKS = 32
 TENSOR_MEMORY_COLUMNS = 512
 RESERVED_SHARED = KILOBYTE  # of each block, by the system
 SHARED = {80: 164 * KILOBYTE, 90: 228 * KILOBYTE, 100: 228 * KILOBYTE}  # of a multiprocessor
-# a warpgroup product takes 64 rows or more
+# a warpgroup's matrix instruction takes 64 rows or more
 TALL = 64
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # the instructions that matter: tensor cores, asynchronous copies, bulk copies either way, fast exponentials
 FEATURES = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG", "MUFU.EX2")
 # kernels that other architectures leave to another kernel
 TAKEN_ON = {
-    # products that read keys where they are kept
+    # matrix instructions that read keys where they are kept
     _frame_attention_head_kernel: (90, 100),
     # measured on Hopper alone; four steps of operands need its shared memory
     _linear_quick_gelu_persistent_fwd_kernel: (90,),
@@ -57,7 +57,7 @@ class Build:
         shared: bytes of shared memory of a program.
         blocks: estimate of the programs that one multiprocessor runs at once; 0 where not even one fits.
         instructions: names in the machine code, with all suffixes, and how often each stands there.
-        rows: of each product in the source.
+        rows: of each dot in the source.
         exponentials: whether the source raises to a power.
     """
 

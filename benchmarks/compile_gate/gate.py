@@ -1,6 +1,6 @@
 """Laws that hold for every build, and budgets: what each build took when its figures were last accepted.
 
-A law holds with any version of Triton: no spills, a program fits a multiprocessor, products run on tensor cores.
+A law holds with any version of Triton: no spills, a program fits a multiprocessor, dots run on tensor cores.
 Budgets are kept by version of Triton (3.9, not 3.9.1), since each compiles differently; a version without a file of
 budgets is held to the laws alone.
 """
@@ -118,7 +118,7 @@ def budget_file(folder: Path = BUDGETS) -> Path:
 
 
 def read_budgets(path: Path) -> Budgets | None:
-    """Budgets by name of the build, or nothing where there is no such file."""
+    """Budgets by name of the build, or None where there is no such file."""
     if not path.exists():
         return None
     stored = json.loads(path.read_text())

@@ -18,16 +18,16 @@ from benchmarks.gpu.lane import IMPORTS, TOOLS, UNAVAILABLE, Desk, Found, Task
 from benchmarks.gpu.prepare import run
 from benchmarks.gpu.quick import QuickDraw
 from xclip_fast import _extension
-from xclip_fast.bench.cases import IN_EXTENSION, OPS, Load, config_of, find_op
-from xclip_fast.bench.inputs import Inputs
 from xclip_fast.bench.parity import compare, floating, run_op, same_bits
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case, finite
 from xclip_fast.bench.setting import inputs_of, setting_of
 from xclip_fast.bench.timing import capture
 from xclip_fast.engine import Engine
-from xclip_fast.numerics import TOLERANCES, model_allowance, relative_error
+from xclip_fast.numerics import model_allowance, relative_error
 from xclip_fast.ops._quantize_rows import quantize_rows
+from xclip_fast.ops.cases import IN_EXTENSION, OPS, TRAINED, Load, config_of, find_op
+from xclip_fast.ops.inputs import Inputs
 from xclip_fast.ops.linear_quick_gelu import SLOPE
 
 CLASSES = 400
@@ -68,7 +68,7 @@ def _op_tasks(part: int, desk: Desk) -> dict[str, Task]:
     found = {}
     for variant, batch, gradients, dtype in TINY_SHAPES if desk.tiny else OP_SHAPES:
         # the ops in turn: those of one lane compile in one process
-        for op in list(OPS)[part :: 1 if desk.tiny else OPS_LANES]:
+        for op in TRAINED[part :: 1 if desk.tiny else OPS_LANES]:
             arguments = op, variant, batch, gradients, dtype, "triton"
             name = f"op {op} {variant} x{batch} {_name(dtype)}{' and gradients' if gradients else ''}"
             found[name] = Task(60, partial(_check_op, desk, *arguments))
@@ -84,9 +84,9 @@ def _check_op(
     """Parity with float64, the same bits again and again, and a graph's replays with other numbers."""
     with desk.turns.together():
         torch.manual_seed(0)
-        inputs = OPS[op].in_model(QuickDraw(dtype, "cuda"), Load(config_of(variant), batch, CLASSES))
+        inputs = OPS[op].arguments(QuickDraw(dtype, "cuda"), Load(config_of(variant), batch, CLASSES))
         function, wanted = find_op(op), floating(inputs) if gradients else []
-        ceiling = TOLERANCES[dtype].ceiling * OPS[op].conditioning
+        ceiling = OPS[op].ceiling(dtype)
         checks = [
             {
                 "what": row.name,

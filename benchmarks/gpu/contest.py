@@ -14,12 +14,12 @@ from benchmarks.gpu.e2e import PEAK_TFLOPS, memory_of_step, peak_share
 from benchmarks.gpu.goals import MEMORY
 from benchmarks.gpu.lane import FAILED, Desk, Found, last_line
 from xclip_fast.bench import models
-from xclip_fast.bench.cases import config_of
 from xclip_fast.bench.models import Effort
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import TIMED, UNAVAILABLE, WRONG, Case, Check, Row
 from xclip_fast.bench.setting import Classify, Setting, UnavailableError, inputs_of, prepared, setting_of, step
 from xclip_fast.numerics import exact_float32
+from xclip_fast.ops.cases import config_of
 
 EFFORT = Effort(blocks=5, block=0.03, memory=False)
 DATA_SHEET = {"bfloat16_tflops": PEAK_TFLOPS, "copy_gbs": 3350.0}  # of an H100

@@ -1,13 +1,12 @@
 """Every launch of one launcher, with nothing compared: ``python -m benchmarks.gpu.launches LAUNCHER``, for sanitizers.
 
-Awkward small shapes in two dtypes, then those of the models, whose tiles are larger; with ``--small`` behind the name
+Awkward small shapes in two dtypes, then those of the models, whose tiles are larger; with ``--small`` after the name
 the small ones in bfloat16 alone.
 """
 
 from __future__ import annotations
 
 import sys
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,8 +16,9 @@ from benchmarks.compile_gate import cases as production
 from benchmarks.gpu import standin
 from benchmarks.gpu.prepare import ROOT
 from benchmarks.gpu.quick import QuickDraw
-from xclip_fast.bench.inputs import patch_embed as patch_inputs
 from xclip_fast.ops import patch_embed
+from xclip_fast.ops.inputs import Factory
+from xclip_fast.ops.inputs import patch_embed as patch_inputs
 
 # tokens of every model; enough rows for the large tiles; long clips
 SHAPES = ("B/32 8f x1", "B/16 8f x8", "L/14 8f x1", "L/14-336 8f x1", "B/32 32f x1")
@@ -33,8 +33,8 @@ def launchers() -> list[str]:
     return sorted({case.call.func.__name__ for case in production.cases()})  # type: ignore[attr-defined]
 
 
-def maker(dtype: torch.dtype, device: str) -> calls.Make:
-    """A factory of random tensors."""
+def maker(dtype: torch.dtype, device: str) -> Factory:
+    """Random tensors."""
 
     def make(*shape: int, dtype: torch.dtype | None = dtype) -> Tensor:
         dtype = dtype or default
@@ -43,7 +43,7 @@ def maker(dtype: torch.dtype, device: str) -> calls.Make:
         return torch.randn(shape, dtype=dtype, device=device)
 
     default = dtype
-    return make
+    return Factory(make, device)
 
 
 def launch(launcher: str, device: str, *, small: bool = False) -> int:
@@ -64,12 +64,11 @@ def launch(launcher: str, device: str, *, small: bool = False) -> int:
                 call(maker(dtype, device))
                 found += 1
     if device != "cpu" and not small:
-        with patch.object(production, "make", maker(torch.bfloat16, device)):
-            for case in production.cases():
-                # the name goes on with what is special
-                if case.call.func is getattr(calls, launcher) and case.shape.startswith(SHAPES):  # type: ignore[attr-defined]
-                    case.call()
-                    found += 1
+        for case in production.cases(maker(torch.bfloat16, device)):
+            # the name goes on with what is special
+            if case.call.func is getattr(calls, launcher) and case.shape.startswith(SHAPES):  # type: ignore[attr-defined]
+                case.call()
+                found += 1
     if device == "cuda":
         torch.cuda.synchronize()
     return found

@@ -25,13 +25,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.journal import Journal, leave_if_lost
 from benchmarks.gpu.quick import QuickDraw
-from xclip_fast.bench.cases import Load, config_of
-from xclip_fast.bench.inputs import frame_attention, linear_quick_gelu
-from xclip_fast.bench.inputs import layer_norm as layer_norm_inputs
-from xclip_fast.bench.inputs import patch_embed as patch_inputs
 from xclip_fast.bench.machine import Sensors, ceilings
 from xclip_fast.bench.timing import alternate, noise_of, sampler, timing_of
 from xclip_fast.config import XCLIPConfig
+from xclip_fast.ops.cases import Load, config_of
+from xclip_fast.ops.inputs import frame_attention, linear_quick_gelu
+from xclip_fast.ops.inputs import layer_norm as layer_norm_inputs
+from xclip_fast.ops.inputs import patch_embed as patch_inputs
 
 Call = Callable[[], object]
 Rows = list[dict[str, Any]]
@@ -230,7 +230,7 @@ def norm(bench: Bench, variant: str, batch: int) -> Rows:
     from xclip_fast.ops import layer_norm as fused
 
     load = bench.load(variant, batch)
-    given = layer_norm_inputs(bench.draw, load.tokens, load.config.vision_width)
+    given = layer_norm_inputs(bench.draw, load.tokens, load.config.vision_width, residual=True)
     vectors = given["weight"], given["bias"]
 
     def plain() -> Tensor:

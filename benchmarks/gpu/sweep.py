@@ -20,13 +20,13 @@ from torch import Tensor
 from benchmarks.gpu.journal import Journal, leave_if_lost
 from benchmarks.gpu.quick import QuickDraw
 from xclip_fast import tuning
-from xclip_fast.bench.cases import IN_EXTENSION, OPS, Load, config_of, find_op
-from xclip_fast.bench.inputs import Inputs
 from xclip_fast.bench.machine import Sensors
 from xclip_fast.bench.parity import floating, run_op
 from xclip_fast.bench.timing import alternate, noise_of, sampler, timing_of
-from xclip_fast.numerics import TOLERANCES, poisoned_memory
+from xclip_fast.numerics import poisoned_memory
 from xclip_fast.ops import _backends, explain
+from xclip_fast.ops.cases import IN_EXTENSION, OPS, Load, config_of, find_op
+from xclip_fast.ops.inputs import Inputs
 from xclip_fast.tuning import Tile, Tunable, override, shape_key, tunables
 
 SHAPES = [("B/16", 8), ("L/14", 8), ("B/32", 1), ("B/32", 8), ("B/16", 1), ("L/14", 1), ("B/16", 32), ("L/14", 32)]
@@ -60,7 +60,7 @@ class Sweep:
 
     def inputs(self) -> Inputs:
         """Of the op."""
-        return OPS[self.op].in_model(QuickDraw(self.dtype, self.device), self.load())
+        return OPS[self.op].arguments(QuickDraw(self.dtype, self.device), self.load())
 
     def candidates(self, shapes: list[tuple[Any, ...]]) -> list[Tile]:
         """What to try at the first of these shapes of launches."""
@@ -69,7 +69,7 @@ class Sweep:
 
 
 def sweeps(dry: bool) -> dict[str, Sweep]:
-    """Name to case; what production runs most comes first, the backends of an op behind its tiles."""
+    """Name to case; what production runs most comes first, the backends of an op after its tiles."""
     found = []
     for variant, batch in [("tiny", 1)] if dry else SHAPES:
         kernels = [one for one in tunables().values() if not dry or one.op == "clip_logits"]
@@ -136,7 +136,7 @@ def tiles_of(sweep: Sweep) -> dict[str, Any]:
     assert kernel is not None
     op, wanted = find_op(sweep.op), floating(arguments) if sweep.backward else []
     truth = run_op(op, arguments, wanted, "torch", sweep.backward)
-    limit = 2 * TOLERANCES[sweep.dtype].ceiling * OPS[sweep.op].conditioning
+    limit = 2 * OPS[sweep.op].ceiling(sweep.dtype)
     call = _call(sweep, arguments)
     shapes = launched(kernel, call)
     if not shapes:

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from xclip_fast import ops
 from xclip_fast.bench import memory, models, operators
-from xclip_fast.bench.cases import OPS, SIZES, config_of, find_op
-from xclip_fast.bench.inputs import OUTLIER_SCALE, OUTLIERS, Draw
 from xclip_fast.bench.machine import Sensors, ceilings
 from xclip_fast.bench.models import Effort, measure_model
 from xclip_fast.bench.operators import measure_op
@@ -28,6 +26,8 @@ from xclip_fast.bench.setting import Classify, Frames, Setting, UnavailableError
 from xclip_fast.bench.timing import LEAST, SPENT, Blocks, Reading, alternate, blocks_of, noise_of, sampler, timing_of
 from xclip_fast.errors import InputError
 from xclip_fast.flops import parameters
+from xclip_fast.ops.cases import OPS, SIZES, TRAINED, config_of, find_op
+from xclip_fast.ops.inputs import OUTLIER_SCALE, OUTLIERS, Draw
 
 EFFORT = Effort(blocks=1, block=0.001, memory=False)
 CEILINGS = {"float32_tflops": 0.1, "copy_gbs": 10.0}
@@ -404,6 +404,12 @@ def test_a_process_that_cannot_measure_is_no_figure(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("direction", ["forward", "train"])
 def test_every_op_is_measured_in_the_shape_of_a_model(op: str, direction: str) -> None:
     case = make_case(op, "tiny", batch=2, direction=direction)
+    if direction == "train" and not OPS[op].trained:
+        rows = list(measure_op(case, ("reference", "torch"), EFFORT, CEILINGS))
+        assert [(row.status, row.reason) for row in rows] == [
+            ("unavailable", "it is for inference: no backward pass")
+        ] * 2
+        return
     rows = {
         row.provider: row for row in measure_op(case, ("reference", "torch", "triton"), EFFORT, CEILINGS, model_ms=5.0)
     }
@@ -442,8 +448,7 @@ def test_an_op_that_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_registry_has_every_op() -> None:
     functions = {name for name in ops.__all__ if callable(getattr(ops, name))}
-    # a product and an op in one: its parts are measured
-    assert functions - {"backend", "explain", "feed_forward"} == OPS.keys()
+    assert functions - {"backend", "explain"} == set(TRAINED)
     assert all(case.small and case.times(config_of("B/32")) >= 1 for case in OPS.values())
 
 

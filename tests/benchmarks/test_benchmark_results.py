@@ -15,7 +15,6 @@ import pytest
 
 from benchmarks import compare, history, suites, tables
 from benchmarks.__main__ import main as command
-from xclip_fast.bench.cases import OPS
 from xclip_fast.bench.machine import RIVALS
 from xclip_fast.bench.models import Effort
 from xclip_fast.bench.operators import BACKENDS
@@ -23,6 +22,7 @@ from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case, Check, Roof, Row, Run, Timing, to_csv
 from xclip_fast.bench.run import Job, make_case, run
 from xclip_fast.errors import InputError
+from xclip_fast.ops.cases import OPS
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "benchmarks" / "schema.json").read_text())

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu.candidates import CHOICES, MOST
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import e2e, goals, journal, launches, parity, sanitize, sweep, tune
@@ -21,10 +20,9 @@ from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.prepare import run as run_command
 from xclip_fast import tuning
 from xclip_fast.bench import models
-from xclip_fast.bench.cases import OPS, Load, config_of
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case, Row, Run, Timing
-from xclip_fast.tuning import Tunable
+from xclip_fast.ops.cases import OPS
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"commit": "abc"}
@@ -55,7 +53,7 @@ def test_a_dry_run_of_a_part(part: str, tmp_path: Path) -> None:
     elif part == "sweep":
         assert all(case["rows"] and case["rows"][0]["status"] == "right" for case in cases.values())
         table = tune.table_of({"facts": {}, "cases": cases})
-        assert table["tiles"].keys() <= {choice.tunable.name for choice in CHOICES}
+        assert table["tiles"].keys() <= tuning.tunables().keys()
     elif part == "questions":
         assert {row["status"] for case in cases.values() for row in case.get("rows", [])} == {"timed"}
     elif part == "sanitize":
@@ -221,31 +219,21 @@ def test_utilisation_is_of_the_data_sheet_and_of_models_alone() -> None:
     assert e2e.peak_share(Row(case, "engine", "failed"), rates) is None
 
 
-def test_the_sweep_has_at_most_eight_candidates_each_of_its_kind() -> None:
-    for choice in CHOICES:
-        kinds: set[Any] = set()
-        for variant, batch in (("B/32", 1), ("B/16", 8), ("L/14-336", 1)):
-            made = choice.candidates(Load(config_of(variant), batch, 400))
-            assert 2 <= len(made) <= MOST
-            assert len(set(made)) == len(made), choice.function
-            kinds |= {type(tiles) for tiles in made}
-            for tiles in made:
-                numbers = choice.tunable.numbers(tiles)
-                assert all(number & (number - 1) == 0 for number in numbers[:-1])
-        assert len(kinds) == 1
-        assert isinstance(choice.tunable, Tunable)
-    names = [choice.tunable.name for choice in CHOICES]
-    assert len(set(names)) == len(names)
-
-
-def test_every_function_of_tiles_is_swept() -> None:
+def test_every_kernel_with_tiles_is_swept() -> None:
     text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
-    assert set(re.findall(r'@tunable\("(\w+)"', text)) == {choice.tunable.name for choice in CHOICES}
+    names = set(re.findall(r'@tunable\(\s*"(\w+)"', text))
+    assert names == tuning.tunables().keys()
+    found = sweep.sweeps(dry=False).values()
+    assert {case.kernel.name for case in found if case.kernel is not None} == names
+    assert all(case.kernel.op == case.op for case in found if case.kernel is not None)
+    # what a launch is tuned for is a call of an op that has example arguments, and a backward pass where it needs one
+    assert {kernel.op for kernel in tuning.tunables().values()} <= OPS.keys()
+    assert all(OPS[kernel.op].trained for kernel in tuning.tunables().values() if kernel.backward)
 
 
 def test_the_sweep_covers_every_op_and_the_batches_of_the_end_to_end_matrix() -> None:
     found = sweep.sweeps(dry=False)
-    assert {case.op for case in found.values() if case.choice is None} == set(OPS)
+    assert {case.op for case in found.values() if case.kernel is None} == set(OPS)
     assert {(case.variant, case.batch) for case in found.values()} >= {
         (variant, batch) for variant in ("B/16", "B/32", "L/14") for batch in (1, 8)
     }
@@ -304,7 +292,7 @@ def test_goals_are_read_from_what_the_parts_record(tmp_path: Path) -> None:
 
 
 def swept(ratio: float, *, low: float | None = None, default: bool = False, status: str = "right") -> dict[str, Any]:
-    row = {"what": str(ratio), "numbers": [int(ratio * 64), 64], "default": default, "status": status}
+    row = {"what": str(ratio), "tile": {"rows": int(ratio * 64)}, "default": default, "status": status}
     return row | {"ratio": ratio, "ratio_p10": low or ratio, "noise": 0.01}
 
 
@@ -325,9 +313,9 @@ def of_backends(**ratios: float) -> dict[str, Any]:
 
 
 def test_the_best_tiles_enter_the_table() -> None:
-    refused = {"what": "x", "numbers": [1], "status": "refused"}
+    refused = {"what": "x", "status": "refused"}
     found = tuned(of_tiles(swept(1.0, default=True), swept(1.1), swept(1.2), swept(9.0, status="wrong"), refused))
-    assert found["tiles"] == {"clip_logits": {"512": [76, 64]}}
+    assert found["tiles"] == {"clip_logits": {"512": {"rows": 76}}}
     assert found["gpu"] == "NVIDIA X"
     assert "secret" not in found
     # within the noise, or not even at its worst: the default stays
@@ -362,12 +350,30 @@ def test_tune_writes_what_the_library_reads(tmp_path: Path, capsys: pytest.Captu
     path.write_text(json.dumps({"facts": {"gpu": "NVIDIA X"}, "cases": cases}))
     assert tune.main([str(path), "--out", str(tmp_path / "deep" / "x.json")]) == 0
     assert "1 launches tuned, 1 calls by another backend" in capsys.readouterr().out
-    assert tuning.read(tmp_path / "deep" / "x.json")["tiles"] == {"clip_logits": {"512": [128, 64]}}
+    assert tuning.read(tmp_path / "deep" / "x.json")["tiles"] == {"clip_logits": {"512": {"rows": 128}}}
     for content in ("{", "[]", '{"cases": {}}', '{"facts": {}, "cases": {}}'):
         path.write_text(content)
         assert tune.main([str(path)]) == 1
     assert tune.main([str(tmp_path / "none.json")]) == 1
     assert capsys.readouterr().err.count("error: ") == 5
+
+
+def test_a_table_is_added_to(tmp_path: Path) -> None:
+    path, table = tmp_path / "sweep.json", tmp_path / "table.json"
+    before = {"layer_norm": {"768": {"rows": 1}}, "clip_logits": {"512": {"rows": 1}, "40": {"rows": 2}}}
+    table.write_text(
+        json.dumps({"schema": tuning.SCHEMA, "tiles": before, "backends": {"clip_logits": {"a": "torch"}}})
+    )
+    path.write_text(json.dumps({"facts": {"gpu": "NVIDIA X"}, "cases": {"clip_logits B/16 x8": of_tiles(swept(2.0))}}))
+    assert tune.main([str(path), "--add", "--out", str(table)]) == 0
+    found = tuning.read(table)
+    assert found["tiles"] == {
+        "layer_norm": before["layer_norm"],
+        "clip_logits": {"512": {"rows": 128}, "40": {"rows": 2}},
+    }
+    assert found["backends"] == {"clip_logits": {"a": "torch"}}
+    assert tune.main([str(path), "--out", str(table)]) == 0
+    assert tuning.read(table)["tiles"] == {"clip_logits": {"512": {"rows": 128}}}
 
 
 def test_sanitizers_look_at_every_kernel() -> None:

@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 from benchmarks.gpu import kit, questions, standin
 from benchmarks.gpu.lane import record_of
 from xclip_fast import _extension
-from xclip_fast.bench.cases import TINY
 from xclip_fast.bench.launches import launches_of
 from xclip_fast.bench.record import Case
+from xclip_fast.ops.cases import TINY
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,8 +123,8 @@ def test_captures_have_cudas_rules(way: str, said: str, library: Path) -> None:
 
 def test_every_op_can_be_captured_on_every_backend(library: Path) -> None:
     script = """
-from xclip_fast.bench.cases import OPS, TINY, Load, find_op
-from xclip_fast.bench.inputs import Draw
+from xclip_fast.ops.cases import OPS, TINY, Load, find_op
+from xclip_fast.ops.inputs import Draw
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case
 from xclip_fast.bench.setting import inputs_of, setting_of
@@ -136,7 +136,7 @@ def capture(run):
             run()
 
 for name, case in OPS.items():
-    inputs = case.in_model(Draw(torch.bfloat16, "cuda"), Load(TINY, 1, 5))
+    inputs = case.arguments(Draw(torch.bfloat16, "cuda"), Load(TINY, 1, 5))
     for backend in ("reference", "torch"):
         capture(lambda: find_op(name)(**inputs, backend=backend))
 setting = setting_of(Case("model", "tiny", 4, 1, 5, "bfloat16", "forward", "uint8", "cuda"))
@@ -145,7 +145,7 @@ inputs = inputs_of(setting)
 capture(lambda: model(*inputs))
 print(standin.counts()["captures"], standin.counts()["refused"])
 """
-    from xclip_fast.bench.cases import OPS
+    from xclip_fast.ops.cases import OPS
 
     assert rehearse(library, script) == [f"{2 * len(OPS) + 1} 0"]
 

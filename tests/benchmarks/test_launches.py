@@ -12,11 +12,11 @@ pytest.importorskip("triton")
 
 from benchmarks.compile_gate.capture import captured_launches
 from xclip_fast.bench import launches
-from xclip_fast.bench.cases import config_of
 from xclip_fast.bench.launches import CLASSES, INPUTS, count, launches_of
 from xclip_fast.bench.record import Case
 from xclip_fast.model import create_model
 from xclip_fast.ops import backend
+from xclip_fast.ops.cases import config_of
 
 CASE = Case("model", "tiny", 4, 1, CLASSES, "float32", "forward", "normalised", "meta")
 FUSED = {

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from xclip_fast.bench import cases
 from xclip_fast.bench.verify import Result, check, verify
 from xclip_fast.cli import main
 from xclip_fast.cli.verify import to_junit
-from xclip_fast.ops import layer_norm
+from xclip_fast.ops import cases, layer_norm
 
 CASE = Result("layer_norm", "odd width", "torch", "cpu", "float32", 0, "failed")
 

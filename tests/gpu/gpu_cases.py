@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import TOLERANCES, assert_parity, longest_sum, poisoned_memory
+from numerics import assert_parity, longest_sum, poisoned_memory
 from torch import Tensor
 
-from xclip_fast.bench.cases import OPS, Load, config_of, find_op
-from xclip_fast.bench.inputs import Draw, Inputs
 from xclip_fast.bench.parity import doubled, floating, run_op
+from xclip_fast.ops.cases import OPS, Load, config_of, find_op
+from xclip_fast.ops.inputs import Draw, Inputs
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -27,13 +27,13 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="only a GPU has this")
 def inputs_of(op: str, variant: str, dtype: str, frames: int | None = None, batch: int = 1) -> Inputs:
     """The arguments that a model gives an op."""
     load = Load(config_of(variant, frames), batch, 400 if ON_GPU else 5)
-    return OPS[op].in_model(Draw(getattr(torch, dtype), DEVICE), load)
+    return OPS[op].arguments(Draw(getattr(torch, dtype), DEVICE), load)
 
 
 def check(op: str, inputs: Inputs, dtype: str, what: str, backend: str = "triton") -> None:
     """Outputs and gradients of an op against float64, by the rule of ``numerics``."""
     function, wanted = find_op(op), floating(inputs)
-    ceiling = TOLERANCES[getattr(torch, dtype)].ceiling * OPS[op].conditioning
+    ceiling = OPS[op].ceiling(getattr(torch, dtype))
     truth = run_op(function, doubled(inputs), wanted, "reference", True)
     plain = run_op(function, inputs, wanted, "reference", True)
     with poisoned_memory():

@@ -15,8 +15,8 @@ from numerics import TOLERANCES, assert_within, randomise_parameters, relative_e
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from xclip_fast.bench.cases import config_of
 from xclip_fast.engine import Engine
+from xclip_fast.ops.cases import config_of
 from xclip_fast.reference import XCLIP
 
 VARIANTS = ["B/32", "B/16", "L/14"] if ON_GPU else ["tiny"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from gpu_cases import DTYPES, OF_CLIPS, ON_GPU, VARIANTS, check, inputs_of
 
-from xclip_fast.bench.cases import OPS, config_of
+from xclip_fast.ops.cases import TRAINED, config_of
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRAINED)
 def test_parity_of_a_clip(op: str, variant: str, dtype: str) -> None:
     check(op, inputs_of(op, variant, dtype), dtype, f"in {variant}")
 

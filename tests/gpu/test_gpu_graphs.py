@@ -10,13 +10,13 @@ from gpu_cases import copies, equal, forward_and_backward, inputs_of, needs_gpu
 from numerics import relative_error
 from torch import Tensor
 
-from xclip_fast.bench.cases import OPS, find_op
-from xclip_fast.bench.inputs import Inputs
 from xclip_fast.bench.providers import PROVIDERS
 from xclip_fast.bench.record import Case
 from xclip_fast.bench.setting import inputs_of as model_inputs
 from xclip_fast.bench.setting import prepared, setting_of, step
 from xclip_fast.bench.timing import capture
+from xclip_fast.ops.cases import TRAINED, find_op
+from xclip_fast.ops.inputs import Inputs
 
 CASES = [("B/16", 2), ("B/32", 1), ("L/14", 1)]
 
@@ -38,7 +38,7 @@ def check(run: Callable[[], list[Tensor]], inputs: Inputs, warm_ups: int) -> Non
 @needs_gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("variant", "batch"), CASES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRAINED)
 def test_forward(op: str, variant: str, batch: int, dtype: str) -> None:
     inputs = inputs_of(op, variant, dtype, batch=batch)
 
@@ -54,7 +54,7 @@ def test_forward(op: str, variant: str, batch: int, dtype: str) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize(("variant", "batch"), CASES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRAINED)
 def test_forward_and_backward(op: str, variant: str, batch: int) -> None:
     inputs = inputs_of(op, variant, "bfloat16", batch=batch)
     check(forward_and_backward(op, inputs), inputs, warm_ups=3)

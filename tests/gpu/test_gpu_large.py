@@ -13,7 +13,6 @@ import torch
 from gpu_cases import DEVICE, ON_GPU, check, inputs_of, needs_gpu
 from torch import Tensor
 
-from xclip_fast.bench.cases import OPS
 from xclip_fast.kernels.clip_logits import clip_logits_bwd, clip_logits_fwd
 from xclip_fast.kernels.frame_attention import frame_attention_fwd
 from xclip_fast.kernels.frame_attention_bwd import frame_attention_bwd
@@ -25,6 +24,7 @@ from xclip_fast.kernels.patch_embed import patch_embed_fwd
 from xclip_fast.kernels.prompt_attention import prompt_attention_bwd, prompt_attention_fwd
 from xclip_fast.kernels.quantize_rows import quantize_rows_fwd
 from xclip_fast.kernels.temporal_block import temporal_block_fwd
+from xclip_fast.ops.cases import TRAINED
 
 EPS = 1e-5
 ELEMENTS = 2**31 + 2**24 if ON_GPU else 2**14
@@ -239,7 +239,7 @@ def test_bytes_up_to_the_limit() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize(("variant", "batch"), [("B/32", 64), ("L/14", 8)])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRAINED)
 def test_parity_of_large_batches(op: str, variant: str, batch: int) -> None:
     need(16)
     check(op, inputs_of(op, variant, "bfloat16", batch=batch), "bfloat16", f"x{batch}")

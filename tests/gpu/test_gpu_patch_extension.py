@@ -9,11 +9,11 @@ from numerics import relative_error
 from torch import Tensor
 
 from xclip_fast import _extension
-from xclip_fast.bench.inputs import Inputs
 from xclip_fast.bench.timing import capture
 from xclip_fast.ops import patch_embed
 from xclip_fast.ops._patch_contract import affine
 from xclip_fast.ops._patch_extension import pack_for_cuda
+from xclip_fast.ops.inputs import Inputs
 
 REASON = _extension.cuda_refusal() if ON_GPU else "only a GPU has this"
 needs_cuda_extension = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_cases import DEVICE, DTYPES, ON_GPU, copies, equal, forward_and_backward, inputs_of
 
-from xclip_fast.bench.cases import OPS
+from xclip_fast.ops.cases import TRAINED
 
 REPEATS = 50 if ON_GPU else 2
 # tokens in whole tiles and tails, and a batch that fills the GPU
@@ -15,7 +15,7 @@ CASES = [("B/16", 8), ("L/14", 2), ("B/32", 1)] if ON_GPU else [("tiny", 2)]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("variant", "batch"), CASES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRAINED)
 def test_repeats_are_bit_equal(op: str, variant: str, batch: int, dtype: str) -> None:
     run = forward_and_backward(op, inputs_of(op, variant, dtype, batch=batch))
     first = copies(run())

@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks.compile_gate import calls
 from benchmarks.compile_gate.__main__ import main
 from benchmarks.compile_gate.build import Build, compile_launch, measure
 from benchmarks.compile_gate.capture import captured_launches
 from benchmarks.compile_gate.gate import broken_laws, budget_file, read_budgets, write_budgets
+from xclip_fast.ops.inputs import Draw
 from xclip_fast.tuning import Tile, override
 
 ARCH = 90
@@ -31,12 +31,8 @@ def tiles(*sizes: int) -> AbstractContextManager[None]:
 
 def product(dtype: torch.dtype, width: int = 64) -> Build:
     """The GEMM compiled for inputs of this dtype."""
-
-    def make(*shape: int, dtype: torch.dtype | None = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     with captured_launches() as launches:
-        calls.linear_quick_gelu(make, 4096, width, 256, training=False)
+        calls.linear_quick_gelu(Draw(dtype, "meta"), rows=4096, width=width, hidden=256, training=False)
     return measure(compile_launch(launches[0], ARCH), launches[0].name, "control", ARCH)
 
 

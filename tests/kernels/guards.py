@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.compile_gate.calls import Make
+from xclip_fast.ops.inputs import Factory
 
 # of each side of a tensor; a multiple of every alignment
 GUARD_BYTES = 4096
@@ -44,6 +44,11 @@ class GuardedMemory(TorchFunctionMode):
         guarded.fill_(0.0 if func is torch.zeros else float("nan"))
         self.outputs.append(guarded)
         return guarded
+
+    @property
+    def draw(self) -> Factory:
+        """Its inputs as example arguments are drawn."""
+        return Factory(self.make)
 
     def make(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A random input."""
@@ -88,8 +93,8 @@ def _values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def factories(axis: int) -> tuple[Make, Make]:
-    """Two factories of the same float16 inputs: in blocks of their own, and with a stride along ``axis`` so large that
+def factories(axis: int) -> tuple[Factory, Factory]:
+    """Two draws of the same float16 inputs: in blocks of their own, and with a stride along ``axis`` so large that
     its first and last index lie more than an int32 apart. Memory never touched is never allocated.
 
     Rows keep their unit stride, and inputs without such an axis are alike in both.
@@ -117,4 +122,4 @@ def factories(axis: int) -> tuple[Make, Make]:
         return values(generators[1], shape, dtype)
 
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    return near, far
+    return Factory(near), Factory(far)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
@@ -15,36 +14,42 @@ from launcher_cases import KEPT, LAUNCHERS, random_cases
 
 from benchmarks.compile_gate import calls
 from benchmarks.compile_gate.capture import captured_launches
-from benchmarks.compile_gate.cases import make
+from benchmarks.compile_gate.cases import META
 from benchmarks.compile_gate.gate import kernels
+from xclip_fast.ops.cases import Sizes
 
 MOST_PROGRAMS = 2**31 - 1
 # 2**33 elements in the largest tensor of each
-LARGEST: dict[str, Callable[[], Any]] = {
-    "layer_norm": partial(calls.layer_norm, make, 2**28, 32, residual=True),
-    "quantize_rows": partial(calls.quantize_rows, make, 2**28, 32, norm=True, residual=True, constant=True),
-    "linear_quick_gelu rows": partial(calls.linear_quick_gelu, make, 2**27, 64, 64, training=True),
-    "linear_quick_gelu columns": partial(calls.linear_quick_gelu, make, 2**13, 64, 2**20, training=True),
-    "linear_quick_gelu_persistent": partial(calls.linear_quick_gelu_persistent, make, 2**27, 8, 64, programs=2**31),
-    "mean_norm_over_frames": partial(calls.mean_norm_over_frames, make, 2**13, 8, 2**12, 32),
-    "mean_norm_over_frames videos": partial(calls.mean_norm_over_frames, make, 2**28, 1, 1, 32),
-    "clip_logits": partial(calls.clip_logits, make, 2**13, 2**15, 32),
-    "clip_logits videos": partial(calls.clip_logits, make, 2**28, 1, 32),
-    "patch_embed frames": partial(calls.patch_embed, make, 2**28, 1, 2, 16),
-    "patch_embed pixels": partial(calls.patch_embed, make, 2, 2**12, 9, 16, pixels=torch.uint8),
-    "prompt_attention classes": partial(calls.prompt_attention, make, 2**8, 2**20, 49, 32, 1, shared=True),
-    "prompt_attention videos": partial(calls.prompt_attention, make, 2**28, 1, 1, 32, 1, shared=False),
-    "prompt_attention patches": partial(calls.prompt_attention, make, 2**8, 1, 2**20, 32, 1, shared=True),
-    "frame_attention frames": partial(calls.frame_attention, make, 2**28, 1, 1, head_dim=32, training=True),
-    "frame_attention tokens": partial(calls.frame_attention, make, 2**10, 2**18, 1, head_dim=32, training=True),
-    "frame_attention heads": partial(calls.frame_attention, make, 2**19, 64, 2, training=True, tile=KEPT),
-    "message_attention clips": partial(calls.message_attention, make, 2**27, 1, 1, head_dim=32, ragged=True),
-    "message_attention frames": partial(calls.message_attention, make, 1, 2**27, 1, head_dim=32),
-    "message_attention heads": partial(calls.message_attention, make, 2, 64, 2**9, head_dim=128),
-    "folded_message clips": partial(calls.folded_message, make, 2**27, 1, 1, head_dim=32),
-    "folded_message frames": partial(calls.folded_message, make, 1, 2**27, 1, head_dim=32),
-    "temporal_block": partial(calls.temporal_block, make, 2**26, 2, 1, head_dim=32),
-}
+LARGEST: dict[str, Sizes] = {
+    "layer_norm": {"rows": 2**28, "width": 32, "residual": True},
+    "quantize_rows": {"rows": 2**28, "width": 32, "norm": True, "residual": True, "constant": True},
+    "linear_quick_gelu rows": {"rows": 2**27, "width": 64, "hidden": 64},
+    "linear_quick_gelu columns": {"rows": 2**13, "width": 64, "hidden": 2**20},
+    "linear_quick_gelu_persistent": {"rows": 2**27, "width": 8, "hidden": 64, "programs": 2**31},
+    "mean_norm_over_frames": {"batch": 2**13, "frames": 8, "patches": 2**12, "width": 32},
+    "mean_norm_over_frames videos": {"batch": 2**28, "frames": 1, "patches": 1, "width": 32},
+    "clip_logits": {"batch": 2**13, "classes": 2**15, "width": 32},
+    "clip_logits videos": {"batch": 2**28, "classes": 1, "width": 32},
+    "patch_embed frames": {"frames": 2**28, "image": 2, "patch": 2, "width": 16, "planes": True},
+    "patch_embed pixels": {"frames": 2, "image": 9 * 2**12, "patch": 9, "width": 16},
+    "prompt_attention classes": {"batch": 2**8, "classes": 2**20, "patches": 49, "width": 32, "heads": 1},
+    "prompt_attention videos": {"batch": 2**28, "classes": 1, "patches": 1, "width": 32, "heads": 1},
+    "prompt_attention patches": {"batch": 2**8, "classes": 1, "patches": 2**20, "width": 32, "heads": 1},
+    "frame_attention frames": {"frames": 2**28, "tokens": 1, "width": 32, "heads": 1},
+    "frame_attention tokens": {"frames": 2**10, "tokens": 2**18, "width": 32, "heads": 1},
+    "frame_attention heads": {"frames": 2**19, "tokens": 64, "width": 128, "heads": 2, "tile": KEPT},
+    "message_attention clips": {"batch": 2**27, "frames": 1, "width": 32, "heads": 1, "ragged": True},
+    "message_attention frames": {"batch": 1, "frames": 2**27, "width": 32, "heads": 1},
+    "message_attention heads": {"batch": 2, "frames": 64, "width": 2**16, "heads": 2**9},
+    "message_key_value": {"frames": 2**27, "width": 32},
+    "folded_message clips": {"batch": 2**27, "frames": 1, "width": 32, "heads": 1},
+    "folded_message frames": {"batch": 1, "frames": 2**27, "width": 32, "heads": 1},
+    "temporal_block": {"batch": 2**26, "frames": 2, "width": 32, "heads": 1},
+}  # fmt: skip
+
+
+def call_of(name: str) -> Callable[[], Any]:
+    return partial(getattr(calls, name.split()[0]), META, **LARGEST[name])
 
 
 def check(call: Callable[[], Any]) -> None:
@@ -58,19 +63,19 @@ def check(call: Callable[[], Any]) -> None:
         assert 0 < launch.grid[0] <= MOST_PROGRAMS, launch.name
 
 
-@pytest.mark.parametrize("call", LARGEST.values(), ids=LARGEST)
-def test_grid_is_within_the_limits(call: Callable[[], Any]) -> None:
-    check(call)
+@pytest.mark.parametrize("name", LARGEST)
+def test_grid_is_within_the_limits(name: str) -> None:
+    check(call_of(name))
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_random_grids_are_within_the_limits(launcher: str) -> None:
     for call in random_cases(launcher, count=200, longest=2**20):
-        check(partial(call, make))
+        check(partial(call, META))
 
 
 def test_every_kernel_is_under_this_test() -> None:
     with captured_launches() as launches:
-        for call in LARGEST.values():
-            call()
+        for name in LARGEST:
+            call_of(name)()
     assert {launch.name for launch in launches} == kernels().keys()

@@ -34,6 +34,7 @@ from xclip_fast.kernels.linear_quick_gelu import (  # noqa: E402
 from xclip_fast.kernels.mean_norm_over_frames import mean_norm_over_frames_fwd  # noqa: E402
 from xclip_fast.kernels.prompt_attention import prompt_attention_fwd  # noqa: E402
 from xclip_fast.kernels.quantize_rows import quantize_rows_fwd  # noqa: E402
+from xclip_fast.ops.inputs import Factory  # noqa: E402
 
 Call = Callable[..., list[Tensor]]
 every_case = pytest.mark.parametrize("call", CASES.values(), ids=CASES)
@@ -54,7 +55,7 @@ def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_outputs_are_written_whole_and_nothing_else(call: Call, dtype: torch.dtype) -> None:
     with checked_pointers(), GuardedMemory(dtype) as memory:
-        call(memory.make)
+        call(memory.draw)
     assert memory.inputs
     assert memory.outputs
     memory.check()
@@ -64,7 +65,7 @@ def test_outputs_are_written_whole_and_nothing_else(call: Call, dtype: torch.dty
 def test_random_sizes_are_written_whole(launcher: str) -> None:
     for call in random_cases(launcher, count=10, longest=72):
         with checked_pointers(), GuardedMemory() as memory:
-            call(memory.make)
+            call(memory.draw)
         memory.check()
 
 
@@ -75,7 +76,7 @@ def test_any_order_of_programs_gives_the_same_bits(call: Call) -> None:
         torch.manual_seed(0)
         # an output read before it is written is not a number here
         with programs(order), GuardedMemory() as memory:
-            results.append(call(memory.make))
+            results.append(call(memory.draw))
     for result in results[1:]:
         assert equal(results[0], result)
 
@@ -134,10 +135,11 @@ LONG = {
     ),
     "frame_attention": lambda count: frame_attention_fwd(repeated(count, 2, 96), repeated(count, 64), 1, True)[0],
     "frame_attention head": lambda count: frame_attention(
-        lambda *shape, dtype: repeated(shape[0], *shape[1:]),
-        -(-count // 64),
-        64,
-        1,
+        Factory(lambda *shape, dtype: repeated(shape[0], *shape[1:])),
+        frames=-(-count // 64),
+        tokens=64,
+        width=64,
+        heads=1,
         training=False,
         tile=KEPT,
     )[0],
@@ -168,7 +170,7 @@ def test_every_kernel_is_under_these_tests() -> None:
 
     with checked_pointers() as launches, programs(count):
         for call in CASES.values():
-            call(GuardedMemory().make)
+            call(GuardedMemory().draw)
     assert most.keys() == kernels().keys()
     # one program has no order
     assert all(number > 1 for number in most.values()), most

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.compile_gate.capture import Launch, captured_launches
 from xclip_fast import tuning
-from xclip_fast.bench.inputs import Draw
-from xclip_fast.bench.inputs import frame_attention as attention_inputs
-from xclip_fast.bench.inputs import layer_norm as norm_inputs
 from xclip_fast.bench.parity import compare
 from xclip_fast.kernels.layer_norm import forward_tile
 from xclip_fast.ops import frame_attention, layer_norm
+from xclip_fast.ops.inputs import Draw
+from xclip_fast.ops.inputs import frame_attention as attention_inputs
+from xclip_fast.ops.inputs import layer_norm as norm_inputs
 from xclip_fast.tuning import Tile, override, tunables
 
 DRAW = Draw(torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
-INPUTS = norm_inputs(DRAW, rows=9, width=40)
+INPUTS = norm_inputs(DRAW, rows=9, width=40, residual=True)
 DEFAULT = forward_tile.default(40)
 
 
@@ -169,6 +171,12 @@ def test_every_kernel_has_candidates_that_begin_with_its_default() -> None:
         assert len(set(found)) == len(found)
         for tile in found:
             assert kernel.made(SHAPES[name], kernel.sizes_of(tile)) == tile
+
+
+def test_the_page_says_what_is_there() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    assert inspect.getsource(forward_tile.default) in page
+    assert repr(forward_tile.default(768)) in page
 
 
 def test_candidates_that_come_to_the_same_are_tried_once() -> None:

@@ -13,8 +13,6 @@ from configs import SMALL
 from torch import Tensor, nn
 
 from xclip_fast.bench import machine
-from xclip_fast.bench.cases import OPS, find_op
-from xclip_fast.bench.inputs import Draw
 from xclip_fast.bench.models import Effort, measure_model
 from xclip_fast.bench.operators import measure_op
 from xclip_fast.bench.parity import compare
@@ -24,6 +22,8 @@ from xclip_fast.engine import Engine
 from xclip_fast.engine.cpu import CpuTower
 from xclip_fast.model import create_model
 from xclip_fast.numerics import exact_float32
+from xclip_fast.ops.cases import OPS, find_op
+from xclip_fast.ops.inputs import Draw
 
 EFFORT = Effort(blocks=1, block=0.001, memory=False)
 EXACT = ("ieee", "ieee")
@@ -138,7 +138,7 @@ def test_an_op_is_judged_and_timed_in_float32(monkeypatch: pytest.MonkeyPatch) -
         seen.add(settings())
         return inner(**arguments)
 
-    inputs = OPS["clip_logits"].small["odd sizes"](Draw(torch.float32, "cpu", 0))
+    inputs = OPS["clip_logits"].example(Draw(torch.float32, "cpu", 0), "odd sizes")
     assert all(row.passed for row in compare(op, inputs, "torch", gradients=True))
     assert seen == {EXACT}
     seen.clear()

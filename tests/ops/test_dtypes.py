@@ -12,10 +12,10 @@ from harness import DEVICE, check_op, random
 from numerics import TOLERANCES, assert_within
 
 from xclip_fast import ops
-from xclip_fast.bench import inputs
-from xclip_fast.bench.inputs import Draw, Inputs
 from xclip_fast.bench.parity import doubled, floating, run_op
+from xclip_fast.ops import inputs
 from xclip_fast.ops._quantize_rows import quantize_rows
+from xclip_fast.ops.inputs import Draw, Inputs
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
@@ -30,28 +30,13 @@ class Case:
     wide: tuple[str, ...]
 
 
-def _with(more: Callable[[Draw], Inputs], draw: Callable[[Draw], Inputs]) -> Callable[[Draw], Inputs]:
-    return lambda on: draw(on) | more(on)
-
-
-def _perceptron(draw: Draw) -> Inputs:
-    first = inputs.linear_quick_gelu(draw, 5, 32, 48)
-    return {
-        "x": first["x"],
-        "fc_weight": first["weight"],
-        "fc_bias": first["bias"],
-        "proj_weight": draw.weight(32, 48),
-        "proj_bias": draw(32, scale=0.3),
-    }
-
-
 NORM = "norm_weight", "norm_bias"
 NORMS = "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"
 ALL = {
     "layer_norm": Case(ops.layer_norm, lambda on: inputs.layer_norm(on, 5, 64, residual=False), ("weight", "bias")),
     "layer_norm residual constant": Case(
         ops.layer_norm,
-        _with(lambda on: {"constant": on(64)}, lambda on: inputs.layer_norm(on, 5, 64)),
+        lambda on: inputs.layer_norm(on, 5, 64, residual=True, constant=True),
         ("weight", "bias", "constant"),
     ),
     "mean_norm_over_frames": Case(
@@ -59,17 +44,17 @@ ALL = {
     ),
     "mean_norm_over_frames residual": Case(
         ops.mean_norm_over_frames,
-        _with(lambda on: {"residual": on(2, 3, 4, 64)}, lambda on: inputs.mean_norm_over_frames(on, 2, 3, 4, 64)),
+        lambda on: inputs.mean_norm_over_frames(on, 2, 3, 4, 64, residual=True),
         ("weight", "bias"),
     ),
     "clip_logits": Case(ops.clip_logits, lambda on: inputs.clip_logits(on, 2, 5, 64), ("alpha", "logit_scale")),
     "clip_logits residual": Case(
         ops.clip_logits,
-        _with(lambda on: {"residual": on(2, 5, 64)}, lambda on: inputs.clip_logits(on, 2, 5, 64)),
+        lambda on: inputs.clip_logits(on, 2, 5, 64, residual=True),
         ("alpha", "logit_scale"),
     ),
     "linear_quick_gelu": Case(ops.linear_quick_gelu, lambda on: inputs.linear_quick_gelu(on, 5, 32, 48), ("bias",)),
-    "feed_forward": Case(ops.feed_forward, _perceptron, ("fc_bias", "proj_bias")),
+    "feed_forward": Case(ops.feed_forward, lambda on: inputs.feed_forward(on, 5, 32, 48), ("fc_bias", "proj_bias")),
     "message_attention": Case(ops.message_attention, lambda on: inputs.message_attention(on, 2, 3, 64, 2), NORM),
     "message_attention ragged": Case(
         ops.message_attention, lambda on: inputs.message_attention(on, 2, 3, 64, 2, ragged=True), NORM
@@ -78,10 +63,7 @@ ALL = {
     "temporal_block": Case(ops.temporal_block, lambda on: inputs.temporal_block(on, 2, 3, 64, 2), NORMS),
     "temporal_block pooled": Case(
         ops.temporal_block,
-        _with(
-            lambda on: {"positions": on(3, 64, scale=0.3), "pooled_with": on(2, 3, 64)},
-            lambda on: inputs.temporal_block(on, 2, 3, 64, 2),
-        ),
+        lambda on: inputs.temporal_block(on, 2, 3, 64, 2, whole=True),
         NORMS,
     ),
     "patch_embed": Case(

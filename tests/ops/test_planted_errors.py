@@ -13,10 +13,10 @@ from harness import kernel_dtypes
 from numerics import TOLERANCES, longest_sum, parity_error
 from torch import Tensor
 
-from xclip_fast.bench.cases import OPS, find_op
-from xclip_fast.bench.inputs import Draw
 from xclip_fast.bench.parity import doubled, floating, run_op
 from xclip_fast.numerics import allowance, sum_error
+from xclip_fast.ops.cases import OPS, find_op
+from xclip_fast.ops.inputs import Draw
 
 
 def everywhere(exact: Tensor, dtype: torch.dtype, size: float) -> Tensor:
@@ -37,18 +37,18 @@ def test_four_roundings_are_seen(
     op: str, plant: Callable[[Tensor, torch.dtype, float], Tensor], dtype: torch.dtype
 ) -> None:
     rounding = TOLERANCES[dtype].rounding
-    for name, make in OPS[op].small.items():
-        inputs = make(Draw(dtype, "cpu", 0))
+    for name in OPS[op].small:
+        inputs = OPS[op].example(Draw(dtype, "cpu", 0), name)
         wanted, function = floating(inputs), find_op(op)
-        truth = run_op(function, doubled(inputs), wanted, "reference", True)
-        plain = run_op(function, inputs, wanted, "reference", True)
-        terms, ceiling = longest_sum(inputs), TOLERANCES[dtype].ceiling * OPS[op].conditioning
+        truth = run_op(function, doubled(inputs), wanted, "reference", OPS[op].trained)
+        plain = run_op(function, inputs, wanted, "reference", OPS[op].trained)
+        terms, ceiling = longest_sum(inputs), OPS[op].ceiling(dtype)
         for what, exact in truth.items():
             if not exact.any() or not exact.dtype.is_floating_point:
                 continue
             torch_error = parity_error(plain[what], exact)
             # where torch itself errs more than a rounding, four times as much as it does
-            planted = plant(exact, dtype, 4 * max(rounding, torch_error)).to(plain[what].dtype)
+            planted = plant(exact, plain[what].dtype, 4 * max(rounding, torch_error)).to(plain[what].dtype)
             assert parity_error(planted, exact) > allowance(torch_error, dtype, terms, ceiling), (name, what)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from xclip_fast.bench.cases import OPS, config_of
 from xclip_fast.bench.record import Row, Run, Timing
+from xclip_fast.ops.cases import OPS, config_of
 
 MODEL = "model"
 INK, GRID = "#1b1f24", "#d5d9de"

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xclip_fast.bench.cases import config_of
 from xclip_fast.bench.huggingface import HuggingFace, model_of
 from xclip_fast.bench.record import Case
 from xclip_fast.bench.setting import INPUTS, Setting, UnavailableError
@@ -34,6 +33,7 @@ from xclip_fast.engine.packing import CUDA_REWRITES, Packing
 from xclip_fast.model import create_model
 from xclip_fast.ops import backend
 from xclip_fast.ops._folded_message import launches as folded_launches
+from xclip_fast.ops.cases import config_of
 from xclip_fast.ops.message_attention import key_value_launches
 from xclip_fast.ops.message_attention import launches as message_launches
 from xclip_fast.ops.temporal_block import launches as temporal_launches

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from xclip_fast.bench.cases import config_of
 from xclip_fast.bench.machine import available_memory
 from xclip_fast.bench.record import Case
 from xclip_fast.flops import parameters
+from xclip_fast.ops.cases import config_of
 
 DEADLINE = 300.0
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xclip_fast.bench.cases import config_of
 from xclip_fast.bench.launches import launches_of
 from xclip_fast.bench.machine import Sensors
 from xclip_fast.bench.memory import memory_refusal, peak_memory
@@ -26,6 +25,7 @@ from xclip_fast.bench.timing import BLOCK, LEAST, SPENT, Blocks, Sample, alterna
 from xclip_fast.errors import InputError
 from xclip_fast.flops import count
 from xclip_fast.numerics import exact_float32, model_allowance, poisoned_memory, relative_error
+from xclip_fast.ops.cases import config_of
 
 _log = logging.getLogger("xclip_fast")
 

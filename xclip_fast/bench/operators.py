@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from xclip_fast.bench.cases import OPS, Load, config_of, find_op
-from xclip_fast.bench.inputs import Draw, Inputs
 from xclip_fast.bench.machine import Sensors
 from xclip_fast.bench.models import Effort, beyond
 from xclip_fast.bench.parity import compare, floating, run_op, same_bits
 from xclip_fast.bench.record import FAILED, TIMED, UNAVAILABLE, WRONG, Amdahl, Case, Check, Roof, Row, finite
 from xclip_fast.bench.timing import alternate, noise_of, sampler, timing_of
 from xclip_fast.errors import InputError
-from xclip_fast.numerics import TOLERANCES, exact_float32
+from xclip_fast.numerics import exact_float32
 from xclip_fast.ops import explain
+from xclip_fast.ops.cases import OPS, Load, config_of, find_op
+from xclip_fast.ops.inputs import Draw, Inputs
 
 _log = logging.getLogger("xclip_fast")
 
@@ -29,7 +30,7 @@ BACKENDS = (BASELINE, "torch", "triton", "extension", "compile")
 def inputs_of(case: Case, device: str | None = None) -> Inputs:
     """The arguments that the model of a case gives the op."""
     load = Load(config_of(case.variant, case.frames), case.batch, case.classes)
-    return OPS[case.name].in_model(Draw(getattr(torch, case.dtype), device or case.device), load)
+    return OPS[case.name].arguments(Draw(getattr(torch, case.dtype), device or case.device), load)
 
 
 def measure_op(
@@ -59,6 +60,9 @@ def measure_op(
         op = find_op(case.name)
     except ImportError as error:
         yield from (Row(case, name, UNAVAILABLE, str(error)) for name in backends)
+        return
+    if case.direction == "train" and not OPS[case.name].trained:
+        yield from (Row(case, name, UNAVAILABLE, "it is for inference: no backward pass") for name in backends)
         return
     with exact_float32():
         yield from _measured(case, op, backends, effort, ceilings, model_ms)
@@ -152,7 +156,7 @@ def _gate(case: Case, op: Callable[..., object], arguments: Inputs, name: str) -
             return torch.compile(lambda **given: op(**given, backend=BASELINE))(**inputs)
         return op(**inputs, backend=backend)
 
-    ceiling = TOLERANCES[getattr(torch, case.dtype)].ceiling * OPS[case.name].conditioning
+    ceiling = OPS[case.name].ceiling(getattr(torch, case.dtype))
     train = case.direction == "train"
     rows = list(compare(call, arguments, name, gradients=train, ceiling=ceiling))
     repeats = same_bits(*(run_op(call, arguments, floating(arguments), name, train) for _ in range(2)))
@@ -168,7 +172,7 @@ def _gate(case: Case, op: Callable[..., object], arguments: Inputs, name: str) -
 
 
 def _roof(case: Case, arguments: Inputs, median_ms: float, ceilings: dict[str, float]) -> Roof | None:
-    """Products counted on meta tensors; every argument read once, every result written once."""
+    """FLOPs counted on meta tensors; every argument read once, every result written once."""
     rate = ceilings.get(f"{case.dtype}_tflops")
     if rate is None or case.direction == "train":
         return None
@@ -177,7 +181,8 @@ def _roof(case: Case, arguments: Inputs, median_ms: float, ceilings: dict[str, f
     with FlopCounterMode(display=False) as counter:
         result = op(**meta, backend="torch")
     outputs = [result] if isinstance(result, Tensor) else list(result)
-    moved = sum(x.numel() * x.element_size() for x in (*arguments.values(), *outputs) if isinstance(x, Tensor))
+    given = tree_leaves([*arguments.values(), *outputs])
+    moved = sum(x.numel() * x.element_size() for x in given if isinstance(x, Tensor))
     flops = int(counter.get_total_flops())
     floor = max(flops / (rate * 1e12), moved / (ceilings["copy_gbs"] * 1e9)) * 1e3
     return Roof(flops, moved, floor, floor / median_ms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,14 @@ def floating(inputs: Mapping[str, object]) -> list[str]:
 
 def doubled(inputs: Mapping[str, object]) -> dict[str, object]:
     """The same arguments with their floating point tensors in float64."""
-    return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in inputs.items()}
+    return {name: _double(x) for name, x in inputs.items()}
+
+
+def _double(x: Any) -> Any:
+    if isinstance(x, tuple):
+        # weights by name
+        return type(x)(*map(_double, x))
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def run_op(op: Op, inputs: Mapping[str, object], wanted: list[str], backend: str, gradients: bool) -> dict[str, Tensor]:

@@ -199,7 +199,7 @@ PROVIDERS: dict[str, Provider] = {
         "max-autotune with cuDNN's attention", huggingface_compiled(True, "CUDNN_ATTENTION"), compiled=True
     ),
     "hf-compile-max-cublas": Provider(
-        "max-autotune with flash attention and products by cuBLAS, which compiles in a fraction of the time",
+        "max-autotune with flash attention and GEMMs by cuBLAS, which compiles in a fraction of the time",
         huggingface_compiled(True, "FLASH_ATTENTION", "ATEN"),
         compiled=True,
     ),

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xclip_fast.bench.cases import OPS, config_of
 from xclip_fast.bench.machine import ceilings, facts
 from xclip_fast.bench.memory import memory_refusal
 from xclip_fast.bench.models import Effort, measure_model
@@ -18,6 +17,7 @@ from xclip_fast.bench.record import FAILED, Case, Row, Run
 from xclip_fast.bench.setting import INPUTS
 from xclip_fast.devices import find_device
 from xclip_fast.errors import InputError
+from xclip_fast.ops.cases import OPS, config_of
 
 MODEL = "model"
 DTYPES = ("float32", "bfloat16", "float16")

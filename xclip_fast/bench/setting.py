@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from xclip_fast.bench.cases import config_of
-from xclip_fast.bench.inputs import OUTLIER_SCALE, OUTLIERS
 from xclip_fast.bench.record import Case
 from xclip_fast.config import XCLIPConfig
+from xclip_fast.ops.cases import config_of
+from xclip_fast.ops.inputs import OUTLIER_SCALE, OUTLIERS
 
 INPUTS = ("normalised", "uint8")
 State = dict[str, Tensor]

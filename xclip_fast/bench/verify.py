@@ -1,4 +1,4 @@
-"""Every op checked where it is installed: the yes or no behind ``xclip-fast verify``.
+"""Every op checked where it is installed: what ``xclip-fast verify`` runs.
 
 The rule is ``xclip_fast.numerics.allowance``. Kernels are held to twice plain torch's error and a rounding; the "torch"
 backend, which is PyTorch's own operators in another order, to what its dtype may err at most.
@@ -79,7 +79,7 @@ def verify(
     Raises:
         InputError: a name is unknown.
     """
-    from xclip_fast.bench.cases import IN_EXTENSION, OPS
+    from xclip_fast.ops.cases import IN_EXTENSION, OPS
 
     for asked, known, what in ((ops, OPS, "op"), (dtypes, DTYPES, "dtype"), (backends, BACKENDS, "backend")):
         for name in asked:
@@ -131,22 +131,21 @@ def check(case: Result, gradients: bool) -> Result:
     """Run one case here; whatever it raises is its result."""
     import torch
 
-    from xclip_fast.bench.cases import OPS, find_op
-    from xclip_fast.bench.inputs import Draw
     from xclip_fast.bench.parity import compare
-    from xclip_fast.numerics import TOLERANCES
     from xclip_fast.ops import explain
+    from xclip_fast.ops.cases import OPS, find_op
+    from xclip_fast.ops.inputs import Draw
 
     start = time.perf_counter()
     op = OPS[case.op]
     dtype = getattr(torch, case.dtype)
-    ceiling = TOLERANCES[dtype].ceiling * op.conditioning
+    ceiling = op.ceiling(dtype)
     try:
         function = find_op(case.op)
-        arguments = op.small[case.case](Draw(dtype, case.device, case.seed))
+        arguments = op.example(Draw(dtype, case.device, case.seed), case.case)
         if refusal := explain(case.op, **arguments).get(case.backend):
             return replace(case, status=SKIPPED, reason=refusal)
-        rows = list(compare(function, arguments, case.backend, gradients=gradients, ceiling=ceiling))
+        rows = list(compare(function, arguments, case.backend, gradients=gradients and op.trained, ceiling=ceiling))
     except ImportError as error:
         return replace(case, status=SKIPPED, reason=str(error))
     except Exception as error:
@@ -169,7 +168,7 @@ def check(case: Result, gradients: bool) -> Result:
 
 
 def answer() -> None:
-    """Be the child: cases on stdin, a line of JSON for each on stdout."""
+    """Entry point of the child process: reads cases as JSON, prints a line of JSON for each."""
     spec = json.load(sys.stdin)
     for case in spec["cases"]:
         print(json.dumps(asdict(check(Result(**case), spec["gradients"]))), flush=True)

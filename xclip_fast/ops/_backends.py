@@ -22,7 +22,7 @@ BACKENDS = ("reference", "torch", "triton", "extension")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED_DTYPES = (torch.float16, torch.float32)  # Triton's interpreter keeps bfloat16 as integers
 
-# numbers in the tokens of a batch below which a GPU waits for the host: an H200 takes about 2 ms for a block of as many,
+# numbers in the tokens of a batch below which a GPU waits for the host: an H200 takes about 2 ms for a block of these,
 # and the host beside it as long to call our kernels; PyTorch's own operators take half of that
 HOST_BOUND = 1 << 25
 

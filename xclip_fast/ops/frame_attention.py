@@ -11,9 +11,8 @@ from torch import Tensor
 from xclip_fast.ops import _attention_extension
 from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
+from xclip_fast.ops._frames import HEAD_DIMS
 from xclip_fast.ops._register import fused_op
-
-HEAD_DIMS = (32, 64, 128)  # a head is one power of two of columns in a kernel's tile
 
 
 def frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, *, backend: str | None = None) -> Tensor:

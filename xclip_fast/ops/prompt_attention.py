@@ -10,9 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
+from xclip_fast.ops._frames import HEAD_DIMS
 from xclip_fast.ops._register import fused_op
-
-HEAD_DIMS = (32, 64, 128)
 
 
 def prompt_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, backend: str | None = None) -> Tensor:
