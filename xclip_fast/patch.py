@@ -26,6 +26,12 @@ class OptimizeReport:
         replaced, already: the name of each module in the model, and its kind.
         kept: modules that run by themselves as long as they are what they are, by name, and why: adapters, hooks,
             quantised weights, a ``forward`` of another library. What is around them is fused.
+
+    Example:
+        >>> import xclip_fast
+        >>> from xclip_fast.patch import OptimizeReport
+        >>> print(OptimizeReport(replaced={"mlp": "XCLIPMLP"}, already={}))
+        replaced 1 x XCLIPMLP
     """
 
     replaced: dict[str, str]
@@ -57,6 +63,14 @@ def optimize(model: nn.Module) -> OptimizeReport:
 
     Raises:
         ValueError: nothing in the model can be replaced.
+
+    Example:
+        >>> import xclip_fast
+        >>> from transformers import XCLIPVisionConfig, XCLIPVisionModel
+        >>> sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "mit_hidden_size": 64}
+        >>> model = XCLIPVisionModel(XCLIPVisionConfig(**sizes, image_size=32, patch_size=16))
+        >>> print(xclip_fast.optimize(model))
+        replaced 2 x XCLIPMLP, 2 x XCLIPVisionEncoderLayer
     """
     replaced, already, kept = {}, {}, {}
     for name, module in list(model.named_modules()):
@@ -85,7 +99,17 @@ def optimize(model: nn.Module) -> OptimizeReport:
 
 
 def restore(model: nn.Module) -> int:
-    """Undo ``optimize``: the modules run their classes' own code again. Returns how many were restored."""
+    """Undo ``optimize``: the modules run their classes' own code again. Returns how many were restored.
+
+    Example:
+        >>> import xclip_fast
+        >>> from transformers import XCLIPVisionConfig, XCLIPVisionModel
+        >>> sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "mit_hidden_size": 64}
+        >>> model = XCLIPVisionModel(XCLIPVisionConfig(**sizes, image_size=32, patch_size=16))
+        >>> report = xclip_fast.optimize(model)
+        >>> xclip_fast.restore(model)
+        4
+    """
     restored = 0
     for module in model.modules():
         if isinstance(module, Patched):

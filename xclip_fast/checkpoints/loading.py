@@ -48,10 +48,17 @@ _FOREIGN = (
 class LoadReport:
     """What ``load_model`` did; a loaded model carries it as ``model.load_report``.
 
-    format: "xclip_fast", "official", "hf", "clip" or "open_clip".
-    loaded: tensors of the model that came from the checkpoint.
-    initialised: names of those that started random, since the checkpoint is CLIP's.
-    repairs: what was put right, resized or assumed, a sentence each.
+    Attributes:
+        format: "xclip_fast", "official", "hf", "clip" or "open_clip".
+        loaded: tensors of the model that came from the checkpoint.
+        initialised: names of those that started random, since the checkpoint is CLIP's.
+        repairs: what was put right, resized or assumed, a sentence each.
+
+    Example:
+        >>> from xclip_fast.demo.models import load_trained
+        >>> report = load_trained("xclip").load_report
+        >>> report.format, report.initialised
+        ('xclip_fast', ())
     """
 
     format: str
@@ -92,6 +99,13 @@ def load_model(
     Raises:
         InputError: the source can't be found, read, trusted or understood; the message says which and what to do.
         ValueError: ``frames`` or ``dtype`` is out of range.
+
+    Example:
+        >>> import xclip_fast
+        >>> from xclip_fast.demo.models import weights_path
+        >>> model = xclip_fast.load_model(weights_path("xclip"), frames=16)
+        >>> model.config.frames, model.load_report.format
+        (16, 'xclip_fast')
     """
     if frames is not None:
         XCLIPConfig(frames=frames)  # refuses what is no number of frames before anything is read

@@ -42,6 +42,15 @@ def save_model(model: XCLIP, path: str | os.PathLike[str], format: str = OWN_FOR
 
     Raises:
         InputError: the format is unknown or can't express the model, or the path can't be written.
+
+    Example:
+        >>> import torch, xclip_fast
+        >>> from xclip_fast.demo.models import load_trained
+        >>> model = load_trained("xclip")
+        >>> xclip_fast.save_model(model, "model.safetensors")
+        >>> again = xclip_fast.load_model("model.safetensors")
+        >>> all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+        True
     """
     if format not in _WRITERS:
         raise InputError(f"unknown checkpoint format {format!r}: choose one of {', '.join(_WRITERS)}")

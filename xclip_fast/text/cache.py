@@ -40,6 +40,15 @@ class TextCache:
 
     Raises:
         InputError: there can be no such folder.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.demo.models import load_trained
+        >>> from xclip_fast.text import TextCache, get_tokenizer
+        >>> model, cache = load_trained("xclip"), TextCache()
+        >>> tokens = get_tokenizer(model.config)(["left", "right"])
+        >>> torch.equal(cache.encode(model, tokens), cache.encode(model, tokens))  # encoded once
+        True
     """
 
     def __init__(

@@ -14,6 +14,11 @@ def clean_labels(labels: Iterable[str]) -> list[str]:
         InputError: there is no label, a label is blank or not valid Unicode, or two differ in case or spacing alone,
             which the tokenizer cannot tell apart.
         ValueError: ``labels`` is a string or holds something other than strings.
+
+    Example:
+        >>> from xclip_fast.text import clean_labels
+        >>> clean_labels([" playing sports", "go shopping "])
+        ['playing sports', 'go shopping']
     """
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of strings, found the string {shown(labels)}")
@@ -43,6 +48,11 @@ def apply_template(labels: Iterable[str], template: str) -> list[str]:
 
     Raises:
         InputError: the template does not hold exactly one ``{}``.
+
+    Example:
+        >>> from xclip_fast.text import apply_template
+        >>> apply_template(["archery", "yoga"], "a video of {}")
+        ['a video of archery', 'a video of yoga']
     """
     if template.count("{}") != 1:
         raise InputError(f"template {shown(template)} has {template.count('{}')} places '{{}}' for a label: use one")

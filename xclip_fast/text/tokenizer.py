@@ -43,6 +43,11 @@ class Tokenizer:
 
     Attributes:
         vocab_size: 514 and one for each merge. The last two ids are the start and the end of text; no text makes them.
+
+    Example:
+        >>> from xclip_fast.text import Tokenizer
+        >>> Tokenizer()("go")  # bytes alone: no merges were given
+        tensor([[512,  70, 334, 513]])
     """
 
     def __init__(self, merges: Sequence[tuple[str, str]] = ()) -> None:
@@ -141,6 +146,12 @@ def get_tokenizer(config_or_vocab_size: XCLIPConfig | int, vocabulary: str | Pat
 
     Raises:
         InputError: no tokenizer has this size, or its vocabulary is missing or broken, or it takes none.
+
+    Example:
+        >>> from xclip_fast import XCLIPConfig
+        >>> from xclip_fast.text import get_tokenizer
+        >>> get_tokenizer(XCLIPConfig(vocab_size=514))(["a", "go"]).shape  # CLIP's own has 49408
+        torch.Size([2, 4])
     """
     size = config_or_vocab_size if isinstance(config_or_vocab_size, int) else config_or_vocab_size.vocab_size
     if size == BYTE_VOCAB_SIZE:

@@ -23,6 +23,11 @@ def probe(path: str | os.PathLike[str], *, backend: str = "auto") -> VideoInfo:
 
     Raises:
         InputError: the file is missing, no video, damaged or beyond the caps, or the backend can't be used.
+
+    Example:
+        >>> from xclip_fast.video import probe
+        >>> probe("clip.mp4").frames
+        40
     """
     source = check_source(path)
     return select_backend(backend, source).probe(source)
@@ -54,6 +59,13 @@ def read_frames(
         InputError: the file is missing, no video, too damaged or beyond the caps; an index lies past its end; the
             frames would take more than 4 GiB; the backend can't be used.
         ValueError: both ``indices`` and ``sample``, or indices that are not whole numbers from 0.
+
+    Example:
+        >>> from xclip_fast.video import Sampling, read_frames
+        >>> read_frames("clip.mp4", [0, 39, 0]).shape
+        (3, 64, 64, 3)
+        >>> read_frames("clip.mp4", sample=Sampling(frames=8, clips=2)).shape
+        (16, 64, 64, 3)
     """
     source = check_source(path)
     request = _request(source, indices, sample)
@@ -103,6 +115,11 @@ def load_video(
     Raises:
         InputError: as in ``read_frames``, or no preset has this name.
         ValueError: a number is out of range.
+
+    Example:
+        >>> from xclip_fast.video import load_video
+        >>> load_video("clip.mp4", frames=8, size=32, clips=2, crops=3).shape
+        torch.Size([6, 8, 32, 32, 3])
     """
     sampling = Sampling(frames=frames, clips=clips)
     get_preset(preset)

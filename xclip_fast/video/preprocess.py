@@ -21,6 +21,11 @@ class Preset:
     ``margin`` is the short side before a single crop, over the size of the crop, in 224ths; three crops need none.
     ``rounds_side`` and ``rounds_crop`` say whether the long side, and the place of the centre crop, are rounded or cut
     to whole numbers, as in the code each preset follows.
+
+    Example:
+        >>> from xclip_fast.video import PRESETS
+        >>> PRESETS["official"].resized(height=480, width=640, size=224, crops=1)
+        (256, 341)
     """
 
     name: str
@@ -71,6 +76,12 @@ def preprocess(frames: Any, preset: str = "official", size: int = 224, crops: in
     Raises:
         InputError: no preset has this name.
         ValueError: frames, size or crops are not as described.
+
+    Example:
+        >>> import numpy as np
+        >>> from xclip_fast.video import preprocess
+        >>> preprocess(np.zeros((8, 48, 64, 3), dtype=np.uint8), size=32, crops=3).shape
+        torch.Size([3, 8, 32, 32, 3])
     """
     chosen = get_preset(preset)
     check_crops(size, crops)
@@ -117,6 +128,12 @@ def normalise(frames: torch.Tensor, preset: str = "official") -> torch.Tensor:
     Raises:
         InputError: no preset has this name.
         ValueError: frames are not as described.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.video import normalise
+        >>> normalise(torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8)).shape
+        torch.Size([1, 8, 3, 32, 32])
     """
     chosen = get_preset(preset)
     if frames.dtype != torch.uint8 or frames.ndim < 4 or frames.shape[-1] != 3:

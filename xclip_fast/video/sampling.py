@@ -48,6 +48,12 @@ class Sampling:
 
     Raises:
         ValueError: ``frames`` or ``clips`` is not a positive integer.
+
+    Example:
+        >>> from xclip_fast.video import Sampling
+        >>> Sampling(frames=4, clips=2).indices(40)
+        array([[ 2, 12, 22, 32],
+               [ 7, 17, 27, 37]])
     """
 
     frames: int = 8

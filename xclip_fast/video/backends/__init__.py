@@ -14,7 +14,13 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (PyAV(), To
 
 
 def available_backends() -> dict[str, str | None]:
-    """For each decode backend None when it can be used here, else one line that says why not."""
+    """For each decode backend None when it can be used here, else one line that says why not.
+
+    Example:
+        >>> from xclip_fast.video import available_backends
+        >>> sorted(available_backends())
+        ['decord', 'pyav', 'torchcodec']
+    """
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 

@@ -34,6 +34,12 @@ class VideoInfo:
     """What a file holds: ``frames`` counts stored frames (not the header's word), ``duration`` is in seconds.
 
     ``width`` and ``height`` are those of the upright picture, after the rotation the file asks for.
+
+    Example:
+        >>> from xclip_fast.video import probe
+        >>> info = probe("clip.mp4")
+        >>> info.frames, info.width, info.height, info.codec
+        (40, 64, 64, 'h264')
     """
 
     frames: int
