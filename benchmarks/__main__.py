@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     launches.add_argument("--json", action="store_true", help="variant to input to provider to launches, as JSON")
     launches.set_defaults(run=_launches)
 
-    tables = commands.add_parser("tables", help="write the README's tables from benchmarks/results")
+    tables = commands.add_parser("tables", help="write the tables and figures of docs/ from benchmarks/results")
     tables.set_defaults(run=_tables)
 
     report = commands.add_parser("report", help="a page (.html) or a figure (.svg, .png) of a file of results")
@@ -118,9 +118,13 @@ def _launches(options: argparse.Namespace) -> int:
 
 
 def _tables(options: argparse.Namespace) -> int:
-    from benchmarks.tables import README, write
+    from benchmarks import figures, tables
 
-    print(f"{README.name}: {'written' if write() else 'as it was'}")
+    for page in tables.PAGES:
+        if tables.write(page):
+            print(f"{page.name}: written")
+    if figures.write():
+        print(f"{figures.FOLDER.name}: drawn")
     return 0
 
 

@@ -1,8 +1,9 @@
-"""The tables of the README, made from benchmarks/results: ``make tables`` writes them, a test compares them."""
+"""The tables of docs/, made from benchmarks/results: ``make tables`` writes them, a test compares them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.goals import COMPILED, TRAINED
@@ -13,16 +14,16 @@ from xclip_fast.flops import headline
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def write(readme: Path = README) -> bool:
+def write(page: Path) -> bool:
     """Put the tables between their markers; true when the file was changed."""
-    before = readme.read_text(encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
     after = filled(before)
     if after != before:
-        readme.write_text(after, encoding="utf-8")
+        page.write_text(after, encoding="utf-8")
     return after != before
 
 
@@ -79,13 +80,17 @@ def _gpu(run: Run) -> str:
             timed.setdefault((_model(row), method), []).append(row)
     for (model, method), rows in timed.items():
         eager, compiled, ours, float8 = (
-            max((row for row in rows if row.provider in names), key=_gain, default=None)
-            for names in (("hf-sdpa",), COMPILED, ("engine", *TRAINED), ("engine-float8",))
+            fastest(rows, names) for names in (("hf-sdpa",), COMPILED, ("engine", *TRAINED), ("engine-float8",))
         )
         cells = [model, method, *(_milliseconds(row) for row in (eager, compiled, ours)), _ratio(ours) if ours else ""]
         cells += [_over(ours, compiled), _milliseconds(float8), _over(float8, compiled)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _origin(run)])
+
+
+def fastest(rows: Sequence[Row], providers: Sequence[str]) -> Row | None:
+    """The row of these providers with the largest ratio, or None."""
+    return max((row for row in rows if row.provider in providers), key=_gain, default=None)
 
 
 def _gain(row: Row) -> float:
@@ -184,5 +189,5 @@ def _origin(run: Run) -> str:
     )
     return (
         f"Measured on {where}, torch {facts['torch']}, commit {facts['commit']}, {facts['utc'][:10]}. "
-        f"The machine's own products in the same run: {rates}; copies {run.ceilings['copy_gbs']:.1f} GB/s."
+        f"The machine's own GEMMs in the same run: {rates}; copies {run.ceilings['copy_gbs']:.1f} GB/s."
     )
