@@ -27,7 +27,7 @@ lint: $(INSTALLED)
 
 # the pages into build/docs; a link that leads nowhere is an error
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 kernels-report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.static
