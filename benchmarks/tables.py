@@ -6,11 +6,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.gpu.goals import COMPILED, TRAINED
 from xclip_fast.bench.figures import milliseconds
 from xclip_fast.bench.machine import RIVALS
 from xclip_fast.bench.record import UNAVAILABLE, Row, Run
+from xclip_fast.engine.budget import BUDGETS
 from xclip_fast.flops import headline
+from xclip_fast.numerics import TOLERANCES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,9 +41,13 @@ def filled(text: str) -> str:
 
 
 def table(name: str) -> str:
-    """One table by the name in its marker: "headline", "rivals", or a file of results and what to show of it."""
+    """One table by the name in its marker: of the library's own, "rivals", or a file of results and what of it."""
     if name == "headline":
         return _headline()
+    if name == "tolerances":
+        return _tolerances()
+    if name == "budgets":
+        return _budgets()
     if name == "rivals":
         return _rivals({path.stem.partition("-")[2]: Run.load(path) for path in sorted(RESULTS.glob("rivals-*.json"))})
     file, _, part = name.partition("/")
@@ -52,6 +60,19 @@ def _headline() -> str:
     for row in headline():
         lines.append(f"| {row.what} | {row.published:g} | {row.official:.2f} | {row.fused:.2f} | {row.why} |")
     return "\n".join(lines)
+
+
+def _tolerances() -> str:
+    lines = ["| dtype | rounding of a result | ceiling of an op | a whole model |", "|---|---:|---:|---:|"]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        cells = (f"{number:.1e}" for number in TOLERANCES[dtype])
+        lines.append(f"| {str(dtype).removeprefix('torch.')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _budgets() -> str:
+    lines = [f"| | {' | '.join(BUDGETS)} |", "|---" + "|---:" * len(BUDGETS) + "|"]
+    return "\n".join([*lines, f"| budget of a GEMM | {' | '.join(f'{budget:g}' for budget in BUDGETS.values())} |"])
 
 
 def _models(run: Run) -> str:

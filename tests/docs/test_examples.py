@@ -52,7 +52,8 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[doctest.DocTe
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_each_public_docstring_has_an_example(room: str) -> None:
-    assert [name for name in shown(room) if ">>> " not in (resolved(name).__doc__ or "")] == []
+    without = [name for name in shown(room) if ">>> " not in (resolved(name).__doc__ or "")]
+    assert not without, f"no Example: {', '.join(without)}"
 
 
 @pytest.mark.parametrize("room", ROOMS)
