@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import xclip_fast
@@ -35,10 +36,11 @@ def resolved(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the examples run: with a clip, of a shape moving right."""
+    """Where the examples run: with two videos, clip.mp4 of 12 frames of 48 x 64, and one of a shape moving right."""
     pytest.importorskip("av")
     path = tmp_path_factory.mktemp("examples")
-    write_mp4(path / "clip.mp4", make_clip(0, seed=0))
+    write_mp4(path / "clip.mp4", np.repeat(np.arange(12, dtype=np.uint8), 48 * 64 * 3).reshape(12, 48, 64, 3))
+    write_mp4(path / "moving_right.mp4", make_clip(0, seed=0))
     return path
 
 

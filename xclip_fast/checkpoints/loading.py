@@ -48,17 +48,16 @@ _FOREIGN = (
 class LoadReport:
     """What ``load_model`` did; a loaded model carries it as ``model.load_report``.
 
-    Attributes:
-        format: "xclip_fast", "official", "hf", "clip" or "open_clip".
-        loaded: tensors of the model that came from the checkpoint.
-        initialised: names of those that started random, since the checkpoint is CLIP's.
-        repairs: what was put right, resized or assumed, a sentence each.
+    format: "xclip_fast", "official", "hf", "clip" or "open_clip".
+    loaded: tensors of the model that came from the checkpoint.
+    initialised: names of those that started random, since the checkpoint is CLIP's.
+    repairs: what was put right, resized or assumed, a sentence each.
 
     Example:
-        >>> from xclip_fast.demo.models import load_trained
-        >>> report = load_trained("xclip").load_report
-        >>> report.format, report.initialised
-        ('xclip_fast', ())
+        >>> from xclip_fast import XCLIPConfig, create_model, load_model
+        >>> config = XCLIPConfig(image_size=32, patch_size=16, vision_width=64, vision_layers=1, embed_dim=64)
+        >>> load_model(create_model(config).state_dict()).load_report.format
+        'official'
     """
 
     format: str
@@ -101,11 +100,12 @@ def load_model(
         ValueError: ``frames`` or ``dtype`` is out of range.
 
     Example:
-        >>> import xclip_fast
-        >>> from xclip_fast.demo.models import weights_path
-        >>> model = xclip_fast.load_model(weights_path("xclip"), frames=16)
-        >>> model.config.frames, model.load_report.format
-        (16, 'xclip_fast')
+        >>> import torch, xclip_fast
+        >>> model = xclip_fast.load_model("model.pth", frames=16, dtype=torch.bfloat16)  # doctest: +SKIP
+        >>> config = xclip_fast.XCLIPConfig(image_size=32, vision_width=64, vision_layers=1, embed_dim=64)
+        >>> weights = xclip_fast.create_model(config).state_dict()
+        >>> xclip_fast.load_model(weights).config.image_size
+        32
     """
     if frames is not None:
         XCLIPConfig(frames=frames)  # refuses what is no number of frames before anything is read

@@ -120,7 +120,7 @@ class Engine:
         >>> import xclip_fast
         >>> from xclip_fast.demo.models import load_trained
         >>> engine = xclip_fast.Engine(load_trained("xclip"))
-        >>> video = xclip_fast.video.load_video("clip.mp4", size=64, preset="hf")
+        >>> video = xclip_fast.video.load_video("moving_right.mp4", size=64, preset="hf")
         >>> engine.classify(video, ["a shape moving right", "a shape moving left"]).argmax().item()
         0
     """

@@ -42,13 +42,12 @@ class TextCache:
         InputError: there can be no such folder.
 
     Example:
-        >>> import torch
-        >>> from xclip_fast.demo.models import load_trained
+        >>> from xclip_fast import XCLIPConfig, create_model
         >>> from xclip_fast.text import TextCache, get_tokenizer
-        >>> model, cache = load_trained("xclip"), TextCache()
-        >>> tokens = get_tokenizer(model.config)(["left", "right"])
-        >>> torch.equal(cache.encode(model, tokens), cache.encode(model, tokens))  # encoded once
-        True
+        >>> config = XCLIPConfig(text_width=64, text_layers=1, vocab_size=514, vision_layers=1)
+        >>> cache = TextCache(folder="texts")
+        >>> cache.encode(create_model(config, seed=0), get_tokenizer(config)(["cooking", "sleeping"])).shape
+        torch.Size([2, 512])
     """
 
     def __init__(

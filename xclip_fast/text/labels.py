@@ -17,8 +17,8 @@ def clean_labels(labels: Iterable[str]) -> list[str]:
 
     Example:
         >>> from xclip_fast.text import clean_labels
-        >>> clean_labels([" playing sports", "go shopping "])
-        ['playing sports', 'go shopping']
+        >>> clean_labels([" cooking", "riding a bike"])
+        ['cooking', 'riding a bike']
     """
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of strings, found the string {shown(labels)}")
@@ -51,8 +51,8 @@ def apply_template(labels: Iterable[str], template: str) -> list[str]:
 
     Example:
         >>> from xclip_fast.text import apply_template
-        >>> apply_template(["archery", "yoga"], "a video of {}")
-        ['a video of archery', 'a video of yoga']
+        >>> apply_template(["cooking"], "a video of {}")
+        ['a video of cooking']
     """
     if template.count("{}") != 1:
         raise InputError(f"template {shown(template)} has {template.count('{}')} places '{{}}' for a label: use one")

@@ -80,8 +80,8 @@ def preprocess(frames: Any, preset: str = "official", size: int = 224, crops: in
     Example:
         >>> import numpy as np
         >>> from xclip_fast.video import preprocess
-        >>> preprocess(np.zeros((8, 48, 64, 3), dtype=np.uint8), size=32, crops=3).shape
-        torch.Size([3, 8, 32, 32, 3])
+        >>> preprocess(np.zeros((8, 240, 320, 3), np.uint8), crops=3).shape
+        torch.Size([3, 8, 224, 224, 3])
     """
     chosen = get_preset(preset)
     check_crops(size, crops)
@@ -132,8 +132,8 @@ def normalise(frames: torch.Tensor, preset: str = "official") -> torch.Tensor:
     Example:
         >>> import torch
         >>> from xclip_fast.video import normalise
-        >>> normalise(torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8)).shape
-        torch.Size([1, 8, 3, 32, 32])
+        >>> normalise(torch.zeros(8, 224, 224, 3, dtype=torch.uint8)).shape
+        torch.Size([8, 3, 224, 224])
     """
     chosen = get_preset(preset)
     if frames.dtype != torch.uint8 or frames.ndim < 4 or frames.shape[-1] != 3:

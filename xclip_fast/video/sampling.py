@@ -51,9 +51,8 @@ class Sampling:
 
     Example:
         >>> from xclip_fast.video import Sampling
-        >>> Sampling(frames=4, clips=2).indices(40)
-        array([[ 2, 12, 22, 32],
-               [ 7, 17, 27, 37]])
+        >>> Sampling(frames=4, clips=2).indices(total=16).tolist()
+        [[1, 5, 9, 13], [3, 7, 11, 15]]
     """
 
     frames: int = 8

@@ -38,8 +38,8 @@ class VideoInfo:
     Example:
         >>> from xclip_fast.video import probe
         >>> info = probe("clip.mp4")
-        >>> info.frames, info.width, info.height, info.codec
-        (40, 64, 64, 'h264')
+        >>> info.width, info.height
+        (64, 48)
     """
 
     frames: int
