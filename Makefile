@@ -8,7 +8,7 @@ GPU_VENV := build/gpu-venv
 GPU_INSTALLED := $(GPU_VENV)/.installed
 GPU_PACKAGES := torch==2.11.0 triton==3.6.0 transformers==5.17.0
 
-.PHONY: demo test ext lint kernels-report tables gpu gpu-kit gpu-dry-run clean
+.PHONY: demo test ext lint docs kernels-report tables gpu gpu-kit gpu-dry-run clean
 
 demo: $(INSTALLED)
 	$(BIN)/xclip-fast demo
@@ -25,10 +25,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# the pages into build/docs; a link that leads nowhere is an error
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 kernels-report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.compile_gate
 
-# the README's tables, from benchmarks/results
+# the tables and figures of the README and docs/, from benchmarks/results
 tables: $(INSTALLED)
 	$(BIN)/python -m benchmarks tables
 
@@ -57,7 +61,7 @@ $(GPU_INSTALLED): pyproject.toml
 $(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "xclip_fast needs Python 3.10 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[bench,cli,dev,openclip,video]'
+	$(BIN)/python -m pip install --quiet --editable '.[bench,cli,dev,docs,openclip,video]'
 	# pip builds without torch; this takes half a minute, and without a compiler it says so and goes on
 	-PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

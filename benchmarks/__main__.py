@@ -53,7 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--dry-run", action="store_true", help="without a GPU: tiny, in the interpreter")
     tune.set_defaults(run=_tune)
 
-    tables = commands.add_parser("tables", help="write the README's tables from benchmarks/results")
+    host = commands.add_parser("host", help="host time of ops and models, on a stand-in for CUDA that computes nothing")
+    host.add_argument("cases", nargs="*", help="norm, ops, block, forward or train; all without")
+    host.add_argument("--json", type=Path, metavar="FILE", help="write the microseconds there")
+    host.set_defaults(run=_host)
+
+    tables = commands.add_parser("tables", help="write the tables and figures of docs/ from benchmarks/results")
     tables.set_defaults(run=_tables)
 
     report = commands.add_parser("report", help="a page (.html) or a figure (.svg, .png) of a file of results")
@@ -133,10 +138,20 @@ def _tune(options: argparse.Namespace) -> int:
     return tune(options.op, options.shape, options.json, options.dry_run)
 
 
-def _tables(options: argparse.Namespace) -> int:
-    from benchmarks.tables import README, write
+def _host(options: argparse.Namespace) -> int:
+    from benchmarks.host import measure
 
-    print(f"{README.name}: {'written' if write() else 'as it was'}")
+    return measure(options.json, options.cases)
+
+
+def _tables(options: argparse.Namespace) -> int:
+    from benchmarks import figures, tables
+
+    for page in tables.PAGES:
+        if tables.write(page):
+            print(f"{page.name}: written")
+    if figures.write():
+        print(f"{figures.FOLDER.name}: drawn")
     return 0
 
 

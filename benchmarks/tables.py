@@ -1,28 +1,33 @@
-"""The tables of the README, made from benchmarks/results: ``make tables`` writes them, a test compares them."""
+"""The tables of docs/, made from benchmarks/results: ``make tables`` writes them, a test compares them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from benchmarks.gpu.goals import COMPILED, TRAINED
 from xclip_fast.bench.figures import milliseconds
 from xclip_fast.bench.machine import RIVALS
 from xclip_fast.bench.record import UNAVAILABLE, Row, Run
+from xclip_fast.engine.budget import BUDGETS
 from xclip_fast.flops import headline
+from xclip_fast.numerics import TOLERANCES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def write(readme: Path = README) -> bool:
+def write(page: Path) -> bool:
     """Put the tables between their markers; true when the file was changed."""
-    before = readme.read_text(encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
     after = filled(before)
     if after != before:
-        readme.write_text(after, encoding="utf-8")
+        page.write_text(after, encoding="utf-8")
     return after != before
 
 
@@ -36,9 +41,13 @@ def filled(text: str) -> str:
 
 
 def table(name: str) -> str:
-    """One table by the name in its marker: "headline", "rivals", or a file of results and what to show of it."""
+    """One table by the name in its marker: of the library's own, "rivals", or a file of results and what of it."""
     if name == "headline":
         return _headline()
+    if name == "tolerances":
+        return _tolerances()
+    if name == "budgets":
+        return _budgets()
     if name == "rivals":
         return _rivals({path.stem.partition("-")[2]: Run.load(path) for path in sorted(RESULTS.glob("rivals-*.json"))})
     file, _, part = name.partition("/")
@@ -51,6 +60,19 @@ def _headline() -> str:
     for row in headline():
         lines.append(f"| {row.what} | {row.published:g} | {row.official:.2f} | {row.fused:.2f} | {row.why} |")
     return "\n".join(lines)
+
+
+def _tolerances() -> str:
+    lines = ["| dtype | rounding of a result | ceiling of an op | a whole model |", "|---|---:|---:|---:|"]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        cells = (f"{number:.1e}" for number in TOLERANCES[dtype])
+        lines.append(f"| {str(dtype).removeprefix('torch.')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _budgets() -> str:
+    lines = [f"| | {' | '.join(BUDGETS)} |", "|---" + "|---:" * len(BUDGETS) + "|"]
+    return "\n".join([*lines, f"| budget of a GEMM | {' | '.join(f'{budget:g}' for budget in BUDGETS.values())} |"])
 
 
 def _models(run: Run) -> str:
@@ -79,13 +101,17 @@ def _gpu(run: Run) -> str:
             timed.setdefault((_model(row), method), []).append(row)
     for (model, method), rows in timed.items():
         eager, compiled, ours, float8 = (
-            max((row for row in rows if row.provider in names), key=_gain, default=None)
-            for names in (("hf-sdpa",), COMPILED, ("engine", *TRAINED), ("engine-float8",))
+            fastest(rows, names) for names in (("hf-sdpa",), COMPILED, ("engine", *TRAINED), ("engine-float8",))
         )
         cells = [model, method, *(_milliseconds(row) for row in (eager, compiled, ours)), _ratio(ours) if ours else ""]
         cells += [_over(ours, compiled), _milliseconds(float8), _over(float8, compiled)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _origin(run)])
+
+
+def fastest(rows: Sequence[Row], providers: Sequence[str]) -> Row | None:
+    """The row of these providers with the largest ratio, or None."""
+    return max((row for row in rows if row.provider in providers), key=_gain, default=None)
 
 
 def _gain(row: Row) -> float:
@@ -184,5 +210,5 @@ def _origin(run: Run) -> str:
     )
     return (
         f"Measured on {where}, torch {facts['torch']}, commit {facts['commit']}, {facts['utc'][:10]}. "
-        f"The machine's own products in the same run: {rates}; copies {run.ceilings['copy_gbs']:.1f} GB/s."
+        f"The machine's own GEMMs in the same run: {rates}; copies {run.ceilings['copy_gbs']:.1f} GB/s."
     )

@@ -28,6 +28,12 @@ class XCLIPConfig:
 
     Raises:
         ValueError: a size is out of range, or two sizes do not fit each other.
+
+    Example:
+        >>> from xclip_fast import XCLIPConfig
+        >>> config = XCLIPConfig(image_size=64, patch_size=16, frames=16)
+        >>> config.patches, config.vision_heads
+        (16, 12)
     """
 
     image_size: int = 224

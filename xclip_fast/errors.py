@@ -5,6 +5,14 @@ class InputError(ValueError):
     """A file, checkpoint, label set or option that cannot be used.
 
     The message is one line: what was asked, what was found, what to do. The command line prints it and exits with 2.
+
+    Example:
+        >>> import xclip_fast
+        >>> try:
+        ...     xclip_fast.load_model("missing.pth")
+        ... except xclip_fast.InputError as error:
+        ...     print(error)
+        'missing.pth' does not exist: give a checkpoint file, a folder, a hub id or an open_clip name
     """
 
 

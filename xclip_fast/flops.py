@@ -26,6 +26,12 @@ class Count:
             width); ``mit``; ``prompts``; ``logits``; and ``text``, which is spent once per class set.
         parameters: numbers in the model.
         rewrites: multiply-accumulates that each exact rewrite saves; empty for the official formulation.
+
+    Example:
+        >>> from xclip_fast.flops import count
+        >>> cost = count("B/16", frames=8)
+        >>> cost.flops == 2 * cost.macs == 2 * sum(cost.parts.values())
+        True
     """
 
     parts: dict[str, int]
@@ -64,6 +70,11 @@ def count(
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> from xclip_fast.flops import count
+        >>> [round(count("B/32", 8, formulation=name).macs / 1e9, 2) for name in ("official", "fused")]
+        [39.01, 36.12]
     """
     config = resolve_config(variant_or_config, frames)
     if formulation not in ("official", "fused"):
@@ -165,7 +176,13 @@ def _savings(config: XCLIPConfig, classes: int, views: int, text_length: int) ->
 
 
 def parameters(variant_or_config: str | XCLIPConfig, frames: int | None = None) -> int:
-    """Numbers in a model, the positions of ``frames`` frames included."""
+    """Numbers in a model, the positions of ``frames`` frames included.
+
+    Example:
+        >>> from xclip_fast.flops import parameters
+        >>> round(parameters("B/32") / 1e6, 1)
+        196.6
+    """
     return sum(parameter_parts(variant_or_config, frames).values())
 
 
@@ -229,6 +246,12 @@ def headline() -> list[HeadlineRow]:
     """The published figures, recomputed: GMACs of one view with one text, and the ratios the paper draws from them.
 
     The ratios are those of L/14 with 8 frames; both sides run 4 clips of 3 crops, so they hold for a view and for all.
+
+    Example:
+        >>> from xclip_fast.flops import headline
+        >>> row = headline()[0]
+        >>> row.what, row.published, round(row.official, 2)
+        ('X-CLIP-B/32, 8 frames', 39, 39.01)
     """
     rows = [
         HeadlineRow(f"X-CLIP-{name}, {frames} frames", published, *_giga_macs(name, frames), why)

@@ -17,7 +17,16 @@ from xclip_fast.reference.model import check_video
 
 
 class XCLIP(reference.XCLIP):
-    """X-CLIP on the fused layers; the same surface and state dict as ``reference.XCLIP``, which documents them."""
+    """X-CLIP on the fused layers; the same surface and state dict as ``reference.XCLIP``, which documents them.
+
+    Example:
+        >>> import torch, xclip_fast
+        >>> config = xclip_fast.XCLIPConfig(image_size=32, vision_width=64, text_width=64, vocab_size=514)
+        >>> model = xclip_fast.model.XCLIP(config).eval()
+        >>> features = model.encode_video(torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8))
+        >>> features.video.shape, features.patches.shape
+        (torch.Size([1, 512]), torch.Size([1, 1, 512]))
+    """
 
     vision_tower = layers.VisionTower
     text_transformer = layers.TextTransformer
@@ -90,6 +99,14 @@ def create_model(variant_or_config: str | XCLIPConfig, *, frames: int | None = N
 
     Raises:
         ValueError: no variant has this name, or ``frames`` is not a positive integer.
+
+    Example:
+        >>> import torch, xclip_fast
+        >>> config = xclip_fast.XCLIPConfig(image_size=32, vision_width=64, text_width=64, vocab_size=514)
+        >>> model = xclip_fast.create_model(config, seed=0)  # or a name: "B/16"
+        >>> video = torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8)
+        >>> model(video, torch.tensor([[512, 97, 513], [512, 98, 513]])).shape
+        torch.Size([1, 2])
     """
     config = resolve_config(variant_or_config, frames)
     if seed is None:

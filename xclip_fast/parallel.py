@@ -30,9 +30,15 @@ def fully_shard(model: reference.XCLIP, **options: Any) -> reference.XCLIP:
 
     Example:
         >>> import torch, xclip_fast
+        >>> from torch import distributed
+        >>> from torch.distributed.device_mesh import init_device_mesh
         >>> from xclip_fast.parallel import fully_shard
-        >>> torch.distributed.init_process_group("nccl")  # doctest: +SKIP
-        >>> model = fully_shard(xclip_fast.create_model("B/32").cuda().train())  # doctest: +SKIP
+        >>> distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # or torchrun
+        >>> config = xclip_fast.XCLIPConfig(image_size=32, vision_width=64, text_width=64, vocab_size=514)
+        >>> model = fully_shard(xclip_fast.create_model(config).train(), mesh=init_device_mesh("cpu", (1,)))
+        >>> type(model.visual.proj).__name__
+        'DTensor'
+        >>> distributed.destroy_process_group()
     """
     from torch.distributed import fsdp
 

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from benchmarks import compare, history, suites, tables
+from benchmarks import compare, figures, history, suites, tables
 from benchmarks.__main__ import main as command
 from xclip_fast.bench.machine import RIVALS
 from xclip_fast.bench.models import Effort
@@ -167,14 +168,31 @@ def test_csv_has_a_line_a_row_and_no_formula() -> None:
     assert rows[1]["timing.median_ms"] == ""
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
-    text = tables.README.read_text(encoding="utf-8")
-    assert tables.filled(text) == text, "run: make tables"
-    assert "<!-- table: headline -->" in text
+def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
+    texts = [page.read_text(encoding="utf-8") for page in tables.PAGES]
+    assert [tables.filled(text) for text in texts] == texts, "run: make tables"
+    marked = re.findall(r"<!-- table: (\S+) -->", "".join(texts))
+    assert marked == ["budgets", "tolerances", "h200/gpu", "cpu/models", "rivals", "cpu-ops/ops", "headline"]
+
+
+def test_the_figure_of_the_contest_says_what_the_results_say() -> None:
+    models = figures.contested(Run.load(tables.RESULTS / "h200.json"))
+    captions = [figures.caption(row) for rows in models.values() for row in rows.values()]
+    assert len(captions) == 27
+    assert captions[0] == "1.20 (1.76 ms)"  # B/16, batch 1, compiled
+    drawn = (figures.FOLDER / "h200.svg").read_text(encoding="utf-8")
+    assert re.findall(r">(\d\.\d\d \(\d+\.\d\d ms\))<", drawn) == captions, "run: make tables"
+    assert all(f">{model}<" in drawn for model in models)
+
+
+def test_figures_are_drawn_anew_where_they_differ(tmp_path: Path) -> None:
+    assert figures.write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.svg", "h200.svg"]
+    assert not figures.write(tmp_path)
 
 
 def test_a_table_is_written_between_its_markers_and_nowhere_else(tmp_path: Path) -> None:
-    path = tmp_path / "README.md"
+    path = tmp_path / "results.md"
     path.write_text("before\n<!-- table: headline -->\nold | table\n<!-- end of table -->\nafter\n")
     assert tables.write(path)
     text = path.read_text()

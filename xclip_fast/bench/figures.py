@@ -85,7 +85,7 @@ def _style() -> Iterator[Any]:
         plt.close("all")
 
 
-def _draw(paint: Callable[[Any], None], height: float, kind: str = "svg") -> bytes:
+def draw(paint: Callable[[Any], None], height: float, kind: str = "svg") -> bytes:
     with _style() as plt:
         figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
         paint(axes)
@@ -96,7 +96,7 @@ def _draw(paint: Callable[[Any], None], height: float, kind: str = "svg") -> byt
 
 
 def _svg(paint: Callable[[Any], None], height: float) -> str:
-    return _inline(_draw(paint, height))
+    return _inline(draw(paint, height))
 
 
 def _inline(data: bytes) -> str:
@@ -142,7 +142,7 @@ def _bars(rows: list[Row], kind: str, colours: dict[str, str]) -> bytes:
         axes.grid(axis="x")
         axes.set_axisbelow(True)
 
-    return _draw(paint, 1.0 + 0.3 * len(shown), kind)
+    return draw(paint, 1.0 + 0.3 * len(shown), kind)
 
 
 def _batches(rows: list[Row], colours: dict[str, str]) -> str:

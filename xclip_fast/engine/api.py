@@ -46,16 +46,26 @@ Encoded = TypeVar("Encoded")
 class Report:
     """What an engine computes in, and how far that is from float32.
 
-    dtype, device: of the engine.
-    processor: the features of the CPU, as ``processor.features`` has them; none for another device.
-    stored: what weights are kept in where the products are in float32 because the processor has no others, else None.
-    rewrites: the exact rewrites in force.
-    products: the error of each large product of the blocks; none for float32.
-    video_error: relative error of the video features against the model in float32.
-    video_cosine: the smallest cosine of a video feature with the model's.
-    top1_agreement: share of clips whose best class is the model's, among 100 random directions or the texts given.
-
     The last three compare with the model as it is now, and are None once it is gone.
+
+    Attributes:
+        dtype, device: of the engine.
+        processor: the features of the CPU, as ``processor.features`` has them; none for another device.
+        stored: what weights are kept in where the GEMMs are in float32 because the processor has no others, else None.
+        rewrites: the exact rewrites in force.
+        products: the error of each large GEMM of the blocks; none for float32.
+        video_error: relative error of the video features against the model in float32.
+        video_cosine: the smallest cosine of a video feature with the model's.
+        top1_agreement: share of clips whose best class is the model's, among 100 random directions or the texts given.
+
+    Example:
+        >>> import xclip_fast
+        >>> from xclip_fast.demo.models import load_trained
+        >>> model = load_trained("xclip")  # held: the report compares with it
+        >>> engine = xclip_fast.Engine(model)
+        >>> report = engine.report()
+        >>> report.dtype, report.top1_agreement
+        ('float32', 1.0)
     """
 
     dtype: str
@@ -106,6 +116,14 @@ class Engine:
         InputError: there is no such dtype, it cannot be computed on this device, the model is no whole X-CLIP or has
             adapters, hooks or the like on it, or there can be no such folder.
         ValueError: the clips have another shape or dtype.
+
+    Example:
+        >>> import xclip_fast
+        >>> from xclip_fast.demo.models import load_trained
+        >>> engine = xclip_fast.Engine(load_trained("xclip"))
+        >>> video = xclip_fast.video.load_video("moving_right.mp4", size=64, preset="hf")
+        >>> engine.classify(video, ["a shape moving right", "a shape moving left"]).argmax().item()
+        0
     """
 
     def __init__(

@@ -24,9 +24,18 @@ MAX_KEPT_BYTES = 256 << 20
 class EncodedTexts(NamedTuple):
     """A class set as ``Engine.encode_texts`` gives it. No other engine takes it, be it of the same model and precision.
 
-    features: (K, E), not normalised.
-    query: (K, E), what the first prompt layer asks each video; empty where it is not kept.
-    engine: the name of the engine that made it, which no other has in any process; a copy of the set keeps it.
+    Attributes:
+        features: (K, E), not normalised.
+        query: (K, E), what the first prompt layer asks each video; empty where it is not kept.
+        engine: the name of the engine that made it, which no other has in any process; a copy of the set keeps it.
+
+    Example:
+        >>> import xclip_fast
+        >>> from xclip_fast.demo.models import load_trained
+        >>> engine = xclip_fast.Engine(load_trained("xclip"))
+        >>> texts = engine.encode_texts(["left", "right", "up"])
+        >>> texts.features.shape
+        torch.Size([3, 64])
     """
 
     features: Tensor

@@ -15,7 +15,14 @@ from xclip_fast.reference.positions import temporal_positions
 
 
 class MultiframeIntegration(reference.MultiframeIntegration):
-    """``reference.MultiframeIntegration`` on the fused ops."""
+    """``reference.MultiframeIntegration`` on the fused ops.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import MultiframeIntegration
+        >>> MultiframeIntegration(64, heads=1)(torch.randn(2, 8, 64)).shape  # frame features to video features
+        torch.Size([2, 64])
+    """
 
     block = Block
 

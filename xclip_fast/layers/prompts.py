@@ -17,7 +17,14 @@ from xclip_fast.reference.prompts import CrossAttention
 
 
 class PromptLayer(reference.prompts.PromptLayer):
-    """``reference.PromptLayer`` on the fused ops."""
+    """``reference.PromptLayer`` on the fused ops.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import PromptLayer
+        >>> PromptLayer(64, heads=1)(torch.randn(2, 3, 64), torch.randn(2, 4, 64)).shape  # texts, patches
+        torch.Size([2, 3, 64])
+    """
 
     def forward(self, texts: Tensor, patches: Tensor) -> Tensor:
         """Texts (B, K, E) and normalised patch features (B, N, E) to texts (B, K, E)."""
@@ -41,7 +48,14 @@ class PromptLayer(reference.prompts.PromptLayer):
 
 
 class VideoPrompts(reference.VideoPrompts):
-    """``reference.VideoPrompts`` on the fused ops."""
+    """``reference.VideoPrompts`` on the fused ops.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import VideoPrompts
+        >>> VideoPrompts(64, heads=1)(torch.randn(3, 64), torch.randn(2, 4, 64)).shape  # 3 texts, 2 videos
+        torch.Size([2, 3, 64])
+    """
 
     layer = PromptLayer
 

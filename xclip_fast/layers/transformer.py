@@ -18,7 +18,14 @@ from xclip_fast.reference.transformer import causal_mask
 
 
 class SelfAttention(reference.transformer.SelfAttention):
-    """The reference's on PyTorch's fused attention."""
+    """The reference's on PyTorch's fused attention.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import SelfAttention
+        >>> SelfAttention(64, heads=2)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 64])
+    """
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (..., L, width) to the same shape; ``mask`` (L, L) is added to the scores."""
@@ -66,7 +73,14 @@ def perceptron(owner: Any, x: Tensor, kind: Plain = PERCEPTRON) -> Tensor:
 
 
 class Block(reference.transformer.Block):
-    """The pre-norm block of the text transformer and of MIT on the fused ops."""
+    """The pre-norm block of the text transformer and of MIT on the fused ops.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import Block
+        >>> Block(64, heads=1)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 64])
+    """
 
     attention = SelfAttention
     attn: SelfAttention
@@ -107,7 +121,14 @@ def through(stack: Any, kind: Plain, stream: Tensor, *inputs: Tensor, **options:
 
 
 class TextTransformer(reference.transformer.TextTransformer):
-    """CLIP's causal text transformer on the fused ops."""
+    """CLIP's causal text transformer on the fused ops.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import TextTransformer
+        >>> TextTransformer(64, layers=2, heads=1, activation="quick_gelu")(torch.randn(3, 10, 64)).shape
+        torch.Size([3, 10, 64])
+    """
 
     block = Block
     checkpointing: dict[str, Any] | None = None  # as in CrossFrameTransformer

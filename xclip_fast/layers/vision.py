@@ -31,6 +31,13 @@ def drop_path(branch: Tensor, rate: float, unit: str) -> Tensor:
         rate: probability of a drop.
         unit: "video" drops whole samples; "token" is what the official code does: it drops one position (for messages
             one time step) in all samples at once.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import drop_path
+        >>> dropped = drop_path(torch.ones(64, 8, 5, 16), rate=0.5, unit="video")
+        >>> sorted(dropped.unique().tolist())  # a video is dropped whole, or scaled up
+        [0.0, 2.0]
     """
     shape = [branch.shape[0], *[1] * (branch.ndim - 1)] if unit == "video" else [1] * branch.ndim
     if unit == "token":
@@ -87,7 +94,14 @@ def _attend_within_frame(
 
 
 class PatchEmbed(reference.PatchEmbed):
-    """``reference.PatchEmbed`` on the fused op, for bytes too."""
+    """``reference.PatchEmbed`` on the fused op, for bytes too.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import PatchEmbed
+        >>> PatchEmbed(64, patch_size=16, image_size=32)(torch.randn(8, 3, 32, 32)).shape  # class token and patches
+        torch.Size([8, 5, 64])
+    """
 
     def forward(self, frames: Tensor, *, mean: Statistics = None, std: Statistics = None) -> Tensor:
         """Frames, as ``ops.patch_embed`` takes them, to tokens (F, 1 + N, D) in the dtype of the weights."""
@@ -125,7 +139,14 @@ def _cuts_patches(conv: nn.Conv2d, side: int) -> bool:
 
 
 class MessageAttention(reference.MessageAttention):
-    """``reference.MessageAttention`` on the fused op."""
+    """``reference.MessageAttention`` on the fused op.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import MessageAttention
+        >>> MessageAttention(64, heads=1)(torch.randn(2, 8, 64)).shape  # (B, T, D)
+        torch.Size([2, 8, 64])
+    """
 
     attention = SelfAttention
 
@@ -135,7 +156,14 @@ class MessageAttention(reference.MessageAttention):
 
 
 class FrameAttention(reference.FrameAttention):
-    """``reference.FrameAttention`` on the fused ops: the message is a key and a value, never a query."""
+    """``reference.FrameAttention`` on the fused ops: the message is a key and a value, never a query.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import FrameAttention
+        >>> FrameAttention(64, heads=1)(torch.randn(2, 8, 5, 64), torch.randn(2, 8, 64)).shape  # (B, T, S, D)
+        torch.Size([2, 8, 5, 64])
+    """
 
     attention = SelfAttention
 
@@ -152,6 +180,12 @@ class CrossFrameBlock(reference.CrossFrameBlock):
         width, heads, mlp_width, activation: as in the reference.
         drop_path: probability of dropping a residual branch in training.
         drop_path_unit: see ``drop_path``.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import CrossFrameBlock
+        >>> CrossFrameBlock(64, heads=1)(torch.randn(2, 8, 5, 64)).shape  # (B, T, S, D)
+        torch.Size([2, 8, 5, 64])
     """
 
     attention = SelfAttention
@@ -201,7 +235,15 @@ class CrossFrameBlock(reference.CrossFrameBlock):
 
 
 class CrossFrameTransformer(reference.vision.CrossFrameTransformer):
-    """The stack of blocks; each leaves its last addition to the norm of the next."""
+    """The stack of blocks; each leaves its last addition to the norm of the next.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import CrossFrameTransformer
+        >>> blocks = CrossFrameTransformer(64, layers=2, heads=1, mlp_width=256, activation="quick_gelu")
+        >>> blocks(torch.randn(2, 8, 5, 64)).shape
+        torch.Size([2, 8, 5, 64])
+    """
 
     block = CrossFrameBlock
     checkpointing: dict[str, Any] | None = None  # options of torch.utils.checkpoint.checkpoint
@@ -216,7 +258,16 @@ class CrossFrameTransformer(reference.vision.CrossFrameTransformer):
 
 
 class VisionTower(reference.VisionTower):
-    """``reference.VisionTower`` on the fused ops."""
+    """``reference.VisionTower`` on the fused ops.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.layers import VisionTower
+        >>> tower = VisionTower(64, patch_size=16, image_size=32, layers=2, heads=1, mlp_width=256, embed_dim=32)
+        >>> features, patches = tower(torch.randn(2, 8, 3, 32, 32))
+        >>> features.shape, patches.shape
+        (torch.Size([2, 8, 32]), torch.Size([2, 8, 4, 64]))
+    """
 
     blocks = CrossFrameTransformer
     transformer: CrossFrameTransformer

@@ -17,6 +17,12 @@ class MultiframeIntegration(nn.Module):
         heads: attention heads.
         layers: transformer blocks.
         frames: length of the temporal position table.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.reference import MultiframeIntegration
+        >>> MultiframeIntegration(64, heads=1)(torch.randn(2, 8, 64)).shape  # frame features to video features
+        torch.Size([2, 64])
     """
 
     block: type[Block] = Block

@@ -19,8 +19,17 @@ from xclip_fast.reference.vision import VisionTower, normalise_pixels
 class VideoFeatures(NamedTuple):
     """What ``encode_video`` returns.
 
-    video: (B, E), one feature per video, not normalised.
-    patches: (B, N, E), the projected patch tokens, averaged over the frames.
+    Attributes:
+        video: (B, E), one feature per video, not normalised.
+        patches: (B, N, E), the projected patch tokens, averaged over the frames.
+
+    Example:
+        >>> import torch, xclip_fast
+        >>> config = xclip_fast.XCLIPConfig(image_size=32, vision_width=64, text_width=64, vocab_size=514)
+        >>> model = xclip_fast.reference.XCLIP(config).eval()
+        >>> video, patches = model.encode_video(torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8))
+        >>> video.shape, patches.shape
+        (torch.Size([1, 512]), torch.Size([1, 1, 512]))
     """
 
     video: Tensor
@@ -32,6 +41,15 @@ class XCLIP(nn.Module):
 
     Args:
         config: sizes; the state dict has the names and shapes of the official checkpoints of those sizes.
+
+    Example:
+        >>> import torch, xclip_fast
+        >>> config = xclip_fast.XCLIPConfig(image_size=32, vision_width=64, text_width=64, vocab_size=514)
+        >>> oracle, fast = xclip_fast.reference.XCLIP(config).eval(), xclip_fast.create_model(config)
+        >>> _ = fast.load_state_dict(oracle.state_dict())
+        >>> inputs = torch.randn(1, 8, 3, 32, 32), torch.tensor([[512, 97, 513]])
+        >>> torch.allclose(oracle(*inputs), fast(*inputs), atol=1e-4)
+        True
     """
 
     # what a faster model puts in their place

@@ -49,6 +49,12 @@ class VideoPrompts(nn.Module):
         heads: attention heads.
         layers: decoder layers.
         alpha: initial scale of the prompts.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.reference import VideoPrompts
+        >>> VideoPrompts(64, heads=1)(torch.randn(3, 64), torch.randn(2, 4, 64)).shape  # 3 texts, 2 videos
+        torch.Size([2, 3, 64])
     """
 
     layer: type[PromptLayer] = PromptLayer

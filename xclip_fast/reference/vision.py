@@ -54,6 +54,12 @@ class PatchEmbed(nn.Module):
         width: token width D.
         patch_size: side of a patch, P pixels.
         image_size: side of the frames the position table is made for.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.reference import PatchEmbed
+        >>> PatchEmbed(64, patch_size=16, image_size=32)(torch.randn(8, 3, 32, 32)).shape  # class token and patches
+        torch.Size([8, 5, 64])
     """
 
     def __init__(self, width: int, patch_size: int, image_size: int) -> None:
@@ -76,7 +82,14 @@ class PatchEmbed(nn.Module):
 
 
 class MessageAttention(nn.Module):
-    """Cross-frame attention over one message token per frame."""
+    """Cross-frame attention over one message token per frame.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.reference import MessageAttention
+        >>> MessageAttention(64, heads=1)(torch.randn(2, 8, 64)).shape  # (B, T, D)
+        torch.Size([2, 8, 64])
+    """
 
     attention: type[SelfAttention] = SelfAttention
 
@@ -92,7 +105,14 @@ class MessageAttention(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Intra-frame attention of a frame's tokens over themselves and the frame's message, with the residual."""
+    """Intra-frame attention of a frame's tokens over themselves and the frame's message, with the residual.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.reference import FrameAttention
+        >>> FrameAttention(64, heads=1)(torch.randn(2, 8, 5, 64), torch.randn(2, 8, 64)).shape  # (B, T, S, D)
+        torch.Size([2, 8, 5, 64])
+    """
 
     attention: type[SelfAttention] = SelfAttention
 
@@ -107,7 +127,14 @@ class FrameAttention(nn.Module):
 
 
 class CrossFrameBlock(nn.Module):
-    """One block: CFA, IFA, MLP. The checkpoint's flat names keep the three parts in one module."""
+    """One block: CFA, IFA, MLP. The checkpoint's flat names keep the three parts in one module.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.reference import CrossFrameBlock
+        >>> CrossFrameBlock(64, heads=1)(torch.randn(2, 8, 5, 64)).shape  # (B, T, S, D)
+        torch.Size([2, 8, 5, 64])
+    """
 
     attention: type[SelfAttention] = SelfAttention
 
@@ -147,6 +174,14 @@ class VisionTower(PatchEmbed):
     """Patch embedding, cross-frame blocks and the projection of the class token.
 
     It extends PatchEmbed because the checkpoint keeps both in one flat namespace, ``visual``.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.reference import VisionTower
+        >>> tower = VisionTower(64, patch_size=16, image_size=32, layers=2, heads=1, mlp_width=256, embed_dim=32)
+        >>> features, patches = tower(torch.randn(2, 8, 3, 32, 32))
+        >>> features.shape, patches.shape
+        (torch.Size([2, 8, 32]), torch.Size([2, 8, 4, 64]))
     """
 
     blocks: type[CrossFrameTransformer] = CrossFrameTransformer
