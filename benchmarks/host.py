@@ -109,8 +109,8 @@ def _norm() -> dict[str, float]:
 
 def _ops() -> dict[str, float]:
     """Every op at its shape in B/32 at batch 1, inference; then its launches, and what a launch costs by itself."""
-    from xclip_fast.ops.cases import OPS
     from xclip_fast.bench.operators import timed_call
+    from xclip_fast.ops.cases import OPS
 
     calls = {name: timed_call(_case(name), "triton") for name in OPS}
     found = medians(calls)
