@@ -53,7 +53,9 @@ def fused_op(
     """
 
     def register(formulation: Callable[..., Any]) -> Callable[..., Any]:
-        refused = None if refusal is None else picked(refusal, list(signature(formulation).parameters))
+        parameters = signature(formulation).parameters
+        refused = None if refusal is None else picked(refusal, list(parameters))
+        defaults = [parameter.default for parameter in parameters.values()]
 
         def run(*arguments: Any) -> Any:
             if launcher is None or not runs_kernels(arguments[0]) or (refused and refused(arguments) is not None):
@@ -61,8 +63,12 @@ def fused_op(
             launch = _launcher(launcher) if isinstance(launcher, str) else launcher
             return launch(*arguments)
 
+        def dispatched(*arguments: Any) -> Any:
+            # the dispatcher leaves defaults out
+            return run(*arguments, *defaults[len(arguments) :])
+
         qualified = f"xclip_fast::{name}"
-        custom_op(qualified, run, mutates_args=(), schema=infer_schema(formulation, mutates_args=()))
+        custom_op(qualified, dispatched, mutates_args=(), schema=infer_schema(formulation, mutates_args=()))
         register_fake(qualified)(fake)
         registered = getattr(torch.ops.xclip_fast, name).default
         register_flop_formula(registered.overloadpacket)(flops or _no_gemm)
