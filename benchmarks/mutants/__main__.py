@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 from benchmarks.mutants.fault import FaultError
 from benchmarks.mutants.faults import FAULTS
 from benchmarks.mutants.run import Outcome, read, run_faults, write
+
+# what the tests of every fault would import again: each runs in a fork of this process
+_LIBRARIES = "numpy", "torch", "torch._dynamo", "triton", "hypothesis", "safetensors.torch", "einops"
 
 
 def main() -> int:
@@ -34,6 +39,11 @@ def main() -> int:
         if options.json:
             write(options.json, list(done.values()))
 
+    os.nice(10)
+    # before torch and triton read them, as in tests/conftest.py
+    os.environ.update({"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"})
+    for library in _LIBRARIES:
+        import_module(library)
     try:
         with tempfile.TemporaryDirectory() as folder:
             outcomes = run_faults(chosen, Path(folder), known, say)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from benchmarks.mutants.fault import Fault, in_room
 
-_ENGINE = in_room("xclip_fast/engine", "tests/engine")
+_ENGINE = in_room("xclip_fast/engine")
 _RECENT = in_room("xclip_fast/recent.py", "tests/text/test_recent.py")
 _CLASSES = in_room(
     "xclip_fast/classes.py", "tests/model/test_large_label_sets.py", "tests/engine/test_engine_rewrites.py"
