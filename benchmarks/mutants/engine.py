@@ -19,49 +19,91 @@ SETS, FLOAT8 = "tests/engine/test_engine_class_graphs.py", "tests/engine/test_en
 ATTENTION, KERNELS = "tests/engine/test_engine_attention.py", "tests/engine/test_engine_kernels.py"
 PATCHES = "tests/engine/test_engine_patches.py"
 
+# of the sets of rewrites those that differ in their norms
+_SOME = "those or all- or none or other or eps"
 EPS = [
-    _ENGINE("eps of the CPU's norms ignored", "self.weight, self.bias, self.eps)", "self.weight, self.bias)", REWRITES),
+    _ENGINE(
+        "eps of the CPU's norms ignored",
+        "self.weight, self.bias, self.eps)",
+        "self.weight, self.bias)",
+        REWRITES,
+        "-k",
+        _SOME,
+    ),
     _ENGINE(
         "eps of the prompts' norms ignored",
         "constant=self.constant, eps=self.eps)[0]",
         "constant=self.constant)[0]",
         REWRITES,
+        "-k",
+        _SOME,
     ),
-    _ENGINE("eps of the patches' mean ignored", "constant=lag, eps=norm.eps)", "constant=lag)", REWRITES),
+    _ENGINE("eps of the patches' mean ignored", "constant=lag, eps=norm.eps)", "constant=lag)", REWRITES, "-k", _SOME),
     _ENGINE(
         "eps of MIT's blocks ignored",
         '"heads": block.attn.heads, "eps": block.ln_1.eps}',
         '"heads": block.attn.heads}',
         REWRITES,
+        "-k",
+        _SOME,
     ),
-    _ENGINE("eps of ln_post ignored on CUDA", "constant=self.lag, eps=self.eps_post)", "constant=self.lag)", REWRITES),
-    _ENGINE("eps of ln_pre ignored on CUDA", "eps=self.eps_pre,", "", REWRITES),
+    _ENGINE(
+        "eps of ln_post ignored on CUDA",
+        "constant=self.lag, eps=self.eps_post)",
+        "constant=self.lag)",
+        REWRITES,
+        "-k",
+        _SOME,
+    ),
+    _ENGINE("eps of ln_pre ignored on CUDA", "eps=self.eps_pre,", "", REWRITES, "-k", _SOME),
     _ENGINE(
         "eps of ln_1 ignored on CUDA",
         "layer_norm(rows, weight, bias, residual=branch, constant=lag, eps=self.eps)",
         "layer_norm(rows, weight, bias, residual=branch, constant=lag)",
         REWRITES,
+        "-k",
+        _SOME,
     ),
-    _ENGINE("eps of ln_2 ignored on CUDA", "constant=self.lag_2, eps=self.eps)", "constant=self.lag_2)", REWRITES),
+    _ENGINE(
+        "eps of ln_2 ignored on CUDA",
+        "constant=self.lag_2, eps=self.eps)",
+        "constant=self.lag_2)",
+        REWRITES,
+        "-k",
+        _SOME,
+    ),
     _ENGINE(
         "eps of float8 rows ignored",
         "rows, weight=weight, bias=bias, residual=branch, constant=lag, eps=self.eps",
         "rows, weight=weight, bias=bias, residual=branch, constant=lag",
         FLOAT8,
     ),
-    _ENGINE("eps of the pair's norm is the message's", '"pair_eps": block.ln_1.eps', '"pair_eps": norm.eps', REWRITES),
-    _ENGINE("eps of the merged message ignored", "(variance + self.norm.eps)", "(variance + 1e-5)", REWRITES),
+    _ENGINE(
+        "eps of the pair's norm is the message's",
+        '"pair_eps": block.ln_1.eps',
+        '"pair_eps": norm.eps',
+        REWRITES,
+        "-k",
+        _SOME,
+    ),
+    _ENGINE(
+        "eps of the merged message ignored", "(variance + self.norm.eps)", "(variance + 1e-5)", REWRITES, "-k", _SOME
+    ),
     _ENGINE(
         "eps of the first message ignored",
         "normed = layer_norm(message, message.shape, exact(norm.weight), exact(norm.bias), norm.eps)",
         "normed = layer_norm(message, message.shape, exact(norm.weight), exact(norm.bias))",
         REWRITES,
+        "-k",
+        _SOME,
     ),
     _ENGINE(
         "eps of the constant class token ignored",
         "row = layer_norm(row, row.shape, exact(norm.weight), exact(norm.bias), norm.eps)",
         "row = layer_norm(row, row.shape, exact(norm.weight), exact(norm.bias))",
         REWRITES,
+        "-k",
+        _SOME,
     ),
 ]
 CACHES = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -140,6 +141,34 @@ def test_a_set_is_read_where_it_lies(log: list[str]) -> None:
     texts[0].data = torch.randn(5, 3)
     assert torch.equal(graphs(video, *texts)[0], score(video, *texts)[0])
     assert log[-2:] == ["replay", "uncaptured"]
+
+
+def test_what_is_read_otherwise_where_a_set_lies_is_another_set(log: list[str]) -> None:
+    graphs, features, shift = cache(log, capacity=8), torch.randn(3, 3), torch.randn(3)
+    video = torch.randn(2, 3)
+    sets = (features, shift), (features.t(), shift), (features[:2], shift[:2]), (features, shift.as_strided((3,), (0,)))
+    for texts in sets:
+        for _ in range(3):
+            assert torch.equal(graphs(video, *texts)[0], score(video, *texts)[0])
+    assert log.count("capture 2") == len(sets)
+
+
+def test_the_way_of_an_odd_batch_is_that_of_its_class_set_and_dtype() -> None:
+    timed: list[tuple[int, torch.dtype]] = []
+
+    def seconds(work: Callable[[], object]) -> float:
+        timed.append((classes, dtype))
+        work()
+        return 1.0
+
+    graphs = GraphCache(score, lambda run, video: run, seconds)
+    for classes, dtype in [(5, torch.float32), (7, torch.float32), (5, torch.float64), (5, torch.float32)]:
+        texts = tuple(x.to(dtype) for x in class_set(classes))
+        for _ in range(3):
+            graphs(torch.randn(3, 3, dtype=dtype), *texts)
+    # each is timed when it is first seen, and once
+    assert list(dict.fromkeys(timed)) == [(5, torch.float32), (7, torch.float32), (5, torch.float64)]
+    assert len(timed) == 3 * 10
 
 
 def test_a_graph_keeps_its_set_until_it_goes() -> None:

@@ -116,7 +116,7 @@ def test_registered_op_without_kernels_has_exact_gradients(monkeypatch: pytest.M
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     inputs = arguments((3, 7), torch.float64, residual=True, constant=True)
     tensors = [inputs[name].cpu().requires_grad_() for name in ("x", "weight", "bias", "residual", "constant")]
-    assert torch.autograd.gradcheck(lambda *args: torch.ops.xclip_fast.layer_norm(*args, 1e-5)[:2], tensors)
+    assert torch.autograd.gradcheck(lambda *args: torch.ops.xclip_fast.layer_norm(*args, 0.3)[:2], tensors)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

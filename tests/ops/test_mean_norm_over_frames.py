@@ -151,7 +151,7 @@ def test_registered_op_without_kernels_has_exact_gradients(monkeypatch: pytest.M
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     inputs = [x.cpu().requires_grad_() for x in arguments((2, 3, 2, 7), torch.float64).values()]
     inputs += [random(*shape, dtype=torch.float64).cpu().requires_grad_() for shape in ((2, 3, 2, 7), (7,))]
-    assert torch.autograd.gradcheck(lambda *args: torch.ops.xclip_fast.mean_norm_over_frames(*args, 1e-5), inputs)
+    assert torch.autograd.gradcheck(lambda *args: torch.ops.xclip_fast.mean_norm_over_frames(*args, 0.3), inputs)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

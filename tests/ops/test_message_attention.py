@@ -340,10 +340,10 @@ def test_registered_ops_without_kernels_have_exact_gradients(
     clips = (None, 2, 3) if bounds is None else (torch.tensor(bounds, dtype=torch.int32), 2, 4)
     tensors = [x.detach().cpu().requires_grad_() for x in tensors_of(inputs)]
     assert torch.autograd.gradcheck(
-        lambda *args: torch.ops.xclip_fast.message_attention(*args, *clips, 1e-5), tensors, fast_mode=True
+        lambda *args: torch.ops.xclip_fast.message_attention(*args, *clips, 0.3), tensors, fast_mode=True
     )
     packed = [x.detach().cpu().requires_grad_() for x in tensors_of(key_value_arguments(3, 4, dtype=torch.float64))]
-    assert torch.autograd.gradcheck(lambda *args: torch.ops.xclip_fast.message_key_value(*args, 1e-5), packed)
+    assert torch.autograd.gradcheck(lambda *args: torch.ops.xclip_fast.message_key_value(*args, 0.3), packed)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
