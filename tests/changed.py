@@ -87,7 +87,10 @@ class Sources:
         return self._parsed[path]
 
     def _texts(self, path: str) -> str:
-        constants = [node.value for node in self._nodes(path) if isinstance(node, ast.Constant)]
+        """All strings but docstrings."""
+        nodes = self._nodes(path)
+        docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        constants = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docs]
         return "\n".join(value for value in constants if isinstance(value, str))
 
     def _imports_of(self, path: str) -> set[str]:

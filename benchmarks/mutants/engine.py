@@ -18,6 +18,7 @@ TEXTS, GRAPHS = "tests/engine/test_engine_texts.py", "tests/engine/test_engine_g
 SETS, FLOAT8 = "tests/engine/test_engine_class_graphs.py", "tests/engine/test_engine_float8.py"
 ATTENTION, KERNELS = "tests/engine/test_engine_attention.py", "tests/engine/test_engine_kernels.py"
 PATCHES = "tests/engine/test_engine_patches.py"
+_QUICK = "-k", "not hundred and not process"
 
 # of the sets of rewrites those that differ in their norms
 _SOME = "those or all- or none or other or eps"
@@ -136,36 +137,41 @@ CACHES = [
         "key = digest([self.encoder, tokens])",
         "key = digest([self.encoder, tokens[:, :3]])",
         TEXTS,
+        *_QUICK,
     ),
     _ENGINE(
         "class sets by their first rows",
         "key = digest([self.encoder, tokens])",
         "key = digest([self.encoder, tokens[:3], bytes(len(tokens))])",
         TEXTS,
+        *_QUICK,
     ),
     _ENGINE(
         "class sets without their encoder", "key = digest([self.encoder, tokens])", "key = digest([tokens])", TEXTS
     ),
-    _ENGINE("encoder without its heads", "how = [config.text_heads, ", "how = [", TEXTS),
+    _ENGINE("encoder without its heads", "how = [config.text_heads, ", "how = [", TEXTS, *_QUICK),
     _ENGINE(
         "encoder without its activation",
         "config.activation, packing.device.type, dtypes",
         "packing.device.type, dtypes",
         TEXTS,
+        *_QUICK,
     ),
-    _ENGINE("encoder without its device", "packing.device.type, dtypes, sorted", "dtypes, sorted", TEXTS),
+    _ENGINE("encoder without its device", "packing.device.type, dtypes, sorted", "dtypes, sorted", TEXTS, *_QUICK),
     _ENGINE(
         "encoder without what weights are kept in",
         'f"{packing.dtype} of {packing.stored}"',
         "str(packing.dtype)",
         TEXTS,
+        *_QUICK,
     ),
-    _ENGINE("encoder without its rewrites", "dtypes, sorted(packing.rewrites)]", "dtypes]", TEXTS),
+    _ENGINE("encoder without its rewrites", "dtypes, sorted(packing.rewrites)]", "dtypes]", TEXTS, *_QUICK),
     _ENGINE(
         "size of a kept class set without its query",
         "texts.features.nbytes + texts.query.nbytes",
         "texts.features.nbytes",
         TEXTS,
+        *_QUICK,
     ),
     _ENGINE(
         "graph by the place of a class set alone", "x.data_ptr(), x.dtype, x.shape, x.stride()", "x.data_ptr()", SETS
@@ -201,6 +207,7 @@ WEIGHTS = [
         "exact_dtype(self.packing.dtype), copy=True)",
         "exact_dtype(self.packing.dtype))",
         TEXTS,
+        *_QUICK,
     ),
     _ENGINE("bias of a norm is not in the product", "bias + weight @ exact(norm.bias)", "bias", REWRITES),
     _ENGINE(

@@ -46,7 +46,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def test_class_sets_are_encoded_once(encoded: list[tuple[int, ...]]) -> None:
     engine = Engine(small_model())
-    one, other = random_tokens(3), random_tokens(4)
+    one, other = random_tokens(5), random_tokens(4)
     first = engine.encode_texts(one)
     assert engine.encode_texts(one.int()) is first
     assert len(encoded) == 1
