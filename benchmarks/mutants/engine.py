@@ -186,7 +186,7 @@ CACHES = [
         SETS,
     ),
     _ENGINE(
-        "way of an odd batch without its dtype", "key = video.dtype, *video.shape, *(", "key = *video.shape, *(", GRAPHS
+        "way of an odd batch without its dtype", "key = video.dtype, *video.shape, *(", "key = *video.shape, *(", SETS
     ),
     _ENGINE("a set where another lay is taken for it", "before[0]() is texts[0]", "before[0] is not None", SETS),
     _RECENT(
@@ -324,7 +324,13 @@ LOW_PRECISION = [
     _ENGINE("one of a perceptron's products falls back alone", 'broken |= {"fc", "projection"}', "pass", PRECISION),
     _ENGINE("float8 at the first block", "index in (0, len(resblocks) - 1)", "index == len(resblocks) - 1", FLOAT8),
     _ENGINE("bytes of a weight in 128 steps", "largest / 127", "largest / 128", PRODUCTS),
-    _ENGINE("zero point one step off", "round(-low / scale) + 1", "round(-low / scale)", PRODUCTS),
+    _ENGINE(
+        "zero point one step off",
+        "round(-low / scale) + 1",
+        "round(-low / scale)",
+        PRODUCTS,
+        equivalent="the step is room for the rounding of float32, which reaches the next byte at no number that was found",
+    ),
     _ENGINE(
         "range of bytes without zero", "low, high = min(low, 0.0), max(high, 0.0)", "low, high = low, high", PRODUCTS
     ),
@@ -363,6 +369,7 @@ LOW_PRECISION = [
         "wide = exact_dtype(message.dtype)",
         "wide = message.dtype",
         PRECISION,
+        equivalent="PyTorch sums it in float32; its result is rounded once more, as is the product it scales",
     ),
 ]
 BEHAVIOUR = [

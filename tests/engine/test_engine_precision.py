@@ -16,11 +16,13 @@ from torch.nn.functional import cosine_similarity, linear
 
 from xclip_fast.demo.clips import CLASSES, FRAMES, HELD_OUT, SAMPLED, make_clip
 from xclip_fast.demo.models import load_trained
-from xclip_fast.engine import Engine, budget
+from xclip_fast.engine import Engine, budget, cpu
 from xclip_fast.engine.budget import BUDGETS, check_products
+from xclip_fast.engine.cpu import CpuTower
 from xclip_fast.engine.packing import CPU_REWRITES, Packing
 from xclip_fast.engine.products import PlainProduct, int8_product
 from xclip_fast.reference import XCLIP
+from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.text import get_tokenizer
 from xclip_fast.video.sampling import uniform_indices
 
@@ -207,9 +209,10 @@ def test_error_of_a_product_is_that_of_its_worst_rows() -> None:
 
 
 @needs_int8
-def test_calibration_sees_every_clip() -> None:
-    model = small_model()
-    clips = random_video(2)
+def test_calibration_sees_every_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    # in parts of one video
+    monkeypatch.setattr(cpu, "CHUNK_ROWS", 4 * 17)
+    model, clips = small_model(), random_video(2)
     clips[1] = 255
     found = []
     for order in (clips, clips.flip(0), clips[:1]):
@@ -238,3 +241,28 @@ def test_report_is_of_all_clips_and_of_the_worst() -> None:
     cosines = cosine_similarity(found, truth, dim=-1)
     assert report.video_error == pytest.approx(((found - truth).norm() / truth.norm()).item(), rel=1e-2)
     assert 1 - report.video_cosine == pytest.approx(1 - cosines.min().item(), rel=5e-2)
+
+
+@needs_int8
+def test_bytes_share_a_scale_with_no_other_video() -> None:
+    model, packing = small_model(), Packing(torch.device("cpu"), torch.float32, CPU_REWRITES, "int8")
+    for frames in (1, 4):
+        parts = CpuTower(model.visual, model.config, packing).embed(random_video(3, frames))
+        assert [part.shape[:2] for part in parts] == [(1, frames)] * 3
+
+
+def test_both_products_of_a_perceptron_leave_float16_together() -> None:
+    # hidden rows that one gives in float16 would not reach the other in float32
+    model = small_model()
+    model.visual.transformer.resblocks[1].mlp.c_proj.weight[0, 0] = 1e6
+    report = Engine(model, torch.float16).report()
+    assert [product.place for product in report.products if product.fell_back] == ["blocks.1.fc", "blocks.1.projection"]
+
+
+@torch.inference_mode()
+def test_prompts_are_exact_in_half_precision_on_the_cpu() -> None:
+    model, engine = small_model(), Engine(small_model(), torch.bfloat16)
+    features, texts = engine.encode_video(random_video()), engine.encode_texts(random_tokens())
+    exact = VideoFeatures(*(part.double() for part in features))
+    truth = model.double().logits(exact, texts.features.double())
+    assert relative_error(engine.logits(features, texts), truth) < 1e-5

@@ -269,6 +269,7 @@ print(features.view(torch.uint8).numpy().tobytes().hex())
 """
 
 
+@pytest.mark.slow
 def test_another_process_reads_what_one_wrote(tmp_path: Path) -> None:
     found = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
     said = [
@@ -286,6 +287,7 @@ def test_another_process_reads_what_one_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.slow
 def test_a_hundred_thousand_classes_make_nothing_larger_than_their_features(on_disk: bool, tmp_path: Path) -> None:
     model, classes = small_model(text_layers=1), 100_000
     tokens = torch.randint(1, 62, (classes, 4))

@@ -220,6 +220,7 @@ def test_half_precision_models(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.slow
 def test_compiles_whole(backend: str) -> None:
     _, model = pair()
     video, tokens = inputs()
@@ -338,6 +339,7 @@ def gradients_of_two_ranks() -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_two_ranks_train_as_one(kind: str, gradients_of_two_ranks: dict[str, dict[str, Tensor]]) -> None:
     found = gradients_of_two_ranks[kind]
     model = distributed_model(kind)

@@ -94,11 +94,13 @@ def test_parity_of_sizes(size: tuple[int, int, int, int], dtype: torch.dtype) ->
     check_op(message_attention, inputs, what="cfa sizes", ceiling=CEILING)
 
 
+@pytest.mark.slow
 def test_production_width() -> None:
     inputs = arguments(1, 8, heads=12, head_dim=64, dtype=torch.float16)
     check_op(message_attention, inputs, what="cfa production", ceiling=CEILING, gradients=False)
 
 
+@pytest.mark.slow
 def test_clip_of_1024_frames() -> None:
     inputs = arguments(1, 1024, dtype=torch.float16)
     check_op(message_attention, inputs, what="cfa 1024", ceiling=CEILING, gradients=False)

@@ -294,6 +294,7 @@ def test_equals_the_module_of_the_reference() -> None:
 
 @pytest.mark.parametrize("extension", [False, pytest.param(True, marks=needs_extension)])
 @pytest.mark.parametrize("kind", ["last", "first", "float"])
+@pytest.mark.slow
 def test_registered_op(kind: str, extension: bool) -> None:
     statistics = [[0.4, 0.5, 0.6], [0.2, 0.3, 0.4]] if kind != "float" else [[], []]
     for shape, norm in (((2, 48, 48, 4, 9), True), ((1, 6, 4, 2, 5), False)):

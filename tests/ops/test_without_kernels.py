@@ -1,4 +1,4 @@
-"""The registered ops where no kernel runs, as exported graphs call them on the CPU, held to the rule of the kernels."""
+"""Where no kernel runs, the registered ops, as exported graphs call them, and the torch formulations keep its rule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @kernel_dtypes
+@pytest.mark.parametrize("called", ["registered", "torch"])
 @pytest.mark.parametrize("name", CASES)
-def test_parity(name: str, dtype: torch.dtype) -> None:
-    case = CASES[name]
-    check_op(case.op, case.draw(Draw(dtype, "cpu")), what=f"{name} without kernels", backend="triton", ceiling=1e-2)
+def test_parity(name: str, called: str, dtype: torch.dtype) -> None:
+    case, backend = CASES[name], "triton" if called == "registered" else "torch"
+    check_op(case.op, case.draw(Draw(dtype, "cpu")), what=f"{name} without kernels", backend=backend, ceiling=1e-2)
