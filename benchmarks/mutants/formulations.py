@@ -202,6 +202,7 @@ FAULTS: list[Fault] = [
         "an empty clip has no key",
         "return inside | (torch.arange(self.longest, device=inside.device) == 0)",
         "return inside",
+        equivalent="no row is gathered from the places of an empty clip, whatever stands there",
     ),
     _frames(
         "frames of no clip have gradients", "grad_attended = grad_attended.masked_fill(~clips.inside, 0.0)", "pass"

@@ -110,6 +110,12 @@ def test_the_pairs_of_a_graph_are_those_of_its_bucket(log: list[str]) -> None:
             graphs(torch.randn(batch, 3), *texts)
     assert "capture 4" in log
     assert "capture 8" not in log
+    # three videos are few enough, the four they would be padded to are not
+    log.clear()
+    graphs, texts = cache(log), class_set(MAX_PAIRS // 4 + 1)
+    for _ in range(3):
+        graphs(torch.randn(3, 3), *texts)
+    assert log == ["uncaptured"] * 3
 
 
 def test_sets_seen_once_push_nothing_out(log: list[str]) -> None:
