@@ -188,6 +188,15 @@ def test_wrong_boundaries_on_the_device_stay_inside(bounds: list[int], longest: 
     assert found.shape == (70, 32)
 
 
+@pytest.mark.parametrize(("frames", "longest"), [(9, 5), (100, 70)])
+def test_of_a_clip_longer_than_its_bound_the_first_frames_attend(frames: int, longest: int) -> None:
+    inputs = arguments(frames)
+    tensors = [x.detach() for x in tensors_of(inputs)]
+    found = torch.ops.xclip_fast.message_attention(*tensors, boundaries(0, frames), 1, longest, 1e-5)
+    alone = message_attention(**inputs, cu_frames=boundaries(0, longest), backend="triton")
+    assert torch.allclose(found, alone, atol=1e-5)
+
+
 def test_longest_given_splits_nothing_else() -> None:
     inputs = arguments(70)
     cu_frames = boundaries(0, 20, 40, 70)

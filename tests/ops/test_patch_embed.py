@@ -320,6 +320,19 @@ def test_exact_gradients(kind: str, extension: bool, monkeypatch: pytest.MonkeyP
         assert torch.autograd.gradcheck(function, leaves)
 
 
+def test_exact_gradients_of_positions_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    frames, weight = torch.zeros(50, 4, 4, 3, dtype=torch.uint8), torch.ones(6, 3, 2, 2, dtype=torch.bfloat16)
+    embedding, positions = torch.zeros(6, requires_grad=True), torch.zeros(5, 6, requires_grad=True)
+    statistics = [[0.4, 0.5, 0.6], [0.2, 0.3, 0.4]]
+    inputs = frames, weight, embedding, positions, None, None, 1e-5, *statistics, torch.bfloat16, False, False
+    tokens, _ = torch.ops.xclip_fast.patch_embed(*inputs)
+    upstream = torch.randn(tokens.shape).bfloat16()
+    found = torch.autograd.grad(tokens, [embedding, positions], upstream)
+    truth = upstream.float().sum(0)
+    torch.testing.assert_close(found, (truth[0], truth), rtol=1e-5, atol=1e-5)
+
+
 @backends
 @pytest.mark.parametrize("kind", ["last", "float"])
 def test_compiles_whole(kind: str, backend: str) -> None:
