@@ -320,6 +320,20 @@ def test_exact_gradients(kind: str, extension: bool, monkeypatch: pytest.MonkeyP
         assert torch.autograd.gradcheck(function, leaves)
 
 
+@needs_extension
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_weights_packed_in_bytes_are_within_half_a_step(pieces: int) -> None:
+    weight, scale = torch.randn(9, 3, 4, 4), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    factors = torch.stack([scale, torch.zeros(3, dtype=torch.float64)])
+    packed, unit, _ = torch.ops.xclip_fast_native.pack_weights(weight, factors, pieces)
+    digits = packed.double().view(pieces, 9, 48)
+    whole = sum(digits[piece] * 256.0 ** (pieces - 1 - piece) for piece in range(pieces))
+    exact = (weight.double() * scale.view(3, 1, 1)).flatten(1) / unit.double()[:, None]
+    # of three pieces float32 itself errs by another half
+    assert (whole - exact).abs().max() <= (0.501 if pieces == 2 else 1.01)
+    assert (whole - exact).abs().mean() <= 0.3
+
+
 def test_exact_gradients_of_positions_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     frames, weight = torch.zeros(50, 4, 4, 3, dtype=torch.uint8), torch.ones(6, 3, 2, 2, dtype=torch.bfloat16)
