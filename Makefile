@@ -3,18 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# files are of very different length: a worker without work takes tests over from another
+WORKERS := --numprocesses auto --maxprocesses 8 --dist worksteal
 # the machine with a GPU: what decides whether kernels that were compiled here are found there
 GPU_VENV := build/gpu-venv
 GPU_INSTALLED := $(GPU_VENV)/.installed
 GPU_PACKAGES := torch==2.11.0 triton==3.6.0 transformers==5.17.0
 
-.PHONY: demo test ext lint docs kernels-report tables gpu gpu-kit gpu-dry-run clean
+.PHONY: demo test quick ext lint docs kernels-report tables gpu gpu-kit gpu-dry-run clean
 
 demo: $(INSTALLED)
 	$(BIN)/xclip-fast demo
 
+# all of them, or with CHANGED=main those that the diff since main needs
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python $(if $(CHANGED),tests/changed.py $(CHANGED),-m pytest tests) $(WORKERS)
+
+# for the loop of a developer: see CONTRIBUTING.md
+quick: $(INSTALLED)
+	$(BIN)/python -m pytest tests --quick $(WORKERS)
 
 # everything in csrc/, the CUDA part where nvcc is, no GPU needed; a failure is an error
 ext: $(INSTALLED)

@@ -25,6 +25,8 @@ from xclip_fast import _extension
 from xclip_fast.ops._backends import interpreter_refusal, interpreting
 
 PARITY = "parity"
+# they build, measure, or need what a developer's machine has not
+NOT_QUICK = ("benchmarks", "csrc", "gpu")
 
 # float32 means float32 on a GPU too
 torch.backends.cuda.matmul.allow_tf32 = False
@@ -34,6 +36,26 @@ torch.backends.cudnn.allow_tf32 = False
 def pytest_sessionstart() -> None:
     if interpreting() and (reason := interpreter_refusal()):
         pytest.exit(f"the kernels cannot be tested: {reason}", returncode=4)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help=f"of each test its first case, without the slow ones and the rooms {', '.join(NOT_QUICK)}",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.quick:
+        return
+    firsts: dict[str, pytest.Item] = {}
+    for item in items:
+        room = item.path.relative_to(DATA.parent).parts[0]
+        if room not in NOT_QUICK and item.get_closest_marker("slow") is None:
+            firsts.setdefault(item.nodeid.split("[")[0], item)
+    config.hook.pytest_deselected(items=[item for item in items if firsts.get(item.nodeid.split("[")[0]) is not item])
+    items[:] = firsts.values()
 
 
 @pytest.fixture(autouse=True)

@@ -339,6 +339,7 @@ def test_the_code_would_have_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert Path(MARK).exists()
 
 
+@pytest.mark.slow
 def test_a_mutated_file_never_brings_anything_but_an_input_error(tmp_path: Path):
     """Flipped bits in the first bytes and in the last, in every format; a flip in a weight may pass unseen."""
     model = create_model(TINY)

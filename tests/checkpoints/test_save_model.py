@@ -282,6 +282,7 @@ def test_unfit_models_are_refused(tmp_path: Path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_saved_by_its_own_names(tmp_path: Path):
     model = tiny_model()
     save_model(torch.compile(model), tmp_path / "m")

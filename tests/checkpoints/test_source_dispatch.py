@@ -134,6 +134,7 @@ def test_odd_paths_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (tmp_path / "home.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_loading_imports_no_optional_library(tmp_path: Path):
     for format in ("xclip_fast", "official", "hf"):
         save_model(tiny_model(), tmp_path / format, format)

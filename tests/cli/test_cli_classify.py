@@ -376,6 +376,7 @@ def test_the_library_refuses_what_the_command_line_refuses() -> None:
         pipeline.Classifier(Engine(model), ["a"], get_tokenizer(TINY), text_cache="texts")
 
 
+@pytest.mark.slow
 def test_the_real_process_keeps_json_alone_on_stdout(tiny: Path, bikes: Path, bad_files: dict[str, Path]) -> None:
     command = [sys.executable, "-m", "xclip_fast.cli", "classify", bad_files["truncated"], bikes]
     done = subprocess.run(
@@ -402,6 +403,7 @@ def on_a_terminal(command: list[object], stdout: int | None = None) -> tuple[int
     return process.returncode, shown.decode()
 
 
+@pytest.mark.slow
 def test_the_progress_bar_keeps_out_of_redirected_output(tiny: Path, bikes: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xclip_fast.cli", "classify", bikes, bikes, "--labels", LABELS, "--weights", tiny]
     with (tmp_path / "out.txt").open("wb") as file:
@@ -414,6 +416,7 @@ def test_the_progress_bar_keeps_out_of_redirected_output(tiny: Path, bikes: Path
     assert "\x1b" not in out
 
 
+@pytest.mark.slow
 def test_the_progress_bar_makes_room_on_the_terminal(tiny: Path, bikes: Path) -> None:
     command = [sys.executable, "-m", "xclip_fast.cli", "classify", bikes, bikes, "--labels", LABELS, "--weights", tiny]
     code, shown = on_a_terminal(command)

@@ -49,6 +49,7 @@ def test_the_exit_code_is_the_check(result: DemoResult, code: int, cli: Cli, mon
     assert json.loads(out)["passed"] == (code == 0)
 
 
+@pytest.mark.slow
 def test_the_shipped_model_on_real_files(cli: Cli, bikes: Path, tmp_path: Path) -> None:
     code, out, err = cli("demo", "--clips-per-class", "2", "--out", tmp_path / "clips", "--video", bikes, "--json")
     assert (code, err) == (0, "")
@@ -67,6 +68,7 @@ def test_the_shipped_model_on_real_files(cli: Cli, bikes: Path, tmp_path: Path) 
     assert json.loads(out)["results"][0]["predictions"][0]["label"] == "a shape growing"
 
 
+@pytest.mark.slow
 def test_ten_thousand_labels_for_the_shipped_model(cli: Cli, bikes: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("\n".join(f"class {number}" for number in range(10_000)))
     code, out, _ = cli("classify", bikes, "--labels-file", tmp_path / "labels.txt", "--json")

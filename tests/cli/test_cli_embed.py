@@ -87,6 +87,7 @@ def test_ctrl_c_leaves_no_file(
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_interrupts_the_real_process(bikes: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels"
     os.mkfifo(labels)

@@ -24,6 +24,7 @@ def info(*arguments: str, path: Path | None = None) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
+@pytest.mark.slow
 def test_a_healthy_machine_has_all_keys_and_says_so() -> None:
     import torch
 
@@ -39,6 +40,7 @@ def test_a_healthy_machine_has_all_keys_and_says_so() -> None:
         assert backend["available"] or backend["reason"]
 
 
+@pytest.mark.slow
 def test_broken_missing_crashing_and_noisy_libraries_are_a_sentence_each(tmp_path: Path) -> None:
     breakages = {
         "torch": "raise OSError('libcudart.so.13: cannot open shared object file\\nmore')",

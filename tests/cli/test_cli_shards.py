@@ -177,6 +177,7 @@ def _counting(change: Callable[..., Any], counted: Callable[..., Any]) -> Callab
     return lambda *arguments, **settings: counted(change, *arguments, **settings)
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_of_the_disk(model: Any, paths: list[str], tmp_path: Path) -> None:
     # the second of three shards holds no row
     work = partial(finish, model, [paths[0], paths[3], paths[6]], shard_size=1)
@@ -492,6 +493,7 @@ def in_another_process(command: list[str], modules: Path, said: Path) -> int:
         os._exit(77)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_after_it_is_interrupted_and_killed(
     cli: Cli, tiny: Path, paths: list[str], tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ def test_a_full_disk_is_one_line() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.slow
 def test_a_log_on_a_full_disk_changes_no_exit_code(tmp_path: Path) -> None:
     for command, code in ((["convert", "demo", "a.safetensors"], 0), (["convert", "nothing", "b.safetensors"], 2)):
         with open("/dev/full", "w") as full:

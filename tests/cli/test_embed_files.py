@@ -80,6 +80,7 @@ def test_an_engine_embeds_files(patches: bool, model: Any, clips: list[Path]) ->
     agree(found, one_by_one(model, [*clips[:2], *clips[3:]]), patches)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_no_bit(model: Any, clips: list[Path]) -> None:
     paths = [os.fspath(path) for path in clips] * 2
     runs = [list(embed_files(model, paths, batch_size=3, clips=2, workers=workers)) for workers in (0, 2)]

@@ -40,6 +40,7 @@ def test_frames_of_the_model_size_are_not_resized(tmp_path: Path) -> None:
     assert np.array_equal(views[0].numpy(), read_frames(path))
 
 
+@pytest.mark.slow
 def test_demo_keeps_files_and_counts(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "clips"
     stages: list[tuple[str, int, int]] = []

@@ -25,12 +25,14 @@ def bits(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits() -> None:
     first, again, other = bits(0), bits(0), bits(1)
     assert all(torch.equal(value, again[key]) for key, value in first.items())
     assert not any(torch.equal(value, other[key]) for key, value in first.items() if key.endswith("in_proj_weight"))
 
 
+@pytest.mark.slow
 def test_a_model_learns_the_same_alone() -> None:
     together, alone = train(steps=2)["average"], train(["average"], steps=2)["average"]
     assert all(torch.equal(value, alone.state_dict()[key]) for key, value in together.state_dict().items())
@@ -45,6 +47,7 @@ def test_state_of_torch_is_left_alone() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.slow
 def test_progress_reports_every_step() -> None:
     seen: list[tuple[int, dict[str, float]]] = []
     train(["average", "xclip"], steps=3, progress=lambda step, losses: seen.append((step, losses)))
@@ -52,6 +55,7 @@ def test_progress_reports_every_step() -> None:
     assert all(set(losses) == {"average", "xclip"} and min(losses.values()) > 0 for _, losses in seen)
 
 
+@pytest.mark.slow
 def test_command_writes_weights_that_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     try:
@@ -66,6 +70,7 @@ def test_command_writes_weights_that_load(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.count("validation top-1") == len(MODELS)
 
 
+@pytest.mark.slow
 def test_weights_in_a_missing_folder_are_an_input_error(tmp_path: Path) -> None:
     for name, model in train(steps=1).items():
         with pytest.raises(InputError, match="cannot write"):

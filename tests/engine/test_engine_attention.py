@@ -8,6 +8,7 @@ from numerics import assert_parity, poisoned_memory, relative_error
 from torch import Tensor
 
 from xclip_fast import _extension
+from xclip_fast.engine import attention
 from xclip_fast.engine.attention import frame_attention
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -64,6 +65,18 @@ def test_parity_of_other_heads_and_scales(heads: int, head_dim: int, scale: floa
     truth = plain(packed.double(), 2, heads, 21, scale)
     what = f"engine frame_attention {heads}x{head_dim}"
     assert_parity(found, plain(packed, 2, heads, 21, scale), truth, what=what, terms=head_dim + 22)
+
+
+@pytest.mark.parametrize("frames, heads", [(1, 1), (1, 5), (4, 2)])  # noqa: PT006
+def test_parity_of_heads_in_parts(frames: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # three heads of 197 tokens at a time: parts of one head, of three and two, of three, three and two
+    monkeypatch.setattr(_extension, "attention_refusal", lambda: "not now")
+    packed = rows(frames, 197, heads, torch.bfloat16) / 4
+    assert attention._SCORES // (197 * 198) == 3
+    with poisoned_memory():
+        found = frame_attention(packed, frames, heads, 197, 1.0)
+    truth, same = (plain(x, frames, heads, 197, 1.0) for x in (packed.double(), packed))
+    assert_parity(found, same, truth, what="engine frame_attention in parts", terms=64 + 198)
 
 
 @pytest.mark.usefixtures("by_extension")

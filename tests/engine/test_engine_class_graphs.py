@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -109,6 +110,12 @@ def test_the_pairs_of_a_graph_are_those_of_its_bucket(log: list[str]) -> None:
             graphs(torch.randn(batch, 3), *texts)
     assert "capture 4" in log
     assert "capture 8" not in log
+    # three videos are few enough, the four they would be padded to are not
+    log.clear()
+    graphs, texts = cache(log), class_set(MAX_PAIRS // 4 + 1)
+    for _ in range(3):
+        graphs(torch.randn(3, 3), *texts)
+    assert log == ["uncaptured"] * 3
 
 
 def test_sets_seen_once_push_nothing_out(log: list[str]) -> None:
@@ -140,6 +147,34 @@ def test_a_set_is_read_where_it_lies(log: list[str]) -> None:
     texts[0].data = torch.randn(5, 3)
     assert torch.equal(graphs(video, *texts)[0], score(video, *texts)[0])
     assert log[-2:] == ["replay", "uncaptured"]
+
+
+def test_what_is_read_otherwise_where_a_set_lies_is_another_set(log: list[str]) -> None:
+    graphs, features, shift = cache(log, capacity=8), torch.randn(3, 3), torch.randn(3)
+    video = torch.randn(2, 3)
+    sets = (features, shift), (features.t(), shift), (features[:2], shift[:2]), (features, shift.as_strided((3,), (0,)))
+    for texts in sets:
+        for _ in range(3):
+            assert torch.equal(graphs(video, *texts)[0], score(video, *texts)[0])
+    assert log.count("capture 2") == len(sets)
+
+
+def test_the_way_of_an_odd_batch_is_that_of_its_class_set_and_dtype() -> None:
+    timed: list[tuple[int, torch.dtype]] = []
+
+    def seconds(work: Callable[[], object]) -> float:
+        timed.append((classes, dtype))
+        work()
+        return 1.0
+
+    graphs = GraphCache(score, lambda run, video: run, seconds)
+    for classes, dtype in [(5, torch.float32), (7, torch.float32), (5, torch.float64), (5, torch.float32)]:
+        texts = tuple(x.to(dtype) for x in class_set(classes))
+        for _ in range(3):
+            graphs(torch.randn(3, 3, dtype=dtype), *texts)
+    # each is timed when it is first seen, and once
+    assert list(dict.fromkeys(timed)) == [(5, torch.float32), (7, torch.float32), (5, torch.float64)]
+    assert len(timed) == 3 * 10
 
 
 def test_a_graph_keeps_its_set_until_it_goes() -> None:

@@ -188,10 +188,11 @@ def test_classify_labels() -> None:
         engine.classify(video, ["a cat", "a cat"])
 
 
-def test_model_stays_as_it_is_and_is_not_kept() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_model_stays_as_it_is_and_is_not_kept(dtype: torch.dtype) -> None:
     model = small_model().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    engine = Engine(model, torch.bfloat16)
+    engine = Engine(model, dtype)
     video, tokens = random_video(), random_tokens()
     first = engine(video, tokens)
     assert model.training

@@ -69,6 +69,7 @@ def test_a_fake_refuses_to_mix_devices(fake: FakeTensorMode) -> None:
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.slow
 def test_engine_stays_on_its_gpu(fake: FakeTensorMode, dtype: torch.dtype) -> None:
     model = without_numbers(small_model(), fake, CPU)
     with fake:
@@ -83,6 +84,7 @@ def test_engine_stays_on_its_gpu(fake: FakeTensorMode, dtype: torch.dtype) -> No
             assert {x.device for x in (*features, engine.embed_video(video), *texts[:2], logits, *scores)} == {GPU}
 
 
+@pytest.mark.slow
 def test_layers_stay_on_their_gpu(fake: FakeTensorMode) -> None:
     model = without_numbers(create_model(SMALL), fake, GPU)
     with fake:

@@ -173,7 +173,10 @@ def test_one_product_in_a_higher_precision(
 
 @pytest.mark.parametrize("stream", [True, False])
 @torch.inference_mode()
-def test_block_does_what_its_products_do_alone(model: XCLIP, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_does_what_its_products_do_alone(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    for block in model.visual.transformer.resblocks:
+        block.ln_1.eps = block.ln_2.eps = 0.5
     video, rewrites = random_video(), CUDA_REWRITES if stream else CUDA_REWRITES - {"stream"}
     # in float32 a norm that is stored is the norm that is quantised
     packing = replace(FLOAT8, dtype=torch.float32, rewrites=rewrites, kept={})

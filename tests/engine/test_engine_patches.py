@@ -81,6 +81,17 @@ def test_a_grid_is_packed_once(model: XCLIP, extension: dict[str, list[Any]]) ->
     assert {weight.data_ptr() for weight in extension["used"]} == {x.weight.data_ptr() for x in extension["packed"]}
 
 
+@torch.inference_mode()
+def test_grids_with_as_many_rows_or_patches_are_packed_apart(model: XCLIP, extension: dict[str, list[Any]]) -> None:
+    tower = CudaTower(model.visual, model.config, HALF)
+    for height, width in [(32, 32), (32, 16), (16, 64), (32, 32)]:
+        video = torch.randint(256, (1, 2, height, width, 3), dtype=torch.uint8)
+        found = tower._embed(video)
+        with ops.backend("torch"):
+            assert relative_error(found, tower._embed(video)) < 2e-3
+    assert len(extension["packed"]) == 3
+
+
 @pytest.mark.parametrize("name", ["reference", "torch"])
 @torch.inference_mode()
 def test_another_backend_is_respected(model: XCLIP, extension: dict[str, list[Any]], name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,14 +12,17 @@ import torch
 from engine_cases import random_tokens, random_video, small_model
 from numerics import PUBLISHED, assert_within, model_allowance, relative_error
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, linear
 
 from xclip_fast.demo.clips import CLASSES, FRAMES, HELD_OUT, SAMPLED, make_clip
 from xclip_fast.demo.models import load_trained
-from xclip_fast.engine import Engine, budget
-from xclip_fast.engine.budget import BUDGETS
-from xclip_fast.engine.products import int8_product
+from xclip_fast.engine import Engine, budget, cpu
+from xclip_fast.engine.budget import BUDGETS, check_products
+from xclip_fast.engine.cpu import CpuTower
+from xclip_fast.engine.packing import CPU_REWRITES, Packing
+from xclip_fast.engine.products import PlainProduct, int8_product
 from xclip_fast.reference import XCLIP
+from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.text import get_tokenizer
 from xclip_fast.video.sampling import uniform_indices
 
@@ -184,3 +188,81 @@ def test_report_counts_the_answers_that_agree() -> None:
     for classes in (labels, tokens):
         assert engine.report(video, classes).top1_agreement == pytest.approx(agree)
     assert engine.report(video).video_cosine < 0.99  # type: ignore[operator]
+
+
+def test_smoothing_parts_the_range_of_a_channel_evenly() -> None:
+    seen = [torch.tensor([[16.0, 1.0, 0.0, 4.0], [-2.0, 0.0, 0.0, 1.0]]), torch.tensor([[1.0, -4.0, 0.0, 4.0]])]
+    weight = torch.tensor([[1.0, 1.0, 1.0, 0.0], [-0.25, 0.5, 0.0, 0.0]], dtype=torch.float64)
+    # a channel without numbers on one of the sides stays as it is
+    assert budget._smoothing(seen, weight).tolist() == [4.0, 2.0, 1.0, 1.0]
+
+
+def test_error_of_a_product_is_that_of_its_worst_rows() -> None:
+    weight, low = torch.randn(32, 16), torch.randn(32, 16)
+    recorder = budget._Recorder(PlainProduct(weight, None))
+    rows = [torch.randn(5, 16), torch.randn(7, 16)]
+    truth = [recorder(x) for x in rows]
+    errors = [((linear(x, low) - exact).norm() / exact.norm()).item() for x, exact in zip(rows, truth, strict=True)]
+    found = budget._largest_error(recorder, PlainProduct(low, None), torch.float32, None)
+    assert found == pytest.approx(max(errors), rel=1e-4)
+    assert max(errors) > 1.01 * min(errors)
+
+
+@needs_int8
+def test_calibration_sees_every_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    # in parts of one video
+    monkeypatch.setattr(cpu, "CHUNK_ROWS", 4 * 17)
+    model, clips = small_model(), random_video(2)
+    clips[1] = 255
+    found = []
+    for order in (clips, clips.flip(0), clips[:1]):
+        packing = Packing(torch.device("cpu"), torch.float32, CPU_REWRITES, "int8")
+        check_products(model, packing, order)
+        found.append({place: share.tolist() for place, share in packing.smoothing.items()})
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, INT8], ids=str)
+def test_engine_is_calibrated_on_the_clips_it_is_given(dtype: torch.dtype) -> None:
+    model = small_model()
+    clips = torch.full((1, 3, 32, 32, 3), 200, dtype=torch.uint8)
+    clips[:, :, ::2] = 10
+    engine = Engine(model, dtype, clips=clips)
+    errors, _ = check_products(model, replace(engine._packing, kept={}, smoothing={}), clips)
+    assert engine.report().products == tuple(errors) != Engine(model, dtype).report().products
+
+
+@torch.inference_mode()
+def test_report_is_of_all_clips_and_of_the_worst() -> None:
+    model, clips = small_model(), random_video(5)
+    engine = Engine(model, torch.bfloat16)
+    report, truth = engine.report(clips), model.encode_video(clips).video
+    found = engine.encode_video(clips).video.float()
+    cosines = cosine_similarity(found, truth, dim=-1)
+    assert report.video_error == pytest.approx(((found - truth).norm() / truth.norm()).item(), rel=1e-2)
+    assert 1 - report.video_cosine == pytest.approx(1 - cosines.min().item(), rel=5e-2)
+
+
+@needs_int8
+def test_bytes_share_a_scale_with_no_other_video() -> None:
+    model, packing = small_model(), Packing(torch.device("cpu"), torch.float32, CPU_REWRITES, "int8")
+    for frames in (1, 4):
+        parts = CpuTower(model.visual, model.config, packing).embed(random_video(3, frames))
+        assert [part.shape[:2] for part in parts] == [(1, frames)] * 3
+
+
+def test_both_products_of_a_perceptron_leave_float16_together() -> None:
+    # hidden rows that one gives in float16 would not reach the other in float32
+    model = small_model()
+    model.visual.transformer.resblocks[1].mlp.c_proj.weight[0, 0] = 1e6
+    report = Engine(model, torch.float16).report()
+    assert [product.place for product in report.products if product.fell_back] == ["blocks.1.fc", "blocks.1.projection"]
+
+
+@torch.inference_mode()
+def test_prompts_are_exact_in_half_precision_on_the_cpu() -> None:
+    model, engine = small_model(), Engine(small_model(), torch.bfloat16)
+    features, texts = engine.encode_video(random_video()), engine.encode_texts(random_tokens())
+    exact = VideoFeatures(*(part.double() for part in features))
+    truth = model.double().logits(exact, texts.features.double())
+    assert relative_error(engine.logits(features, texts), truth) < 1e-5

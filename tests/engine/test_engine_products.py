@@ -106,6 +106,13 @@ def test_weights_are_kept_in_their_dtype_and_multiplied_in_float32(
     torch.testing.assert_close(product(strided), product(strided.contiguous()), rtol=1e-6, atol=2e-6)
 
 
+def test_weights_widened_in_parts_meet_their_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_WIDENED_AT_ONCE", 7 * 48)
+    x, weight, bias, stream = operands(5, 48, 33, torch.float32)
+    product = WidenedProduct(weight.bfloat16(), bias, "silu")
+    compare(product, (x, weight.bfloat16().float(), bias, stream), "silu", 1e-6)
+
+
 def test_bad_numbers_of_a_row_spoil_that_row_of_a_packed_product() -> None:
     if reason := _extension.linear_refusal():
         pytest.skip(reason)

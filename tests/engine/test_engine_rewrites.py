@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -126,6 +127,42 @@ def test_parity_other_lengths_and_resolutions(model: XCLIP, shape: tuple[int, ..
     assert_within(engine.encode_video(truth_video).patches, truth.patches, EXACT, what="engine: other sizes")
     whole = torch.randint(256, (batch, frames, height, width, 3), dtype=torch.uint8)
     assert_within(engine.embed_video(whole), model.encode_video(whole).video, EXACT, what="engine: other sizes")
+
+
+@pytest.mark.parametrize("tower", [CpuTower, CudaTower])
+def test_parity_of_grids_with_as_many_patches(model: XCLIP, tower: type) -> None:
+    # 16 patches, 4 by 4, 2 by 8 and 8 by 2, and again: what an engine keeps of one is not for another
+    engine = make_engine(model, tower, ALL)
+    for height, width in [(32, 32), (16, 64), (64, 16), (32, 32)]:
+        video = torch.randint(256, (1, 2, height, width, 3), dtype=torch.uint8)
+        truth = model.encode_video(video)
+        assert_within(engine.encode_video(video).patches, truth.patches, EXACT, what="engine: other grids")
+
+
+def test_parity_of_several_lengths_in_one_engine(model: XCLIP) -> None:
+    engine = make_engine(model, CpuTower, ALL)
+    for frames in (4, 1, 7, 4):
+        video = random_video(2, frames)
+        assert_within(engine.embed_video(video), model.encode_video(video).video, EXACT, what="engine: other lengths")
+
+
+@pytest.mark.parametrize("tower", [CpuTower, CudaTower])
+@pytest.mark.parametrize("name", ["none", "all", "those of the CPU", "those of CUDA"])
+def test_parity_of_other_eps(name: str, tower: type) -> None:
+    # each kind of norm has one of its own; both of a block share one, as in every checkpoint
+    model = small_model().double()
+    kinds: dict[str, float] = {}
+    for path, part in model.named_modules():
+        if isinstance(part, torch.nn.LayerNorm):
+            kind = re.sub(r"\.\d+\.", ".", path)
+            kind = re.sub(r"\.ln_\d$", "", kind)
+            part.eps = kinds.setdefault(kind, 0.05 * (1 + len(kinds)))
+    assert len(kinds) >= 9
+    video, tokens = random_video(), random_tokens()
+    truth, engine = model.encode_video(video), make_engine(model, tower, SETS[name])
+    assert_within(engine.encode_video(video).video, truth.video, EXACT, what="engine: other eps")
+    assert_within(engine.encode_video(video).patches, truth.patches, EXACT, what="engine: other eps")
+    assert_within(engine(video, tokens), model(video, tokens), EXACT, what="engine: other eps")
 
 
 @pytest.mark.parametrize("sizes", [{"activation": "gelu"}, {"vision_heads": 4, "embed_heads": 4}, {"prompt_layers": 1}])

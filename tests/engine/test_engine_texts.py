@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from xclip_fast import Engine, InputError
 from xclip_fast.engine import texts
+from xclip_fast.engine.packing import CPU_REWRITES, Packing
 from xclip_fast.reference import XCLIP
 from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.text import TextCache
@@ -44,16 +46,18 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def test_class_sets_are_encoded_once(encoded: list[tuple[int, ...]]) -> None:
     engine = Engine(small_model())
-    one, other = random_tokens(3), random_tokens(4)
+    one, other = random_tokens(5), random_tokens(4)
     first = engine.encode_texts(one)
     assert engine.encode_texts(one.int()) is first
     assert len(encoded) == 1
     engine.encode_texts(other)
     assert len(encoded) == 2
-    changed = one.clone()
-    changed[0, 0] = 5 if changed[0, 0] != 5 else 6
-    engine.encode_texts(changed)
-    assert len(encoded) == 3
+    # any token counts, of the first class and of the last
+    for more, place in enumerate([(0, 0), (-1, 0), (-1, 7)]):
+        changed = one.clone()
+        changed[place] = 5 if changed[place] != 5 else 6
+        engine.encode_texts(changed)
+        assert len(encoded) == 3 + more
 
 
 def test_kept_class_sets_are_bounded() -> None:
@@ -183,6 +187,23 @@ def test_another_engine_has_its_own_file(
     assert len(os.listdir(tmp_path)) == 2
 
 
+def test_all_that_texts_depend_on_names_them() -> None:
+    model, plain = small_model(), Packing(torch.device("cpu"), torch.float32, CPU_REWRITES)
+    other = small_model(activation="gelu")
+    other.load_state_dict(model.state_dict())
+    kinds = [
+        (model, plain),
+        (other, plain),
+        (model, replace(plain, device=torch.device("cuda"))),
+        (model, replace(plain, dtype=torch.bfloat16)),
+        (model, replace(plain, stored=torch.bfloat16)),
+        (model, replace(plain, stored=torch.float16)),
+        (model, replace(plain, rewrites=CPU_REWRITES - {"norms"})),
+    ]
+    assert len({texts.encoder_digest(*kind) for kind in kinds}) == len(kinds)
+    assert texts.encoder_digest(small_model(), plain) == texts.encoder_digest(model, plain)
+
+
 def test_other_tokens_have_their_own_file(tmp_path: Path) -> None:
     engine = Engine(small_model(), text_cache=tmp_path)
     for tokens in (TOKENS, TOKENS.flip(0), TOKENS[:2], TOKENS.int()):
@@ -248,6 +269,7 @@ print(features.view(torch.uint8).numpy().tobytes().hex())
 """
 
 
+@pytest.mark.slow
 def test_another_process_reads_what_one_wrote(tmp_path: Path) -> None:
     found = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
     said = [
@@ -265,6 +287,7 @@ def test_another_process_reads_what_one_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.slow
 def test_a_hundred_thousand_classes_make_nothing_larger_than_their_features(on_disk: bool, tmp_path: Path) -> None:
     model, classes = small_model(text_layers=1), 100_000
     tokens = torch.randint(1, 62, (classes, 4))

@@ -56,6 +56,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_every_kernel_passes(tmp_path: Path) -> None:
     # one shape and one architecture here, all of them in ``make kernels-report``
     figures = tmp_path / "figures.json"
@@ -78,6 +79,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_faults_are_refused(said: dict[str, Any]) -> None:
     found = said["controls"]
     assert found["sound"] == []
@@ -86,6 +88,7 @@ def test_faults_are_refused(said: dict[str, Any]) -> None:
     assert [line for line in found["too large"] if line.startswith("does not fit a multiprocessor: ")]
 
 
+@pytest.mark.slow
 def test_command_fails_on_a_budget_and_says_what_an_update_changes(said: dict[str, Any]) -> None:
     (without, laws), (first, new), (refused, excess), (again, looser) = said["commands"]
     assert (without, first, refused, again) == (0, 0, 1, 0)

@@ -91,6 +91,7 @@ def test_offsets_beyond_int32(call: Call, axis: int) -> None:
     assert equal(found, expected)
 
 
+@pytest.mark.slow
 def test_far_inputs_are_read_in_place() -> None:
     _, far = factories(axis=0)
     with checked_pointers() as launches:
@@ -161,6 +162,7 @@ def test_outputs_beyond_int32(call: Callable[[int], Tensor]) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_under_these_tests() -> None:
     most: dict[str, int] = {}
 

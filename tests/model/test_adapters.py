@@ -167,6 +167,7 @@ WEIGHTS = [pruned, weight_normed, spectral_normed, without_bias, sparse, quantis
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("change", WEIGHTS, ids=lambda change: change.__name__)
+@pytest.mark.slow
 def test_other_weights_in_hugging_face(change: Callable[[nn.Module], None]) -> None:
     names = [name for name, module in BARE.named_modules() if type(module) is nn.Linear and module.bias is not None]
     wrong = {}
@@ -184,6 +185,7 @@ def test_other_weights_in_hugging_face(change: Callable[[nn.Module], None]) -> N
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("change", WEIGHTS, ids=lambda change: change.__name__)
+@pytest.mark.slow
 def test_other_weights_in_our_own_layers(change: Callable[[nn.Module], None]) -> None:
     names = [name for name, module in ORACLE.named_modules() if type(module) is nn.Linear]
     wrong = {}
@@ -231,6 +233,7 @@ def test_parameters_that_are_parametrized_are_read_as_properties() -> None:
     assert wrong == {}
 
 
+@pytest.mark.slow
 def test_other_modules_in_our_own_layers() -> None:
     norms = [name for name, module in ORACLE.named_modules() if type(module) is nn.LayerNorm]
     activations = [name for name, module in ORACLE.named_modules() if name.endswith(("gelu", "mlp.1"))]

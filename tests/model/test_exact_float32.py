@@ -95,6 +95,7 @@ def in_tf32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before[1]
 
 
+@pytest.mark.slow
 def test_every_state_of_the_settings_is_put_aside_and_back() -> None:
     done = subprocess.run([sys.executable, "-c", EVERY_STATE], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -117,6 +118,7 @@ class _Asking(nn.Module):
 
 
 @pytest.mark.parametrize("direction", ["forward", "train"])
+@pytest.mark.slow
 def test_a_model_is_judged_and_timed_in_float32(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[str, str]] = set()
     # truth, baseline, and the one under test
@@ -147,6 +149,7 @@ def test_an_op_is_judged_and_timed_in_float32(monkeypatch: pytest.MonkeyPatch) -
     assert seen == {EXACT}
 
 
+@pytest.mark.slow
 def test_the_ceiling_of_float32_is_one_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str]] = []
     monkeypatch.setattr(machine, "_best", lambda run, device, seconds: seen.append(settings()) or 1.0)

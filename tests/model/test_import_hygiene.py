@@ -46,6 +46,7 @@ def run(program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_import_brings_no_optional_library() -> None:
     # torch may bring some of them itself: what it brings does not count
     program = f"""
@@ -63,6 +64,7 @@ def test_import_alone_brings_no_torch() -> None:
     assert run("import sys, xclip_fast; print('torch' in sys.modules)").strip() == "False"
 
 
+@pytest.mark.slow
 def test_model_runs_without_any_optional_library() -> None:
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
     run(blocked + USE_EVERYTHING)

@@ -112,6 +112,7 @@ with torch.inference_mode():
 """
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_process_stays_bounded() -> None:
     sizes = {key: value for key, value in CONFIG.to_dict().items() if not key.startswith("pixel")}
     done = subprocess.run(

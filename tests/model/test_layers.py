@@ -220,6 +220,7 @@ def test_half_precision_models(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.slow
 def test_compiles_whole(backend: str) -> None:
     _, model = pair()
     video, tokens = inputs()
@@ -259,13 +260,22 @@ def distributed_loss(model: nn.Module, rank: int, ranks: int) -> Tensor:
     return model(video, tokens).square().mean()
 
 
-def _train_on_one_rank(rank: int, ranks: int, port: int, kind: str, results) -> None:
-    from torch.distributed.fsdp import fully_shard
-
+def _train_on_one_rank(rank: int, ranks: int, port: int, results) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (ranks,))
+    for kind in KINDS:
+        found = _gradients_of_one_rank(rank, ranks, mesh, kind)
+        if rank == 0:
+            results.put((kind, {name: grad.numpy() for name, grad in found.items()}))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _gradients_of_one_rank(rank: int, ranks: int, mesh: object, kind: str) -> dict[str, Tensor]:
+    from torch.distributed.fsdp import fully_shard
+
     model = distributed_model(kind)
     wrapped = model
     if kind == "ddp":
@@ -296,10 +306,7 @@ def _train_on_one_rank(rank: int, ranks: int, port: int, kind: str, results) -> 
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and (name != "logit_scale" or kind in ("ddp", "xclip_fast.parallel"))
     }
-    if rank == 0:
-        results.put({name: grad.numpy() for name, grad in grads.items() if kind != "towers" or "resblocks" in name})
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return {name: grad for name, grad in grads.items() if kind != "towers" or "resblocks" in name}
 
 
 KINDS = [
@@ -313,20 +320,28 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_train_as_one(kind: str) -> None:
+@pytest.fixture(scope="module")
+def gradients_of_two_ranks() -> dict[str, dict[str, Tensor]]:
+    """Those of every kind, from one pair of processes: starting one takes longer than its training."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_train_on_one_rank, args=(rank, 2, port, kind, results)) for rank in range(2)]
+    processes = [context.Process(target=_train_on_one_rank, args=(rank, 2, port, results)) for rank in range(2)]
     for process in processes:
         process.start()
-    found = {name: torch.from_numpy(grad) for name, grad in results.get(timeout=200).items()}
+    found = dict(results.get(timeout=200) for _ in KINDS)
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
+    return {kind: {name: torch.from_numpy(grad) for name, grad in grads.items()} for kind, grads in found.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+def test_two_ranks_train_as_one(kind: str, gradients_of_two_ranks: dict[str, dict[str, Tensor]]) -> None:
+    found = gradients_of_two_ranks[kind]
     model = distributed_model(kind)
     torch.stack([distributed_loss(model, rank, 2) for rank in range(2)]).mean().backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -41,6 +41,7 @@ def test_error_is_relative_to_the_truth() -> None:
     assert relative_error(1e6 * 1.01 * truth, 1e6 * truth) == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_error_sees_one_wrong_element_in_a_million() -> None:
     for dtype, share in ((torch.float16, 1.0), (torch.bfloat16, 1.0), (torch.float32, 0.5), (torch.float64, 0.5)):
         truth = torch.ones(1000, 1000, dtype=dtype)

@@ -154,11 +154,13 @@ PUTS = [forward_hook, pre_hook, other_forward, wrapper, subclass]
 
 
 @pytest.mark.parametrize("put", PUTS, ids=lambda put: put.__name__)
+@pytest.mark.slow
 def test_what_changes_a_module_counts_on_each_of_them(put: Callable[[nn.Module, str], None]) -> None:
     assert wrong(put, NAMES) == {}
 
 
 @pytest.mark.parametrize("put", [backward_hook, backward_pre_hook], ids=lambda put: put.__name__)
+@pytest.mark.slow
 def test_what_changes_gradients_counts(put: Callable[[nn.Module, str], None]) -> None:
     assert wrong(put, [name for name in NAMES if name], moves=False) == {}
 
@@ -186,6 +188,7 @@ def recorded(model: nn.Module, names: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one", "all"])
+@pytest.mark.slow
 def test_hooks_see_what_they_see_on_the_reference(together: bool) -> None:
     differing = []
     for names in [NAMES] if together else [[name] for name in NAMES]:

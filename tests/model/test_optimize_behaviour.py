@@ -220,6 +220,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("recorded", [{}, *RECORDED[:2]], ids=["plain", "attentions", "hidden states"])
+@pytest.mark.slow
 def test_compiled_whole(recorded: dict[str, bool]) -> None:
     bare, model = pair("eager")
     torch.compiler.reset()
@@ -232,6 +233,7 @@ def test_compiled_whole(recorded: dict[str, bool]) -> None:
         same(compiled(FRAMES, **recorded), expected)
 
 
+@pytest.mark.slow
 def test_exported() -> None:
     bare, model = pair()
     program = torch.export.export(model.vision_model, (FRAMES,))

@@ -123,6 +123,7 @@ def wrong(put: Callable[[nn.Module, str], Any], names: list[str], *, moves: bool
 @pytest.mark.parametrize(
     "put", [forward_hook, pre_hook, other_forward, wrapper, subclass], ids=lambda put: put.__name__
 )
+@pytest.mark.slow
 def test_what_changes_a_module_counts_in_both_orders(put: Callable[[nn.Module, str], None]) -> None:
     # a wrapper has not the attributes by which Hugging Face's own code reads some modules
     read = ("self_attn", "message_attn", "mlp", "layers.0", "layers.1", "cross_attn") if put is wrapper else ()
@@ -130,6 +131,7 @@ def test_what_changes_a_module_counts_in_both_orders(put: Callable[[nn.Module, s
 
 
 @pytest.mark.parametrize("put", [backward_hook, backward_pre_hook], ids=lambda put: put.__name__)
+@pytest.mark.slow
 def test_what_changes_gradients_counts_in_both_orders(put: Callable[[nn.Module, str], None]) -> None:
     assert wrong(put, NAMES, moves=False) == {}
 
@@ -185,6 +187,7 @@ def _send_logits(model: nn.Module, given: dict[str, Tensor], results: Any) -> No
         results.put(model(**given).logits_per_video.numpy())
 
 
+@pytest.mark.slow
 def test_a_spawned_process_takes_an_optimised_model() -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -56,6 +56,7 @@ def test_a_block_keeps_at_most_six_tenths_of_eager(variant: str) -> None:
     assert 0.2 * theirs < ours <= 0.6 * theirs
 
 
+@pytest.mark.slow
 def test_launches_are_far_below_hugging_face() -> None:
     pytest.importorskip("transformers")
     command = [sys.executable, "-m", "benchmarks", "launches", "--json"]

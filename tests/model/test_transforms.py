@@ -152,6 +152,7 @@ DYNAMIC = {
 
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize("case", DYNAMIC.values(), ids=DYNAMIC)
+@pytest.mark.slow
 def test_exported_graphs_take_other_sizes(case: Any, strict: bool) -> None:
     *dynamic, clip, texts = case
     oracle, model = pair()
@@ -161,6 +162,7 @@ def test_exported_graphs_take_other_sizes(case: Any, strict: bool) -> None:
     assert relative_error(program(video, tokens), oracle(video, tokens)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_exported_graphs_take_bytes() -> None:
     oracle, model = pair()
     first, other = (

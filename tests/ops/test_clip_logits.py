@@ -140,6 +140,15 @@ def test_torch_formulation(dtype: torch.dtype) -> None:
     check_op(clip_logits, arguments((3, 7, 40), dtype), what="clip_logits torch", backend="torch", fixed=SCALE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_torch_formulation_rounds_half_precision_once(dtype: torch.dtype) -> None:
+    # cosines are differences of large sums: these are in float32
+    inputs = arguments((2, 5, 512), dtype) | {"residual": random(2, 5, 512, dtype=dtype)}
+    exact = clip_logits(**{name: x.float() for name, x in inputs.items()}, backend="torch")
+    assert torch.equal(clip_logits(**inputs, backend="torch"), exact.to(dtype))
+
+
+@pytest.mark.slow
 def test_registered_op() -> None:
     for shape in ((2, 3, 24), (1, 1, 5)):
         inputs = [x.requires_grad_() for x in arguments(shape, torch.float32).values()]

@@ -101,6 +101,7 @@ def test_parity(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     check_op(op, arguments(*size, dtype=dtype), what="folded message", ceiling=CEILING, gradients=False)
 
 
+@pytest.mark.slow
 def test_production_width() -> None:
     inputs = arguments(1, 8, 12, 64, torch.float16)
     check_op(op, inputs, what="folded message production", ceiling=CEILING, gradients=False)
@@ -113,6 +114,7 @@ def test_more_heads_than_are_unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", ["plain", "far from mean zero", "outlying channels", "outliers a norm hides", "alike"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.slow
 def test_errs_less_than_weights_that_are_not_folded(case: str, dtype: torch.dtype) -> None:
     width, heads = 128, 4
     steps = parameters(width, mean=20.0 if case == "far from mean zero" else 0.0)
@@ -188,6 +190,7 @@ def test_zero_eps_with_padded_frames() -> None:
     assert found.isfinite().all()
 
 
+@pytest.mark.slow
 def test_inputs_are_left_as_they_are_and_repeats_are_bit_equal() -> None:
     for size in ((3, 10), (40, 4)):
         inputs = arguments(*size)

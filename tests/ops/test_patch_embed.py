@@ -294,6 +294,7 @@ def test_equals_the_module_of_the_reference() -> None:
 
 @pytest.mark.parametrize("extension", [False, pytest.param(True, marks=needs_extension)])
 @pytest.mark.parametrize("kind", ["last", "first", "float"])
+@pytest.mark.slow
 def test_registered_op(kind: str, extension: bool) -> None:
     statistics = [[0.4, 0.5, 0.6], [0.2, 0.3, 0.4]] if kind != "float" else [[], []]
     for shape, norm in (((2, 48, 48, 4, 9), True), ((1, 6, 4, 2, 5), False)):
@@ -314,9 +315,36 @@ def test_exact_gradients(kind: str, extension: bool, monkeypatch: pytest.MonkeyP
     statistics = [[0.4, 0.5, 0.6], [0.2, 0.3, 0.4]] if kind != "float" else [[], []]
     for save in (True, False):
         function = lambda *tensors, save=save: torch.ops.xclip_fast.patch_embed(  # noqa: E731
-            *tensors, 1e-5, *statistics, torch.float64, save, extension
+            *tensors, 0.3, *statistics, torch.float64, save, extension
         )[0]
         assert torch.autograd.gradcheck(function, leaves)
+
+
+@needs_extension
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_weights_packed_in_bytes_are_within_half_a_step(pieces: int) -> None:
+    weight, scale = torch.randn(9, 3, 4, 4), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    factors = torch.stack([scale, torch.zeros(3, dtype=torch.float64)])
+    packed, unit, _ = torch.ops.xclip_fast_native.pack_weights(weight, factors, pieces)
+    digits = packed.double().view(pieces, 9, 48)
+    whole = sum(digits[piece] * 256.0 ** (pieces - 1 - piece) for piece in range(pieces))
+    exact = (weight.double() * scale.view(3, 1, 1)).flatten(1) / unit.double()[:, None]
+    # of three pieces float32 itself errs by another half
+    assert (whole - exact).abs().max() <= (0.501 if pieces == 2 else 1.01)
+    assert (whole - exact).abs().mean() <= 0.3
+
+
+def test_exact_gradients_of_positions_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    frames, weight = torch.zeros(50, 4, 4, 3, dtype=torch.uint8), torch.ones(6, 3, 2, 2, dtype=torch.bfloat16)
+    embedding, positions = torch.zeros(6, requires_grad=True), torch.zeros(5, 6, requires_grad=True)
+    statistics = [[0.4, 0.5, 0.6], [0.2, 0.3, 0.4]]
+    inputs = frames, weight, embedding, positions, None, None, 1e-5, *statistics, torch.bfloat16, False, False
+    tokens, _ = torch.ops.xclip_fast.patch_embed(*inputs)
+    upstream = torch.randn(tokens.shape).bfloat16()
+    found = torch.autograd.grad(tokens, [embedding, positions], upstream)
+    truth = upstream.float().sum(0)
+    torch.testing.assert_close(found, (truth[0], truth), rtol=1e-5, atol=1e-5)
 
 
 @backends

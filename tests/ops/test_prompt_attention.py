@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from harness import DEVICE, KERNEL_DTYPES, check_op, covering, each_tile, kernel_dtypes, layouts, random
+from harness import DEVICE, KERNEL_DTYPES, ON_GPU, check_op, covering, each_tile, kernel_dtypes, layouts, random
 
 from xclip_fast.ops import explain, prompt_attention
 
@@ -135,6 +137,18 @@ def test_backward_keeps_no_weights() -> None:
 def test_torch_formulation(dtype: torch.dtype, shared: bool) -> None:
     inputs = arguments((2, 7, 20, 2, 20), dtype, shared=shared)
     check_op(prompt_attention, inputs, what="prompt_attention torch", backend="torch")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kernels", ["0", "1"], ids=["torch", "kernels"])
+def test_log_sum_exp(kernels: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", kernels)
+    query, key, value, heads = arguments((2, 3, 5, 2, 32), torch.float32, shared=shared).values()
+    _, found = torch.ops.xclip_fast.prompt_attention(query, key, value, heads)
+    q, k = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+    truth = (q @ k.mT * 32**-0.5).logsumexp(-1) / math.log(2)
+    assert torch.allclose(found.double(), truth.expand(2, -1, -1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True])

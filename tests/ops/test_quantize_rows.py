@@ -62,7 +62,7 @@ def exact(inputs: dict[str, Any], dtype: torch.dtype) -> Tensor:
     x = x if residual is None else x + residual
     x = x if constant is None else x + constant
     if weight is not None:
-        return layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+        return layer_norm(x, x.shape[-1:], weight, bias, inputs.get("eps", 1e-5))
     return ACTIVATIONS[inputs["activation"]](x) if "activation" in inputs else x
 
 
@@ -143,6 +143,11 @@ def test_norm_and_activation_are_not_rounded_between(mode: str, dtype: torch.dty
     largest = stored.abs().amax(-1, keepdim=True)
     rounded = (stored / largest * 448).float().to(torch.float8_e4m3fn).double() * largest / 448
     assert (quantized.cpu().double() * scale.cpu() - truth).norm() <= (rounded - truth).norm() * 1.0001
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_eps_counts(backend: str) -> None:
+    check(arguments((5, 48), torch.float32, "both") | {"eps": 4.0}, backend)
 
 
 @kernel_dtypes

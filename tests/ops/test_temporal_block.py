@@ -199,7 +199,7 @@ def test_registered_op_without_kernels_has_exact_gradients(
         ends = random(3, 6, dtype=torch.float64), random(2, 3, 6, dtype=torch.float64)
         tensors += [x.cpu().requires_grad_() for x in ends]
     assert torch.autograd.gradcheck(
-        lambda *args: torch.ops.xclip_fast.temporal_block(*args, *clips, 1e-5), tensors, fast_mode=True
+        lambda *args: torch.ops.xclip_fast.temporal_block(*args, *clips, 0.3), tensors, fast_mode=True
     )
 
 

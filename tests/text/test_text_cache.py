@@ -189,6 +189,7 @@ def test_what_no_text_depends_on_may_change(model) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_any_single_bit_is_seen(dtype: torch.dtype) -> None:
     model = XCLIP(replace(CONFIG, text_layers=1)).to(dtype)
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
@@ -247,6 +248,7 @@ def test_another_model_has_its_own_features(model) -> None:
     assert not torch.equal(cache.encode(model, TOKENS), cache.encode(fewer_heads, TOKENS))
 
 
+@pytest.mark.slow
 def test_a_new_model_in_the_memory_of_an_old_one_is_another() -> None:
     cache = TextCache()
     for heads in (1, 2, 4, 8):
@@ -310,6 +312,7 @@ def test_columns_behind_the_end_of_text_do_not_count(model) -> None:
     assert max(length for _, length in model.sizes) == TOKENS.shape[1]
 
 
+@pytest.mark.slow
 def test_ten_thousand_labels_in_bounded_chunks(monkeypatch, model) -> None:
     monkeypatch.setattr(module, "_CHUNK_TOKENS", 2048)
     tokens = get_tokenizer(514)([f"{'x' * (number % 13)}{number}" for number in range(10_000)])

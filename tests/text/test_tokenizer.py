@@ -100,6 +100,7 @@ MIXED = st.one_of(ASSIGNED, st.sampled_from("'&;sStTrReE dDlLvVmM\u017f\u0345\u0
 
 @settings(max_examples=600, deadline=None, derandomize=True)
 @given(text=st.text(MIXED, max_size=40))
+@pytest.mark.slow
 def test_equal_to_open_clip_on_any_unicode(clip, open_clip_tokenizer, text: str) -> None:
     assert_same_tokens(clip(text), open_clip_tokenizer(text))
 
@@ -404,6 +405,7 @@ def test_a_tokenizer_can_be_sent_to_another_process(clip) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(clip))(TEXTS), clip(TEXTS))
 
 
+@pytest.mark.slow
 def test_neither_import_nor_use_loads_optional_packages() -> None:
     pytest.importorskip("open_clip")
     script = (

@@ -132,6 +132,7 @@ def test_processes_give_the_same_bits_in_the_order_of_the_files(
     assert torch.equal(here[1], load_video(clip, **options))
 
 
+@pytest.mark.slow
 def test_a_decoder_that_dies_or_hangs_costs_its_file_alone(hostile) -> None:
     names = ["crash-1.mp4", "good-1.mp4", "clutch-1.mp4", "starve-1.mp4", "good-2.mp4"]
     paths = hostile(*names)
@@ -211,6 +212,7 @@ for found in decode_files(sys.argv[2:], frames=4, size=32, clips=2, workers=1):
 """
 
 
+@pytest.mark.slow
 def test_processes_end_with_a_parent_that_is_killed(hostile, tmp_path: Path) -> None:
     paths = hostile("good.mp4", "hang-1.mp4")
     script = tmp_path / "script.py"
