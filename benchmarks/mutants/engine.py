@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from benchmarks.mutants.fault import Fault, in_room
 
-_ENGINE = in_room("xclip_fast/engine")
+ENGINE = in_room("xclip_fast/engine")
 _RECENT = in_room("xclip_fast/recent.py", "tests/text/test_recent.py")
 _CLASSES = in_room(
     "xclip_fast/classes.py", "tests/model/test_large_label_sets.py", "tests/engine/test_engine_rewrites.py"
@@ -18,12 +18,12 @@ TEXTS, GRAPHS = "tests/engine/test_engine_texts.py", "tests/engine/test_engine_g
 SETS, FLOAT8 = "tests/engine/test_engine_class_graphs.py", "tests/engine/test_engine_float8.py"
 ATTENTION, KERNELS = "tests/engine/test_engine_attention.py", "tests/engine/test_engine_kernels.py"
 PATCHES = "tests/engine/test_engine_patches.py"
-_QUICK = "-k", "not hundred and not process"
+QUICK = "-k", "not hundred and not process"
 
 # of the sets of rewrites those that differ in their norms
 _SOME = "those or all- or none or other or eps"
 EPS = [
-    _ENGINE(
+    ENGINE(
         "eps of the CPU's norms ignored",
         "self.weight, self.bias, self.eps)",
         "self.weight, self.bias)",
@@ -31,7 +31,7 @@ EPS = [
         "-k",
         _SOME,
     ),
-    _ENGINE(
+    ENGINE(
         "eps of the prompts' norms ignored",
         "constant=self.constant, eps=self.eps)[0]",
         "constant=self.constant)[0]",
@@ -39,8 +39,8 @@ EPS = [
         "-k",
         _SOME,
     ),
-    _ENGINE("eps of the patches' mean ignored", "constant=lag, eps=norm.eps)", "constant=lag)", REWRITES, "-k", _SOME),
-    _ENGINE(
+    ENGINE("eps of the patches' mean ignored", "constant=lag, eps=norm.eps)", "constant=lag)", REWRITES, "-k", _SOME),
+    ENGINE(
         "eps of MIT's blocks ignored",
         '"heads": block.attn.heads, "eps": block.ln_1.eps}',
         '"heads": block.attn.heads}',
@@ -48,7 +48,7 @@ EPS = [
         "-k",
         _SOME,
     ),
-    _ENGINE(
+    ENGINE(
         "eps of ln_post ignored on CUDA",
         "constant=self.lag, eps=self.eps_post)",
         "constant=self.lag)",
@@ -56,8 +56,8 @@ EPS = [
         "-k",
         _SOME,
     ),
-    _ENGINE("eps of ln_pre ignored on CUDA", "eps=self.eps_pre,", "", REWRITES, "-k", _SOME),
-    _ENGINE(
+    ENGINE("eps of ln_pre ignored on CUDA", "eps=self.eps_pre,", "", REWRITES, "-k", _SOME),
+    ENGINE(
         "eps of ln_1 ignored on CUDA",
         "layer_norm(rows, weight, bias, residual=branch, constant=lag, eps=self.eps)",
         "layer_norm(rows, weight, bias, residual=branch, constant=lag)",
@@ -65,7 +65,7 @@ EPS = [
         "-k",
         _SOME,
     ),
-    _ENGINE(
+    ENGINE(
         "eps of ln_2 ignored on CUDA",
         "constant=self.lag_2, eps=self.eps)",
         "constant=self.lag_2)",
@@ -73,13 +73,13 @@ EPS = [
         "-k",
         _SOME,
     ),
-    _ENGINE(
+    ENGINE(
         "eps of float8 rows ignored",
         "rows, weight=weight, bias=bias, residual=branch, constant=lag, eps=self.eps",
         "rows, weight=weight, bias=bias, residual=branch, constant=lag",
         FLOAT8,
     ),
-    _ENGINE(
+    ENGINE(
         "eps of the pair's norm is the message's",
         '"pair_eps": block.ln_1.eps',
         '"pair_eps": norm.eps',
@@ -87,10 +87,10 @@ EPS = [
         "-k",
         _SOME,
     ),
-    _ENGINE(
+    ENGINE(
         "eps of the merged message ignored", "(variance + self.norm.eps)", "(variance + 1e-5)", REWRITES, "-k", _SOME
     ),
-    _ENGINE(
+    ENGINE(
         "eps of the first message ignored",
         "normed = layer_norm(message, message.shape, exact(norm.weight), exact(norm.bias), norm.eps)",
         "normed = layer_norm(message, message.shape, exact(norm.weight), exact(norm.bias))",
@@ -98,7 +98,7 @@ EPS = [
         "-k",
         _SOME,
     ),
-    _ENGINE(
+    ENGINE(
         "eps of the constant class token ignored",
         "row = layer_norm(row, row.shape, exact(norm.weight), exact(norm.bias), norm.eps)",
         "row = layer_norm(row, row.shape, exact(norm.weight), exact(norm.bias))",
@@ -108,87 +108,85 @@ EPS = [
     ),
 ]
 CACHES = [
-    _ENGINE(
+    ENGINE(
         "position grid of the CPU by its number of patches",
         "if grid not in self.grids:",
         "grid = next((x for x in self.grids if x[0] * x[1] == grid[0] * grid[1]), grid)\n        if grid not in self.grids:",
         REWRITES,
     ),
-    _ENGINE(
+    ENGINE(
         "position grid of CUDA by its number of patches",
         "self.grids, grid, lambda",
         "self.grids, grid[0] * grid[1], lambda",
         REWRITES,
     ),
-    _ENGINE(
+    ENGINE(
         "packed patches by their rows of patches",
         "self.packed_patches, grid, lambda",
         "self.packed_patches, grid[0], lambda",
         PATCHES,
     ),
-    _ENGINE(
+    ENGINE(
         "positions of MIT kept for any number of frames",
         "self.mit_lengths, frames, lambda",
         "self.mit_lengths, 0, lambda",
         REWRITES,
     ),
-    _ENGINE(
+    ENGINE(
         "class sets by their first tokens",
         "key = digest([self.encoder, tokens])",
         "key = digest([self.encoder, tokens[:, :3]])",
         TEXTS,
-        *_QUICK,
+        *QUICK,
     ),
-    _ENGINE(
+    ENGINE(
         "class sets by their first rows",
         "key = digest([self.encoder, tokens])",
         "key = digest([self.encoder, tokens[:3], bytes(len(tokens))])",
         TEXTS,
-        *_QUICK,
+        *QUICK,
     ),
-    _ENGINE(
-        "class sets without their encoder", "key = digest([self.encoder, tokens])", "key = digest([tokens])", TEXTS
-    ),
-    _ENGINE("encoder without its heads", "how = [config.text_heads, ", "how = [", TEXTS, *_QUICK),
-    _ENGINE(
+    ENGINE("class sets without their encoder", "key = digest([self.encoder, tokens])", "key = digest([tokens])", TEXTS),
+    ENGINE("encoder without its heads", "how = [config.text_heads, ", "how = [", TEXTS, *QUICK),
+    ENGINE(
         "encoder without its activation",
         "config.activation, packing.device.type, dtypes",
         "packing.device.type, dtypes",
         TEXTS,
-        *_QUICK,
+        *QUICK,
     ),
-    _ENGINE("encoder without its device", "packing.device.type, dtypes, sorted", "dtypes, sorted", TEXTS, *_QUICK),
-    _ENGINE(
+    ENGINE("encoder without its device", "packing.device.type, dtypes, sorted", "dtypes, sorted", TEXTS, *QUICK),
+    ENGINE(
         "encoder without what weights are kept in",
         'f"{packing.dtype} of {packing.stored}"',
         "str(packing.dtype)",
         TEXTS,
-        *_QUICK,
+        *QUICK,
     ),
-    _ENGINE("encoder without its rewrites", "dtypes, sorted(packing.rewrites)]", "dtypes]", TEXTS, *_QUICK),
-    _ENGINE(
+    ENGINE("encoder without its rewrites", "dtypes, sorted(packing.rewrites)]", "dtypes]", TEXTS, *QUICK),
+    ENGINE(
         "size of a kept class set without its query",
         "texts.features.nbytes + texts.query.nbytes",
         "texts.features.nbytes",
         TEXTS,
-        *_QUICK,
+        *QUICK,
     ),
-    _ENGINE(
+    ENGINE(
         "graph by the place of a class set alone", "x.data_ptr(), x.dtype, x.shape, x.stride()", "x.data_ptr()", SETS
     ),
-    _ENGINE("graph without the strides of a class set", "x.shape, x.stride())", "x.shape)", SETS),
-    _ENGINE("graph without the frames of a video", "*video.shape[1:],", "*video.shape[2:],", GRAPHS),
-    _ENGINE("graph without the dtype of a video", "video.dtype,\n        bucket(", "bucket(", GRAPHS),
-    _ENGINE(
+    ENGINE("graph without the strides of a class set", "x.shape, x.stride())", "x.shape)", SETS),
+    ENGINE("graph without the frames of a video", "*video.shape[1:],", "*video.shape[2:],", GRAPHS),
+    ENGINE("graph without the dtype of a video", "video.dtype,\n        bucket(", "bucket(", GRAPHS),
+    ENGINE(
         "way of an odd batch without its class set",
         "key = video.dtype, *video.shape, *(x.shape for x in texts)",
         "key = video.dtype, *video.shape",
         SETS,
     ),
-    _ENGINE(
+    ENGINE(
         "way of an odd batch without its dtype", "key = video.dtype, *video.shape, *(", "key = *video.shape, *(", SETS
     ),
-    _ENGINE("a set where another lay is taken for it", "before[0]() is texts[0]", "before[0] is not None", SETS),
+    ENGINE("a set where another lay is taken for it", "before[0]() is texts[0]", "before[0] is not None", SETS),
     _RECENT(
         "an old value's size is kept in the sum",
         "self.taken -= self.size(self._values.pop(key))",
@@ -199,53 +197,53 @@ CACHES = [
     _RECENT("what is used is not moved", "self._values.move_to_end(key)", "pass"),
 ]
 WEIGHTS = [
-    _ENGINE(
+    ENGINE(
         "packed vectors share the model's memory", "dtype or self.dtype, copy=True)", "dtype or self.dtype)", CONTRACT
     ),
-    _ENGINE(
+    ENGINE(
         "texts share the memory they were given in",
         "exact_dtype(self.packing.dtype), copy=True)",
         "exact_dtype(self.packing.dtype))",
         TEXTS,
-        *_QUICK,
+        *QUICK,
     ),
-    _ENGINE("bias of a norm is not in the product", "bias + weight @ exact(norm.bias)", "bias", REWRITES),
-    _ENGINE(
+    ENGINE("bias of a norm is not in the product", "bias + weight @ exact(norm.bias)", "bias", REWRITES),
+    ENGINE(
         "smoothed bias is not divided",
         "weight, bias = weight / share, bias / share",
         "weight = weight / share",
         REWRITES,
     ),
-    _ENGINE(
+    ENGINE(
         "scale of the scores is the root of what it should be",
         "share[:width] = (width // attention.heads) ** -0.5",
         "share[:width] = (width // attention.heads) ** -0.25",
         REWRITES,
     ),
-    _ENGINE(
+    ENGINE(
         "scale of the scores left out of the bias",
         "weight, bias = weight * share[:, None], bias * share",
         "weight = weight * share[:, None]",
         REWRITES,
     ),
-    _ENGINE("slope left out of the first bias", "(SLOPE * weight, SLOPE * bias)", "(SLOPE * weight, bias)", REWRITES),
-    _ENGINE(
+    ENGINE("slope left out of the first bias", "(SLOPE * weight, SLOPE * bias)", "(SLOPE * weight, bias)", REWRITES),
+    ENGINE(
         "bias of the message without what the stream lacks",
         "fc_bias = fc_bias + exact(block.message_fc.weight) @ lag",
         "fc_bias = fc_bias + lag",
         REWRITES,
     ),
-    _ENGINE(
+    ENGINE(
         "last bias never reaches the stream", "lag = lag + out_bias + projection_bias", "lag = lag + out_bias", REWRITES
     ),
-    _ENGINE(
+    ENGINE(
         "patch mean without what the tokens lack",
         "patches, norm.weight, norm.bias, constant=lag",
         "patches, norm.weight, norm.bias, constant=None",
         REWRITES,
     ),
-    _ENGINE("pixels centred at 127", ".to(self.dtype).sub_(128)", ".to(self.dtype).sub_(127)", REWRITES),
-    _ENGINE(
+    ENGINE("pixels centred at 127", ".to(self.dtype).sub_(128)", ".to(self.dtype).sub_(127)", REWRITES),
+    ENGINE(
         "class row of another frame",
         "rows = rows[::tokens].contiguous()\n        rows = self.out",
         "rows = rows[: len(messages)].contiguous()\n        rows = self.out",
@@ -253,38 +251,38 @@ WEIGHTS = [
     ),
 ]
 CHUNKS = [
-    _ENGINE(
+    ENGINE(
         "mean of a video's parts weighs them alike",
         "(part.shape[1] / frames)",
         "(tokens[0].shape[1] / frames)",
         REWRITES,
     ),
-    _ENGINE(
+    ENGINE(
         "mean of one video's parts goes on in the next",
         "mean, seen = 0.0, 0\n        means",
         "seen = 0\n        means",
         REWRITES,
     ),
-    _ENGINE(
+    ENGINE(
         "queries of the first classes for all parts",
         "query=texts.query[chunk]",
         "query=texts.query[: len(texts.features[chunk])]",
         REWRITES,
     ),
-    _ENGINE("bytes share a scale among videos", "videos = 1 if self.packing.narrow else", "videos =", PRECISION),
-    _ENGINE(
+    ENGINE("bytes share a scale among videos", "videos = 1 if self.packing.narrow else", "videos =", PRECISION),
+    ENGINE(
         "last heads of the batched attention left out",
         "heads = max(1, _SCORES // (query.shape[1] * key.shape[2]))",
         "heads = max(1, _SCORES // (query.shape[1] * key.shape[2]))\n    query = query[: max(1, len(query) // heads * heads)]",
         ATTENTION,
     ),
-    _ENGINE(
+    ENGINE(
         "parts of the batched attention overlap",
         "for first in range(0, len(query), heads):",
         "for first in range(0, len(query), heads + 1):",
         ATTENTION,
     ),
-    _ENGINE(
+    ENGINE(
         "widened weights take the first biases",
         "bias = None if self.bias is None else self.bias[some]",
         "bias = None if self.bias is None else self.bias[: len(self.weight[some])]",
@@ -299,72 +297,72 @@ CHUNKS = [
     _CLASSES("parts do not shrink with the videos", "width * max(1, videos)", "width"),
 ]
 LOW_PRECISION = [
-    _ENGINE(
+    ENGINE(
         "calibration ignored",
         "self._probe(_PROBE_FRAMES) if clips is None else self._checked(clips)",
         "self._probe(_PROBE_FRAMES)",
         PRECISION,
     ),
-    _ENGINE(
+    ENGINE(
         "calibration on the first part alone",
         "_smoothing([rows for rows, _ in getattr(block, name).seen], weight)",
         "_smoothing([rows for rows, _ in getattr(block, name).seen[:1]], weight)",
         PRECISION,
     ),
-    _ENGINE(
+    ENGINE(
         "outlier channels move whole into the weights", "(ratio.log2() / 2).round()", "ratio.log2().round()", PRECISION
     ),
-    _ENGINE("a channel of zeros divides by zero", "ratio.isfinite() & (ratio > 0)", "ratio.isfinite()", PRECISION),
-    _ENGINE(
+    ENGINE("a channel of zeros divides by zero", "ratio.isfinite() & (ratio > 0)", "ratio.isfinite()", PRECISION),
+    ENGINE(
         "error of a product is the best of its parts",
         "torch.stack(errors).max()",
         "torch.stack(errors).min()",
         PRECISION,
     ),
-    _ENGINE("one of a perceptron's products falls back alone", 'broken |= {"fc", "projection"}', "pass", PRECISION),
-    _ENGINE("float8 at the first block", "index in (0, len(resblocks) - 1)", "index == len(resblocks) - 1", FLOAT8),
-    _ENGINE("bytes of a weight in 128 steps", "largest / 127", "largest / 128", PRODUCTS),
-    _ENGINE(
+    ENGINE("one of a perceptron's products falls back alone", 'broken |= {"fc", "projection"}', "pass", PRECISION),
+    ENGINE("float8 at the first block", "index in (0, len(resblocks) - 1)", "index == len(resblocks) - 1", FLOAT8),
+    ENGINE("bytes of a weight in 128 steps", "largest / 127", "largest / 128", PRODUCTS),
+    ENGINE(
         "zero point one step off",
         "round(-low / scale) + 1",
         "round(-low / scale)",
         PRODUCTS,
         equivalent="the step is room for the rounding of float32, which reaches the next byte at no number that was found",
     ),
-    _ENGINE(
+    ENGINE(
         "range of bytes without zero", "low, high = min(low, 0.0), max(high, 0.0)", "low, high = low, high", PRODUCTS
     ),
-    _ENGINE(
+    ENGINE(
         "eight bits where pairs saturate",
         "SEVEN_BITS if processor.sums_bytes_in_16_bits() else EIGHT_BITS",
         "EIGHT_BITS",
         PRODUCTS,
     ),
-    _ENGINE(
+    ENGINE(
         "bias of plain products lost in the stream",
         "return stream if self.bias is None else stream.add_(self.bias)",
         "return stream",
         PRODUCTS,
     ),
-    _ENGINE(
+    ENGINE(
         "what is no number hides in QNNPACK's bytes",
         "result if spoilt is None else result.fill_(spoilt)",
         "result",
         PRODUCTS,
     ),
-    _ENGINE(
+    ENGINE(
         "detection of products takes any answer",
         "<= 0.02 * other.float().norm()",
         "<= 20 * other.float().norm()",
         PRODUCTS,
     ),
-    _ENGINE(
+    ENGINE(
         "prompts in half precision on the CPU",
         'if packing.device.type == "cpu":\n            # half',
         'if packing.device.type == "cuda":\n            # half',
         PRECISION,
     ),
-    _ENGINE(
+    ENGINE(
         "variance of the merged message in half precision",
         "wide = exact_dtype(message.dtype)",
         "wide = message.dtype",
@@ -372,63 +370,4 @@ LOW_PRECISION = [
         equivalent="PyTorch sums it in float32; its result is rounded once more, as is the product it scales",
     ),
 ]
-BEHAVIOUR = [
-    _ENGINE("softmax over the videos", "logits.softmax(dim=-1)", "logits.softmax(dim=0)", CONTRACT),
-    _ENGINE(
-        "autocast reaches the engine", "torch.autocast(self.device.type, enabled=False)", "nullcontext()", CONTRACT
-    ),
-    _ENGINE("texts see what follows", "is_causal=True", "is_causal=False", REWRITES),
-    _ENGINE(
-        "error told of the best clip",
-        "cosine_similarity(found.video.float(), truth.video, dim=-1).min()",
-        "cosine_similarity(found.video.float(), truth.video, dim=-1).max()",
-        PRECISION,
-    ),
-    _ENGINE(
-        "error told beside the wrong norm",
-        "(found.video.float() - truth.video).norm() / truth.video.norm()",
-        "(found.video.float() - truth.video).norm() / truth.video.norm() ** 2",
-        PRECISION,
-    ),
-    _ENGINE(
-        "features of weights kept in half precision stay wide",
-        "features if self._packing.stored is None else features.to(self._packing.stored)",
-        "features",
-        "tests/engine/test_engine_processor.py",
-    ),
-    _ENGINE(
-        "class sets of any engine are taken", "if texts.engine != self._heads.name:", "if not texts.engine:", TEXTS
-    ),
-    _ENGINE("a hook on a module is not seen", "if oddity is not None:", "if False:", CONTRACT),
-    _ENGINE("the side does not wait for the main stream", "self.local.stream.wait_stream(main)\n", "\n", GRAPHS),
-    _ENGINE(
-        "the main stream does not wait for the side",
-        "main.wait_stream(self.local.stream)\n        # in a graph",
-        "# in a graph",
-        GRAPHS,
-    ),
-    _ENGINE("memory of the side's result may be reused", "result.record_stream(main)", "pass", GRAPHS),
-    _ENGINE(
-        "results of a graph are its own buffers",
-        "results = [x.clone() for x in self.output]",
-        "results = list(self.output)",
-        GRAPHS,
-    ),
-    _ENGINE("a graph shares the memory of its example", "self.input = video.clone()", "self.input = video", GRAPHS),
-    _ENGINE(
-        "a padded batch gives its padding too", "return [x[: len(video)] for x in", "return [x[:] for x in", GRAPHS
-    ),
-    _ENGINE("a padded batch is zeros", "whole = video[index]", "whole = torch.zeros_like(video[index])", GRAPHS),
-    _ENGINE("a bucket of twice the batch", "(batch - 1).bit_length()", "batch.bit_length()", GRAPHS),
-    _ENGINE(
-        "memory that ran out is asked for again", "(weakref.ref(texts[0]), -inf)", "(weakref.ref(texts[0]), 0)", SETS
-    ),
-    _ENGINE(
-        "pairs of a graph are those of the batch",
-        "if bucket(len(video)) * len(texts[0]) > MAX_PAIRS:",
-        "if len(video) * len(texts[0]) > MAX_PAIRS:",
-        SETS,
-    ),
-]
-
-FAULTS: list[Fault] = [*EPS, *CACHES, *WEIGHTS, *CHUNKS, *LOW_PRECISION, *BEHAVIOUR]
+FAULTS: list[Fault] = [*EPS, *CACHES, *WEIGHTS, *CHUNKS, *LOW_PRECISION]

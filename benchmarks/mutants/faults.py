@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.mutants import elsewhere, engine, formulations, kernels
+from benchmarks.mutants import behaviour, elsewhere, engine, formulations, kernels
 from benchmarks.mutants.fault import Fault
 
-FAULTS: list[Fault] = [*engine.FAULTS, *formulations.FAULTS, *kernels.FAULTS, *elsewhere.FAULTS]
+FAULTS: list[Fault] = [*engine.FAULTS, *behaviour.FAULTS, *formulations.FAULTS, *kernels.FAULTS, *elsewhere.FAULTS]

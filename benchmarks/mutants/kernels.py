@@ -163,6 +163,7 @@ KERNELS: list[Fault] = [
         "patch rows leave the filling as it is",
         "x = tl.where(in_patch, x.to(tl.float32) * scale[:, None] + shift[:, None], 0.0)",
         "x = x.to(tl.float32) * scale[:, None] + shift[:, None]",
+        equivalent="the weights of the filling are zeros, and what it holds is finite",
     ),
     _patches("patch_embed's kernel ignores eps", "axis=1) / WIDTH + eps)", "axis=1) / WIDTH + 1e-5)", EPS),
     _prompts(
