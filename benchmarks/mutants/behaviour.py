@@ -1,7 +1,5 @@
 """Faults of what the engine answers, tells and refuses, and of its graphs and streams."""
 
-
-
 from __future__ import annotations
 
 from benchmarks.mutants.engine import CONTRACT, ENGINE, GRAPHS, PRECISION, REWRITES, SETS, TEXTS

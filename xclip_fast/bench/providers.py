@@ -34,6 +34,8 @@ class Provider:
         limit: what it may err instead of twice plain torch's error, where it rounds more on purpose.
         same: it computes X-CLIP; a floor computes something cheaper, and passes no gate.
         own_graph: it replays CUDA graphs by itself; none can be captured around it.
+        fused: of eager batches that a GPU waits for the host with, it makes plain modules; to be captured it is asked
+            for its kernels.
         compiled: its memory is not filled with NaN at the gate: the compiler would start anew for that. Nor is that of
             graphs of its own: they would fill it at each replay.
     """
@@ -44,6 +46,7 @@ class Provider:
     same: bool = True
     own_graph: bool = False
     compiled: bool = False
+    fused: bool = False
 
 
 class _Ours(nn.Module):
@@ -181,8 +184,8 @@ PROVIDERS: dict[str, Provider] = {
     "hf-sdpa": Provider("Hugging Face, eager, PyTorch's fused attention", huggingface("sdpa")),
     "hf-eager": Provider("Hugging Face, eager, plain attention", huggingface("eager")),
     "reference": Provider("the definition, plain PyTorch in the official order", _reference),
-    "layers": Provider("xclip_fast.create_model, the fused layers", _layers),
-    "optimized": Provider("Hugging Face after xclip_fast.optimize", optimized),
+    "layers": Provider("xclip_fast.create_model, the fused layers", _layers, fused=True),
+    "optimized": Provider("Hugging Face after xclip_fast.optimize", optimized, fused=True),
     "engine": Provider("xclip_fast.Engine in the case's dtype", _engine(), own_graph=True),
     "engine-int8": Provider("xclip_fast.Engine, int8", _engine("int8"), QUANTISED, own_graph=True),
     "engine-float8": Provider("xclip_fast.Engine, float8_e4m3fn", _engine("float8_e4m3fn"), QUANTISED, own_graph=True),

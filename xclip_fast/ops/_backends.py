@@ -126,12 +126,13 @@ def choose(
 def host_bound(tokens: Tensor) -> bool:
     """Whether a GPU is faster with a block of these tokens (..., D) than the host with the calls of its kernels.
 
-    Then plain modules of PyTorch's own operators cost the least, and fused ones gain nothing. Captured or compiled, a
-    block costs no calls; and who asks for a backend gets it.
+    Then plain modules of PyTorch's own operators cost the least, and fused ones gain nothing. Compiled, a block costs
+    no calls. Captured it costs none either, but what is captured has to be what ran before: enter
+    ``backend("triton")`` around both, for who asks for a backend gets it.
     """
     if not tokens.is_cuda or tokens.numel() >= HOST_BOUND or torch.compiler.is_compiling():
         return False
-    return _entered() is None and not torch.cuda.is_current_stream_capturing()
+    return _entered() is None
 
 
 def kernel_refusal(*tensors: Tensor | None) -> str | None:
