@@ -31,7 +31,7 @@ def launch(grid, {names}, **options):
     found = remembered.get(key)
     if found is None or ({together}) & 15:
         return miss(None if ({together}) & 15 else key, grid, dict({given}, **options))
-    run, function, metadata = found
+    run, function, metadata, _ = found
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     run(x, y, z, stream(device), function, metadata, None, None, None, {passed}, {rest})
 """
@@ -81,7 +81,8 @@ class Kernel(JITFunction):
             return
         if len(self.remembered) >= KEPT:
             self.remembered.clear()
-        self.remembered[key] = compiled.run, compiled.function, compiled.packed_metadata
+        # kept itself too: once nobody has it, newer versions of Triton unload its code
+        self.remembered[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
 
 
 def kernel(function: Callable[..., None]) -> Any:

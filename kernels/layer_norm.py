@@ -159,7 +159,7 @@ def layer_norm_fwd(
             _layer_norm_fwd_kernel[(cdiv(rows, tile.rows),)](
                 x_ptr=flat,
                 residual_ptr=added,
-                constant_ptr=constant,
+                constant_ptr=None if constant is None else constant.contiguous(),
                 weight_ptr=weight.contiguous(),
                 bias_ptr=bias.contiguous(),
                 normed_ptr=normed,
@@ -205,7 +205,7 @@ def layer_norm_bwd(
                 grad_normed_ptr=grad,
                 grad_stream_ptr=grad_added,
                 stream_ptr=flat,
-                constant_ptr=constant,
+                constant_ptr=None if constant is None else constant.contiguous(),
                 weight_ptr=weight.contiguous(),
                 mean_ptr=mean,
                 rstd_ptr=rstd,

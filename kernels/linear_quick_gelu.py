@@ -297,7 +297,7 @@ def linear_quick_gelu_persistent_fwd(x: Tensor, weight: Tensor, bias: Tensor, pr
 
 def quick_gelu_bwd(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
     """Launch the activation's backward pass: gradient of the pre-activation, and the activation or an empty tensor."""
-    grad = grad.contiguous()
+    grad, pre = grad.contiguous(), pre.contiguous()
     grad_pre = torch.empty_like(pre)
     hidden = torch.empty_like(pre) if write_hidden else pre.new_empty(0)
     tile = backward_tile(pre.dtype)

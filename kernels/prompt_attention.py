@@ -267,7 +267,7 @@ def prompt_attention_bwd(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward pass: gradients of query, per video (B, K, E), key and value."""
-    grad = grad.contiguous()
+    grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     query, key, value = map(unit_stride, (query, key, value))
     batch, patches, _ = key.shape
     grad_query, delta = torch.empty_like(out), torch.empty_like(lse)

@@ -10,7 +10,6 @@ from torch import Tensor
 from xclip_fast import layers, reference
 from xclip_fast.config import XCLIPConfig, resolve_config
 from xclip_fast.ops import clip_logits, mean_norm_over_frames
-from xclip_fast.ops._backends import host_bound
 from xclip_fast.plain import NORM, Plain, is_plain
 from xclip_fast.reference import VideoFeatures
 from xclip_fast.reference.model import check_video
@@ -56,7 +55,7 @@ class XCLIP(reference.XCLIP):
     def logits(self, features: VideoFeatures, text: Tensor) -> Tensor:
         """Scaled cosine similarities (B, K) of encoded videos and encoded texts (K, E)."""
         generator = self.prompts_generator
-        if host_bound(text.expand(len(features.video), -1, -1)) or not is_plain(self, prompts_generator=_PROMPTS):
+        if not is_plain(self, prompts_generator=_PROMPTS):
             return super().logits(features, text)
         prompts, pending = generator.advance(text, features.patches)
         return clip_logits(features.video, text, prompts, generator.alpha, self.logit_scale, residual=pending)

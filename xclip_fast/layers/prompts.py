@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from xclip_fast import reference
-from xclip_fast.layers.transformer import closed, join, perceptron
+from xclip_fast.layers.transformer import closed, join, modules_do, perceptron
 from xclip_fast.ops import prompt_attention
 from xclip_fast.ops._backends import host_bound
 from xclip_fast.plain import LINEAR, LINEAR_WITHOUT_BIAS, NORM, QUICK_GELU, Plain, is_plain
@@ -28,7 +28,9 @@ class PromptLayer(reference.prompts.PromptLayer):
 
     def forward(self, texts: Tensor, patches: Tensor) -> Tensor:
         """Texts (B, K, E) and normalised patch features (B, N, E) to texts (B, K, E)."""
-        return super().forward(texts, patches) if host_bound(texts) else closed(*self.advance(texts, None, patches))
+        if modules_do(texts, self.norm1):
+            return super().forward(texts, patches)
+        return closed(*self.advance(texts, None, patches))
 
     def advance(
         self, stream: Tensor, pending: Tensor | None, patches: Tensor, *, key_value: Any = None
@@ -61,8 +63,6 @@ class VideoPrompts(reference.VideoPrompts):
 
     def forward(self, texts: Tensor, patches: Tensor) -> Tensor:
         """Texts (B, K, E), or (K, E) shared by all videos, and patch features (B, N, E) to texts (B, K, E)."""
-        if host_bound(texts):
-            return super().forward(texts, patches)
         return texts + self.alpha * closed(*self.advance(texts, patches))
 
     def advance(self, texts: Tensor, patches: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -74,9 +74,10 @@ class VideoPrompts(reference.VideoPrompts):
         decoder: Any = self.decoder
         stream: Tensor = texts if texts.ndim == 3 else texts.unsqueeze(0)
         pending: Tensor | None = None
-        known = self._keys_and_values(patches)
+        by_modules = host_bound(stream.expand(patches.shape[0], -1, -1))
+        known = [None] * len(decoder) if by_modules else self._keys_and_values(patches)
         for (name, layer), key_value in zip(decoder.named_children(), known, strict=True):
-            if is_plain(decoder, **{name: _LAYER}):
+            if not by_modules and is_plain(decoder, **{name: _LAYER}):
                 stream, pending = layer.advance(stream, pending, patches, key_value=key_value)
             else:
                 stream, pending = layer(closed(stream, pending).expand(patches.shape[0], -1, -1), patches), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from xclip_fast import reference
-from xclip_fast.ops import feed_forward, layer_norm
-from xclip_fast.ops._backends import host_bound, is_transformed
+from xclip_fast.ops import backend, feed_forward, layer_norm
+from xclip_fast.ops._backends import asked_backend, host_bound, is_transformed
 from xclip_fast.plain import LINEAR, NORM, QUICK_GELU, Plain, is_plain
 from xclip_fast.reference.transformer import causal_mask
 
@@ -60,6 +61,12 @@ def join(
     return layer_norm(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
 
 
+def modules_do(tokens: Tensor, norm: nn.Module) -> bool:
+    """Whether plain modules cost a GPU's host the least, and serve these tokens: PyTorch's norms take one dtype."""
+    weight = getattr(norm, "weight", None)
+    return host_bound(tokens) and (weight is None or weight.dtype == tokens.dtype)
+
+
 def closed(stream: Tensor, pending: Tensor | None) -> Tensor:
     """The stream with what is pending added."""
     return stream if pending is None else stream + pending
@@ -87,7 +94,7 @@ class Block(reference.transformer.Block):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (..., L, width) to the same shape; ``mask`` (L, L) is added to the scores."""
-        return super().forward(x, mask) if host_bound(x) else closed(*self.advance(x, None, mask))
+        return super().forward(x, mask) if modules_do(x, self.ln_1) else closed(*self.advance(x, None, mask))
 
     def advance(
         self, stream: Tensor, pending: Tensor | None, mask: Tensor | None, *, causal: bool = False
@@ -115,9 +122,23 @@ def through(stack: Any, kind: Plain, stream: Tensor, *inputs: Tensor, **options:
         if not by_modules and is_plain(stack.resblocks, **{name: kind}):
             stream, pending = block.advance(stream, pending, *inputs, **options)
             continue
-        run = partial(checkpoint, block, **stack.checkpointing) if recomputed else block
+        run = partial(checkpoint, _as_asked(block), **stack.checkpointing) if recomputed else block
         stream, pending = run(closed(stream, pending), *inputs), None
     return stream, pending
+
+
+def _as_asked(block: nn.Module) -> Callable[..., Tensor]:
+    """A block for a thread of autograd, which knows nothing of the backend asked for around it."""
+    name = asked_backend()
+    if name is None:
+        return block
+
+    def run(*inputs: Tensor) -> Tensor:
+        with backend(name):
+            found: Tensor = block(*inputs)
+        return found
+
+    return run
 
 
 class TextTransformer(reference.transformer.TextTransformer):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from xclip_fast import reference
-from xclip_fast.layers.transformer import ATTENTION, SelfAttention, closed, join, perceptron, through
+from xclip_fast.layers.transformer import ATTENTION, SelfAttention, closed, join, modules_do, perceptron, through
 from xclip_fast.ops import frame_attention, message_attention, message_key_value, patch_embed
 from xclip_fast.ops._backends import host_bound
 from xclip_fast.ops._patch_contract import channels_last, pixel_statistics
@@ -112,7 +112,7 @@ def _embed(patches: reference.PatchEmbed, frames: Tensor, mean: Statistics, std:
     dtype, side, norm = patches.class_embedding.dtype, patches.patch_size, patches.ln_pre
     plain = is_plain(patches, conv1=_CONVOLUTION, ln_pre=NORM) and _cuts_patches(patches.conv1, side)
     normalised = frames.ndim == 4 and frames.is_floating_point() and mean is None and std is None
-    if not plain or (normalised and host_bound(frames)):
+    if not plain or (normalised and host_bound(frames) and norm.weight.dtype == dtype):
         if frames.dtype == torch.uint8:
             mean, std = pixel_statistics(frames, mean, std)
             frames = normalise_pixels(channels_last(frames), mean, std, dtype)
@@ -212,7 +212,9 @@ class CrossFrameBlock(reference.CrossFrameBlock):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T, S, D), the class token first in each frame, to tokens of the same shape."""
         drops = self.training and self.drop_path
-        return super().forward(tokens) if host_bound(tokens) and not drops else closed(*self.advance(tokens, None))
+        if modules_do(tokens, self.ln_1) and not drops:
+            return super().forward(tokens)
+        return closed(*self.advance(tokens, None))
 
     def advance(self, stream: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
         """``forward`` of ``stream + pending``, which the first norm adds on its way; the same for the next block.

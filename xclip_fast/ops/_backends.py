@@ -96,7 +96,7 @@ def choose(
     Raises:
         ValueError: there is no such backend, or "triton" or "extension" was asked for and cannot serve this call.
     """
-    name = asked or _entered() or (_asked.get() if _COMPILE_READS_CONTEXT else None)
+    name = asked or asked_backend()
     if name in ("reference", "torch"):
         return name
     transformed = is_transformed()
@@ -132,7 +132,12 @@ def host_bound(tokens: Tensor) -> bool:
     """
     if not tokens.is_cuda or tokens.numel() >= HOST_BOUND or torch.compiler.is_compiling():
         return False
-    return _entered() is None
+    return asked_backend() is None
+
+
+def asked_backend() -> str | None:
+    """The backend of the context around."""
+    return _entered() or (_asked.get() if _COMPILE_READS_CONTEXT else None)
 
 
 def kernel_refusal(*tensors: Tensor | None) -> str | None:
@@ -148,6 +153,8 @@ def _tensor_refusal(tensors: Sequence[Tensor | None]) -> str | None:
     for tensor in present:
         if tensor.dtype not in KERNEL_DTYPES and tensor.is_floating_point():
             return f"it takes float16, bfloat16 and float32, found {tensor.dtype}"
+        if tensor.is_neg():
+            return "a negated view has another sign in memory: call .resolve_neg() on it"
     place = first.device
     if any(tensor.device != place for tensor in present):
         return f"the tensors are on several devices: {', '.join(sorted({str(tensor.device) for tensor in present}))}"
@@ -173,6 +180,8 @@ def _on_one_gpu(tensors: Sequence[Tensor | None]) -> bool:
         if tensor is None:
             continue
         if not tensor.is_cuda or tensor.dtype not in KERNEL_DTYPES or place not in (-1, tensor.get_device()):
+            return False
+        if tensor.is_neg():
             return False
         place = tensor.get_device()
     return place >= 0 and _TRITON_INSTALLED and compute_capability(place) >= (8, 0)

@@ -56,8 +56,12 @@ def fused_op(
         parameters = signature(formulation).parameters
         refused = None if refusal is None else picked(refusal, list(parameters))
         defaults = [parameter.default for parameter in parameters.values()]
+        floats = [place for place, one in enumerate(parameters.values()) if one.annotation in (float, "float")]
 
         def run(*arguments: Any) -> Any:
+            # as the dispatcher does it: a whole number is another argument to Triton
+            if any(type(arguments[place]) is int for place in floats):
+                arguments = tuple(float(x) if place in floats else x for place, x in enumerate(arguments))
             if launcher is None or not runs_kernels(arguments[0]) or (refused and refused(arguments) is not None):
                 return formulation(*arguments)
             launch = _launcher(launcher) if isinstance(launcher, str) else launcher
@@ -93,7 +97,9 @@ def _calls(run: Callable[..., Any], with_gradient: Any, registered: Any) -> Call
     """The call of an op: past the dispatcher, unless somebody listens there."""
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _watched() or arguments[0].is_meta:
+        first = arguments[0]
+        # a negated view, which a gradient can be, has another sign in memory
+        if torch.compiler.is_compiling() or _watched() or first.is_meta or first.is_neg():
             return registered(*arguments)
         # a tensor of another class, fake, sharded or quantised, has rules of its own
         if not _ORDINARY.issuperset(map(type, arguments)):
@@ -109,12 +115,13 @@ def _calls(run: Callable[..., Any], with_gradient: Any, registered: Any) -> Call
 
 
 def _watched() -> bool:
-    """Whether modes, transforms or a profiler are to see the op."""
+    """Whether modes, transforms, a tracer or a profiler are to see the op."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
     )
 
 
