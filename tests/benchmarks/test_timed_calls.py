@@ -18,6 +18,7 @@ from xclip_fast.bench.record import Case
 from xclip_fast.bench.run import make_case
 from xclip_fast.bench.setting import inputs_of, prepared, setting_of, step
 from xclip_fast.engine import Engine
+from xclip_fast.ops._backends import asked_backend
 
 EFFORT = Effort(blocks=1, block=0.001, memory=False)
 CASE = make_case("model", "tiny", batch=2)
@@ -62,7 +63,7 @@ def test_what_captures_itself_at_the_gate_captures_no_poison(
         return torch.ones(2, 5)
 
     setting = setting_of(ON_GPU)
-    monkeypatch.setitem(PROVIDERS, "own", replace(PROVIDERS["layers"], own_graph=own_graph))
+    monkeypatch.setitem(PROVIDERS, "own", replace(PROVIDERS["reference"], own_graph=own_graph))
     models.check_of("own", classify, setting, (torch.zeros(1), torch.zeros(1)), {"logits": torch.ones(2, 5)}, 0.0)
     assert filled == [poisoned, False]
     # without a GPU nothing is captured
@@ -70,6 +71,16 @@ def test_what_captures_itself_at_the_gate_captures_no_poison(
     setting = setting_of(CASE)
     models.check_of("own", classify, setting, (torch.zeros(1), torch.zeros(1)), {"logits": torch.ones(2, 5)}, 0.0)
     assert filled == [True, False]
+
+
+@pytest.mark.parametrize("wrong", ["triton", None, "neither"])
+def test_fused_layers_pass_the_gate_asked_for_kernels_and_as_a_user_sees_them(wrong: str | None) -> None:
+    def classify(video: Tensor, text: Tensor) -> Tensor:
+        return torch.full((2, 5), float("nan") if asked_backend() == wrong else 1.0)
+
+    frames = torch.zeros(1), torch.zeros(1)
+    check = models.check_of("layers", classify, setting_of(ON_GPU), frames, {"logits": torch.ones(2, 5)}, 0.0)
+    assert check.passed is (wrong == "neither")
 
 
 @pytest.mark.parametrize("direction", ["forward", "train"])

@@ -24,7 +24,7 @@ def arguments(
     if residual:
         found["residual"] = random(*shape, dtype=dtype)
     if constant:
-        found["constant"] = random(width, dtype=dtype)
+        found["constant"] = random(2 * width, dtype=dtype)[::2]
     return found
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from xclip_fast.ops import layer_norm
+from xclip_fast.ops import explain, layer_norm
 from xclip_fast.ops.cases import OPS, TRAINED, Draw, find_op
+from xclip_fast.ops.layer_norm import layer_norm_op
 
 # the interpreter has no kernel for it
 NAMES = [name for name in OPS if name != "quantize_rows"]
@@ -125,3 +126,53 @@ def test_no_gradient_is_kept_where_none_is_wanted() -> None:
     leaves = [x.requires_grad_() for x in inputs]
     with torch.no_grad():
         assert layer_norm(*leaves, backend="triton")[0].grad_fn is None
+
+
+def test_a_whole_number_is_another_eps_to_no_kernel() -> None:
+    inputs = norm_inputs()
+    assert torch.equal(
+        layer_norm(*inputs, eps=1, backend="triton")[0], layer_norm(*inputs, eps=1.0, backend="triton")[0]
+    )
+    layer_norm_op(*inputs, None, None, 0)
+    layer_norm_op(*inputs, None, None, 0.0)
+
+
+def test_a_tracer_sees_the_op() -> None:
+    inputs = norm_inputs()
+
+    def norm(x: Tensor) -> Tensor:
+        return layer_norm(x, *inputs[1:], backend="triton")[0]
+
+    assert "xclip_fast::layer_norm" in str(torch.jit.trace(norm, inputs[:1]).graph)
+
+
+def test_a_negated_view_is_not_read_without_its_sign() -> None:
+    x, weight, bias = norm_inputs()
+    negated = torch._neg_view(x)
+    assert explain("layer_norm", negated, weight, bias)["triton"] is not None
+    expected = layer_norm(-x, weight, bias, backend="triton")[0]
+    torch.testing.assert_close(layer_norm(negated, weight, bias)[0], expected)
+    # a gradient can be one
+    leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
+    out = layer_norm(*leaves, backend="triton")[0]
+    plain = torch.autograd.grad(out, leaves, -torch.ones_like(out), retain_graph=True)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, leaves, torch._neg_view(torch.ones_like(out))), plain, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_hooks_give_back_in_other_strides_is_read_right() -> None:
+    def transposed(x: Tensor) -> Tensor:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 1 else x
+
+    for name in ("prompt_attention", "feed_forward"):
+        inputs = leaves_of(example(name))
+        leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
+        found = []
+        for pack in (lambda x: x, transposed):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                out = first(find_op(name)(**inputs, backend="triton"))
+            found.append(torch.autograd.grad(out.sum(), leaves))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
