@@ -14,11 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import standin
 from xclip_fast.errors import InputError
+from xclip_fast.files import replacing
 
 TURNS = 9
 BLOCK = 0.04  # seconds of one turn
@@ -44,9 +46,10 @@ def measure(out: Path | None, cases: Sequence[str] = ()) -> int:
     if done.returncode:
         raise InputError(f"the process on the stand-in ended with {done.returncode}")
     found = json.loads(done.stdout)
-    print(_table(found))
+    print(_table(found["microseconds"]))
     if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        with replacing(out) as unfinished:
+            unfinished.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -108,18 +111,24 @@ def _norm() -> dict[str, float]:
 
 
 def _ops() -> dict[str, float]:
-    """Every op at its shape in B/32 at batch 1, inference; then its launches, and what a launch costs by itself."""
-    from xclip_fast.bench.operators import timed_call
-    from xclip_fast.ops.cases import OPS
+    """Every op at its shape in B/32 at batch 1, in inference; and how many launches it makes."""
+    import torch
 
-    calls = {name: timed_call(_case(name), "triton") for name in OPS}
-    found = medians(calls)
-    for name, call in calls.items():
-        before = standin.counts()
-        call()
-        after = standin.counts()
-        kinds = ("triton_launches", "other_launches", "products")
-        found[f"{name}: launches"] = sum(after[kind] - before[kind] for kind in kinds)
+    from xclip_fast.bench.operators import inputs_of
+    from xclip_fast.ops.cases import OPS, find_op
+
+    calls: dict[str, Call] = {}
+    for name in OPS:
+        arguments = inputs_of(_case(name))
+        calls[name] = partial(find_op(name), **arguments, backend="triton")
+    with torch.inference_mode():
+        found = medians(calls)
+        for name, call in calls.items():
+            before = standin.counts()
+            call()
+            after = standin.counts()
+            kinds = ("triton_launches", "other_launches", "products")
+            found[f"{name}: launches"] = sum(after[kind] - before[kind] for kind in kinds)
     return found
 
 
@@ -182,8 +191,11 @@ def _table(found: dict[str, Any]) -> str:
 if __name__ == "__main__":
     import torch
 
+    from xclip_fast.bench.machine import facts
+
     standin.enter()
     torch.set_num_threads(1)
-    json.dump({name: CASES[name]() for name in sys.argv[1:]}, sys.stdout)
+    microseconds = {name: CASES[name]() for name in sys.argv[1:]}
+    json.dump({"machine": facts("cpu"), "microseconds": microseconds}, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # the threads of autograd do not end on the stand-in

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,9 +52,61 @@ def table(name: str) -> str:
         return _budgets()
     if name == "rivals":
         return _rivals({path.stem.partition("-")[2]: Run.load(path) for path in sorted(RESULTS.glob("rivals-*.json"))})
+    if name == "host":
+        return _host(json.loads((RESULTS / "host" / "standin.json").read_text(encoding="utf-8")))
     file, _, part = name.partition("/")
     run = Run.load(RESULTS / f"{file}.json")
     return {"models": _models, "gpu": _gpu, "ops": _ops}[part](run)
+
+
+def _host(found: dict[str, Any]) -> str:
+    times, machine = found["microseconds"], found["machine"]
+    norm, ops = times["norm"], times["ops"]
+    pairs = [
+        ("one launch", norm["a launch"], "Triton's own", norm["a launch by Triton"]),
+        (
+            "`layer_norm`, forward with gradient",
+            norm["layer_norm, forward"],
+            "`F.layer_norm`",
+            norm["F.layer_norm, forward"],
+        ),
+        (
+            "`layer_norm`, forward and backward",
+            norm["layer_norm, forward + backward"],
+            "`F.layer_norm`",
+            norm["F.layer_norm, forward + backward"],
+        ),
+        (
+            "a block of B/16, forward and backward",
+            times["block"]["ours"],
+            "the reference",
+            times["block"]["the reference"],
+        ),
+    ]
+    for direction, what in (("forward", "B/32, batch 1, forward"), ("train", "B/32, batch 1, training step")):
+        theirs = times[direction]["hf-sdpa"]
+        pairs.append((f"{what}: layers", times[direction]["layers"], "Hugging Face", theirs))
+        pairs.append((f"{what}: `optimize`", times[direction]["optimized"], "Hugging Face", theirs))
+    lines = ["| host time | µs | beside | µs | ratio |", "|---|---:|---|---:|---:|"]
+    lines += [
+        f"| {what} | {ours:,.0f} | {whose} | {theirs:,.0f} | {ours / theirs:.2f} |"
+        for what, ours, whose, theirs in pairs
+    ]
+    one = norm["a launch by Triton"]
+    lines += [
+        "",
+        "| op at B/32, batch 1, inference | launches | µs | over as many launches by Triton |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, microseconds in ops.items():
+        if not name.endswith(": launches"):
+            count = int(ops[f"{name}: launches"])
+            lines.append(f"| `{name}` | {count} | {microseconds:.0f} | {microseconds - count * one:+.0f} |")
+    lines += [
+        "",
+        f"CPU time on {machine['processor']}, torch {machine['torch']}, Triton {machine['triton']}, {machine['commit'][:7]}.",
+    ]
+    return "\n".join(lines)
 
 
 def _headline() -> str:

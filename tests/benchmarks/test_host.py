@@ -122,7 +122,9 @@ print(fused > 0, kernels_of(lambda: graphed(tokens).sum().backward()), standin.c
 def test_the_command_writes_microseconds(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     out = tmp_path / "host.json"
     assert main(["host", "norm", "--json", str(out)]) == 0
-    found = json.loads(out.read_text())["norm"]
+    written = json.loads(out.read_text())
+    found = written["microseconds"]["norm"]
+    assert written["machine"]["commit"]
     assert all(microseconds > 0 for microseconds in found.values())
     printed = capsys.readouterr().out
     assert all(what in printed for what in found)
