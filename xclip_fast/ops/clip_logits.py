@@ -42,6 +42,15 @@ def clip_logits(
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: paper, equations 7 and 1, and the end of the official ``forward``.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import clip_logits
+        >>> video, text, prompts = torch.randn(2, 64), torch.randn(3, 64), torch.randn(2, 3, 64)
+        >>> alpha, logit_scale = torch.zeros(64), torch.tensor(100.0).log()  # without prompts CLIP's logits
+        >>> cosines = torch.nn.functional.cosine_similarity(video[:, None], text, dim=-1)
+        >>> torch.allclose(clip_logits(video, text, prompts, alpha, logit_scale), 100 * cosines, atol=1e-3)
+        True
     """
     video, text, prompts, residual = cast_for_product(video, text, prompts, residual)
     _check(video, text, prompts, alpha, logit_scale, residual)

@@ -36,6 +36,13 @@ def frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, *, backend: str
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: intra-frame attention, paper, equation 5.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import frame_attention
+        >>> qkv, message_kv = torch.randn(2, 5, 3 * 64), torch.randn(2, 2 * 64)  # 2 frames of 5 tokens, a message each
+        >>> frame_attention(qkv, message_kv, heads=2).shape
+        torch.Size([2, 5, 64])
     """
     qkv, message_kv = cast_for_product(qkv, message_kv)
     _check(qkv, message_kv, heads)

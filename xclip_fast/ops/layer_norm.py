@@ -44,6 +44,16 @@ def layer_norm(
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: the norms of the pre-norm blocks, paper, equations 4 to 6.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import layer_norm
+        >>> x, branch, weight, bias = torch.randn(4, 64), torch.randn(4, 64), torch.ones(64), torch.zeros(64)
+        >>> normed, stream = layer_norm(x, weight, bias, residual=branch)
+        >>> torch.equal(stream, x + branch)
+        True
+        >>> torch.allclose(normed, torch.nn.functional.layer_norm(stream, (64,)), atol=1e-5)
+        True
     """
     x, residual = cast_for_sum(x, residual)
     _check(x, weight, bias, residual, constant)

@@ -31,6 +31,14 @@ def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str |
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: ``mlp.c_fc`` and ``mlp.gelu`` of a block.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import linear_quick_gelu
+        >>> x, weight, bias = torch.randn(3, 64), torch.randn(256, 64) / 8, torch.zeros(256)
+        >>> pre = x @ weight.T + bias
+        >>> torch.allclose(linear_quick_gelu(x, weight, bias), pre * torch.sigmoid(1.702 * pre), atol=1e-5)
+        True
     """
     x, weight, bias = cast_for_product(x, weight, bias)
     _check(x, weight, bias)
@@ -64,6 +72,17 @@ def feed_forward(
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
+
+    Source: ``mlp`` of a block.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import feed_forward, linear_quick_gelu
+        >>> x, fc, proj = torch.randn(3, 64), torch.randn(256, 64) / 8, torch.randn(64, 256) / 16
+        >>> fc_bias, proj_bias = torch.zeros(256), torch.zeros(64)
+        >>> hidden = linear_quick_gelu(x, fc, fc_bias)
+        >>> torch.allclose(feed_forward(x, fc, fc_bias, proj, proj_bias), hidden @ proj.T + proj_bias, atol=1e-5)
+        True
     """
     x, fc_weight, fc_bias, proj_weight, proj_bias = cast_for_product(x, fc_weight, fc_bias, proj_weight, proj_bias)
     _check(x, fc_weight, fc_bias)

@@ -44,6 +44,14 @@ def mean_norm_over_frames(
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: ``prompts_visual_ln`` and the mean over frames of the official ``encode_video`` and ``forward``.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import mean_norm_over_frames
+        >>> tokens = torch.randn(2, 8, 5, 64)  # 2 clips of 8 frames, each a class token and 4 patches
+        >>> mean = mean_norm_over_frames(tokens[:, :, 1:], torch.ones(64), torch.zeros(64))
+        >>> torch.allclose(mean, torch.nn.functional.layer_norm(tokens[:, :, 1:], (64,)).mean(1), atol=1e-5)
+        True
     """
     tokens, residual = cast_for_sum(tokens, residual)
     _check(tokens, weight, bias, residual, constant)

@@ -70,6 +70,22 @@ def message_attention(
         ValueError: shapes, dtypes or boundaries do not fit, or the backend asked for cannot serve the call.
 
     Source: paper, equations 3 and 4; no norm before the projection, as in the official code.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import message_attention
+        >>> square, vector, one = torch.randn(64, 64) / 8, torch.zeros(64), torch.ones(64)
+        >>> attention = torch.randn(192, 64) / 8, torch.zeros(192), square, vector
+        >>> clips = torch.randn(2, 8, 64)  # the class tokens of 2 clips of 8 frames
+        >>> messages = message_attention(clips, square, vector, one, vector, *attention, heads=2)
+        >>> messages.shape
+        torch.Size([2, 8, 64])
+        >>> bounds = torch.tensor([0, 8, 16], dtype=torch.int32)  # the same clips, packed
+        >>> packed = message_attention(
+        ...     clips.flatten(0, 1), square, vector, one, vector, *attention, heads=2, cu_frames=bounds
+        ... )
+        >>> torch.allclose(packed, messages.flatten(0, 1), atol=1e-4)
+        True
     """
     class_tokens, fc_weight, fc_bias, in_proj_weight, in_proj_bias, out_weight, out_bias = cast_for_product(
         class_tokens, fc_weight, fc_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
@@ -244,6 +260,13 @@ def message_key_value(
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: paper, equation 5; the message's own query is never used.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import message_key_value
+        >>> weight, bias = torch.randn(2 * 64, 64), torch.zeros(2 * 64)
+        >>> message_key_value(torch.randn(2, 8, 64), torch.ones(64), torch.zeros(64), weight, bias).shape
+        torch.Size([2, 8, 128])
     """
     messages, weight, bias = cast_for_product(messages, weight, bias)
     if messages.ndim < 1:

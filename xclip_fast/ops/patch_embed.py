@@ -55,6 +55,14 @@ def patch_embed(
             given for floating point frames, or the backend asked for cannot serve the call.
 
     Source: ``visual.conv1``, ``class_embedding``, ``positional_embedding`` and ``ln_pre``.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import patch_embed
+        >>> frames = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)  # as they are decoded
+        >>> weight, class_embedding, positions = torch.randn(64, 3, 16, 16), torch.randn(64), torch.randn(5, 64)
+        >>> patch_embed(frames, weight, class_embedding, positions).shape  # the class token and 4 patches of each frame
+        torch.Size([8, 5, 64])
     """
     computed = autocast_dtype(frames.device.type)
     if computed is not None and weight.is_floating_point():

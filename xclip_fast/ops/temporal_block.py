@@ -77,6 +77,18 @@ def temporal_block(
         ValueError: shapes, dtypes or boundaries do not fit, or the backend asked for cannot serve the call.
 
     Source: paper, equation 6.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import temporal_block
+        >>> norm = torch.ones(64), torch.zeros(64)
+        >>> attention = torch.randn(192, 64) / 8, torch.zeros(192), torch.randn(64, 64) / 8, torch.zeros(64)
+        >>> mlp = torch.randn(256, 64) / 8, torch.zeros(256), torch.randn(64, 256) / 16, torch.zeros(64)
+        >>> x, positions = torch.randn(2, 8, 64), torch.randn(8, 64)  # 2 clips of 8 frames
+        >>> temporal_block(x, *norm, *attention, *norm, *mlp, heads=2).shape
+        torch.Size([2, 8, 64])
+        >>> temporal_block(x, *norm, *attention, *norm, *mlp, heads=2, positions=positions, pooled_with=x).shape
+        torch.Size([2, 64])
     """
     x, in_proj_weight, in_proj_bias, out_weight, out_bias, fc_weight, fc_bias, proj_weight, proj_bias = (
         cast_for_product(
