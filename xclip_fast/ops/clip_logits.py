@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from xclip_fast.ops._backends import choose, explains
-from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
+from xclip_fast.ops._dtypes import cast_for_gemm, exact_dtype
 from xclip_fast.ops._register import fused_op
 from xclip_fast.ops.layer_norm import size_refusal
 
@@ -52,7 +52,7 @@ def clip_logits(
         >>> torch.allclose(clip_logits(video, text, prompts, alpha, logit_scale), 100 * cosines, atol=1e-3)
         True
     """
-    video, text, prompts, residual = cast_for_product(video, text, prompts, residual)
+    video, text, prompts, residual = cast_for_gemm(video, text, prompts, residual)
     _check(video, text, prompts, alpha, logit_scale, residual)
     tensors = (video, text, prompts, alpha, logit_scale, residual)
     chosen = choose("clip_logits", backend, *tensors, refusal=size_refusal(video))

@@ -24,15 +24,15 @@ def layer_norm(
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``layer_norm(x + residual + constant)`` and the stream ``x + residual`` it was computed from.
+    """``layer_norm(x + residual + constant)`` and the residual stream ``x + residual``.
 
     Args:
         x: (..., D), any strides.
         weight, bias: (D,) in the dtype of ``x``, or in float32.
         residual: (..., D) like ``x``; the sum is rounded to the dtype of ``x`` once, after the norm has used it.
             Under autocast both may have a dtype of their own: the wider one counts.
-        constant: (D,), like ``weight``, added to each row for the norm but not to the stream: the biases a bias-free
-            stream lags by.
+        constant: (D,), like ``weight``, added to each row before normalising, not written to the stream; the engine
+            passes the biases its stream leaves out.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 

@@ -32,8 +32,8 @@ def mean_norm_over_frames(
         weight, bias: (D,) in the dtype of ``tokens``, or in float32.
         residual: like ``tokens``, added first; the sum is not rounded. Under autocast both may have a dtype of
             their own: the wider one counts.
-        constant: (D,), like ``weight``, added to each row: the biases a bias-free stream lags by. Its gradient is the
-            sum of that of the tokens as it is rounded.
+        constant: (D,), like ``weight``, added to each row before normalising; the engine passes the biases its residual
+            stream leaves out. Its gradient is the sum of that of the tokens as it is rounded.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 

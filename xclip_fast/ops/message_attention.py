@@ -1,4 +1,4 @@
-"""Cross-frame attention (CFA): class tokens to messages, and a message's key and value for the frame it speaks to."""
+"""Cross-frame attention (CFA): class tokens to messages, and a message's key and value for its frame."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xclip_fast.ops._backends import choose, explains
-from xclip_fast.ops._dtypes import cast_for_product
+from xclip_fast.ops._dtypes import cast_for_gemm
 from xclip_fast.ops._frames import (
     attention_refusal,
     check_heads,
@@ -48,14 +48,14 @@ def message_attention(
 
     Args:
         class_tokens: (B, T, D), any strides; the view ``tokens[:, :, 0]`` is read in place. With ``cu_frames`` (F, D):
-            ragged clips behind each other.
+            ragged clips packed back to back.
         fc_weight, fc_bias: (D, D) and (D,), the message projection.
         norm_weight, norm_bias: (D,) in the dtype of ``class_tokens``, or in float32.
         in_proj_weight, in_proj_bias: (3D, D) and (3D,), packed query, key and value rows.
         out_weight, out_bias: (D, D) and (D,).
         heads: attention heads; the kernels take D / heads of 32, 64 and 128.
         cu_frames: (clips + 1,) int32 on the device of ``class_tokens``: the frames before each clip, from 0 up. Frames
-            behind the last boundary are padding: they attend to nothing. On a GPU the values are not checked; wrong
+            after the last boundary are padding: they attend to nothing. On a GPU the values are not checked; wrong
             ones give wrong messages, never an access outside of the tensors.
         max_frames: no ragged clip has more frames; of a longer one the kernels attend to the first ``max_frames``.
             Without it the bound is F. The kernels take one launch less when the bound is at most 64, and the gradient
@@ -87,7 +87,7 @@ def message_attention(
         >>> torch.allclose(packed, messages.flatten(0, 1), atol=1e-4)
         True
     """
-    class_tokens, fc_weight, fc_bias, in_proj_weight, in_proj_bias, out_weight, out_bias = cast_for_product(
+    class_tokens, fc_weight, fc_bias, in_proj_weight, in_proj_bias, out_weight, out_bias = cast_for_gemm(
         class_tokens, fc_weight, fc_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
     )
     longest = longest_clip("class_tokens", class_tokens, cu_frames, max_frames)
@@ -268,7 +268,7 @@ def message_key_value(
         >>> message_key_value(torch.randn(2, 8, 64), torch.ones(64), torch.zeros(64), weight, bias).shape
         torch.Size([2, 8, 128])
     """
-    messages, weight, bias = cast_for_product(messages, weight, bias)
+    messages, weight, bias = cast_for_gemm(messages, weight, bias)
     if messages.ndim < 1:
         raise ValueError("messages must be (..., D), found a single number")
     width = messages.shape[-1]

@@ -46,9 +46,9 @@ def patch_embed(
 
     Returns:
         (F, 1 + N, D). Sums and the norm are in float32 where the kernels or the extension compute them; on a GPU the
-        product is rounded before them, to the dtype of the weights, and by the extension to float16. On the CPU the
-        extension rounds weights of uint8 frames to 24 bits (float32) or 16 bits (half precision) beside the largest of
-        their row, on CUDA to float16 beside the sum of their row.
+        result of the GEMM is rounded before them, to the dtype of the weights, and by the extension to float16. On the
+        CPU the extension rounds weights of uint8 frames to 24 bits (float32) or 16 bits (half precision) beside the
+        largest of their row, on CUDA to float16 beside the sum of their row.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, frames or tokens have 2^31 elements or more, mean or std are
