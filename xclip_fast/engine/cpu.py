@@ -13,7 +13,7 @@ from xclip_fast.engine.attention import frame_attention
 from xclip_fast.engine.packing import PRODUCTS, Packing, exact, place_of
 from xclip_fast.engine.products import Product
 from xclip_fast.ops._dtypes import exact_dtype
-from xclip_fast.ops._folded_message import behind_deviation
+from xclip_fast.ops._folded_message import fold_norm
 from xclip_fast.reference.positions import spatial_positions
 
 CHUNK_ROWS = 800  # at once: with fewer products are slower, with many more their memory is above plain PyTorch's
@@ -238,7 +238,7 @@ def pack_message(block: Any, packing: Packing) -> Message:
     qkv, shift = None, None
     if "message_product" in packing.rewrites:
         parts = norm.weight, norm.bias, attention.in_proj_weight, attention.in_proj_bias
-        inner, shift = behind_deviation(*map(exact, parts))
+        inner, shift = fold_norm(*map(exact, parts))
         fc, fc_bias = torch.cat([fc, inner @ fc]), torch.cat([fc_bias, inner @ fc_bias])
         shift = packing.tensor(shift)
     else:

@@ -11,7 +11,7 @@ HEAD_DIM = 64  # of every published model, and as in csrc/frame_attention_cpu.h
 
 
 def refusal(qkv: Tensor, message_kv: Tensor, heads: int) -> str | None:
-    """Why the extension cannot serve a call with these tensors, or nothing."""
+    """The reason why the extension cannot serve a call with these tensors, or None."""
     places = sorted({qkv.device.type, message_kv.device.type})
     if places != ["cpu"]:
         return f"the tensors are on {' and '.join(places)}, and its attention runs on the CPU"

@@ -53,6 +53,15 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: there is no such backend.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast import ops
+        >>> x, weight, bias = torch.randn(4, 64), torch.ones(64), torch.zeros(64)
+        >>> with ops.backend("reference"):
+        ...     normed, _ = ops.layer_norm(x, weight, bias)
+        >>> torch.allclose(normed, ops.layer_norm(x, weight, bias)[0], atol=1e-5)
+        True
     """
     _check_name(name)
     before = _entered()

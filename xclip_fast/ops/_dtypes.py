@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype autocast would give a product on this kind of device, or nothing when autocast is off."""
+    """The dtype autocast would give a GEMM on this kind of device, or None when autocast is off."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
-def cast_for_product(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast the tensors of a product or an attention as autocast would; unchanged when autocast is off."""
+def cast_for_gemm(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast the tensors of a GEMM or an attention as autocast would; unchanged when autocast is off."""
     device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
     dtype = autocast_dtype(device_type)
     if dtype is None:

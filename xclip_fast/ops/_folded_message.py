@@ -1,9 +1,9 @@
 """Class tokens to the key and value of their messages, from folded weights. The engine's own: inference only.
 
-What is computed from a message is a product behind its layer norm, and but for the norm's division that is linear in
-what the message was computed from. So one product of the class tokens gives the message, its share of its key and value
-in the frame, and its query, key and value among the frames, each to be divided by the message's deviation; a second
-product, of what the frames attend to, is added to message, key and value.
+What is computed from a message is a GEMM of its layer norm, and but for the norm's division that is linear in what the
+message was computed from. So one GEMM of the class tokens gives the message, its share of its key and value in the
+frame, and its query, key and value among the frames, each to be divided by the message's deviation; a second GEMM, of
+the attention's result, is added to message, key and value.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Folded(NamedTuple):
     Attributes:
         weight, bias: (6D, D) and (6D,): rows of the message, of its key and value in its frame, and of its query, key
             and value among the frames.
-        shift: (3D,), of query, key and value behind the division.
+        shift: (3D,), added to query, key and value after the division.
         out_weight, out_bias: (3D, D) and (3D,), of the message and its key and value in its frame, from what was
             attended to.
-        pair_shift: (2D,), of key and value behind the division.
+        pair_shift: (2D,), added to key and value after the division.
     """
 
     weight: Tensor
@@ -50,8 +50,8 @@ def fold(
     pair: tuple[Tensor, Tensor],
 ) -> Folded:
     """Fold float64 weights and biases, as ``message_attention`` and ``message_key_value`` take them."""
-    inner, shift = behind_deviation(*norm, *in_proj)
-    outer, pair_shift = behind_deviation(*pair_norm, *pair)
+    inner, shift = fold_norm(*norm, *in_proj)
+    outer, pair_shift = fold_norm(*pair_norm, *pair)
     (weight, bias), (out_weight, out_bias) = fc, out
     return Folded(
         weight=torch.cat([weight, outer @ weight, inner @ weight]),
@@ -63,8 +63,8 @@ def fold(
     )
 
 
-def behind_deviation(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The product behind a layer norm as ``x @ weight.t() / deviation(x) + shift``: this weight and shift."""
+def fold_norm(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """``linear(layer_norm(x))`` as ``x @ weight.t() / deviation(x) + shift``: this weight and shift."""
     scaled = weight * norm_weight
     return scaled - scaled.mean(dim=1, keepdim=True), weight @ norm_bias + bias
 
@@ -78,19 +78,19 @@ def folded_message(
     pair_eps: float = 1e-5,
     backend: str | None = None,
 ) -> Tensor:
-    """``message_key_value(message_attention(class_tokens))``, four launches of which two are products.
+    """``message_key_value(message_attention(class_tokens))``, four launches of which two are GEMMs.
 
     Args:
         class_tokens: (B, T, D), any strides; the view ``tokens[:, :, 0]`` is read in place.
         weights: from ``fold``, in the dtype of ``class_tokens`` on its device.
         heads: attention heads; the kernels take D / heads of 32, 64 and 128.
-        eps, pair_eps: added to the variance of the message in front of its attention, and behind it.
+        eps, pair_eps: added to the variance of the message before its attention, and after it.
         backend: "reference", "torch", "triton", or the automatic choice.
 
     Returns:
         (B, T, 2D) in the dtype of ``class_tokens``, key then value, as ``frame_attention`` reads them. In half
         precision it is nearer to the truth than with weights that are not folded: no normed row is rounded, and what
-        all numbers of a message have in common never enters the products.
+        all numbers of a message have in common never enters the GEMMs.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
@@ -137,7 +137,7 @@ def _fake(class_tokens: Tensor, *_: object) -> Tensor:
 
 
 def _flops(class_shape: Any, *_: object, **kwargs: object) -> int:
-    """Nine products of D by D a frame, and its attention to the frames of its clip."""
+    """Nine GEMMs of D by D a frame, and its attention to the frames of its clip."""
     frames, width = class_shape[-2:]
     return math.prod(class_shape[:-1]) * (18 * width**2 + 4 * frames * width)
 

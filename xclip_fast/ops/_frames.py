@@ -83,7 +83,7 @@ def frames_attention_backward(
 ) -> list[Tensor]:
     """Gradients of the rows and of the parameters, the two of the norm in one tensor (3, D); all recomputed from rows.
 
-    The products run in the dtype of the rows, everything among the frames of a clip in float32: its share is tiny.
+    The GEMMs run in the dtype of the rows, everything among the frames of a clip in float32: its share is tiny.
     """
     normed, _, mean, rstd = layer_norm_op(rows, norm_weight, norm_bias, None, None, eps)
     packed = torch.addmm(in_proj_bias, normed, in_proj_weight.t())
@@ -126,8 +126,8 @@ class Clips(NamedTuple):
 
     Attributes:
         longest: frames of a clip in the batch.
-        row: (clips, longest) the row of each place, or nothing where clips lie whole behind each other. A place beyond
-            its clip shows the clip's own last frame: nothing of another clip, not even a NaN, comes near.
+        row: (clips, longest) the row of each place, or None where all clips have ``longest`` frames. A place beyond its
+            clip shows the clip's own last frame: nothing of another clip, not even a NaN, comes near.
         inside: (clips, 1, longest, 1) the places within their clip.
         place: (F,) the place of each row.
         outside: (F, 1) the rows that belong to no clip.
@@ -245,12 +245,12 @@ def check_heads(width: int, heads: int) -> None:
 
 
 def attention_refusal(width: int, heads: int) -> str | None:
-    """Why the kernels cannot attend with heads of this size, or nothing."""
+    """The reason why the kernels cannot attend with heads of this size, or None."""
     if width // heads not in HEAD_DIMS:
         return f"its heads hold {', '.join(map(str, HEAD_DIMS))} numbers, found {width // heads}"
     return width_refusal(width)
 
 
 def width_refusal(width: int) -> str | None:
-    """Why the kernels cannot normalise rows of this size, or nothing."""
+    """The reason why the kernels cannot normalise rows of this size, or None."""
     return f"its rows hold up to {MAX_WIDTH} numbers, found {width}" if width > MAX_WIDTH else None

@@ -22,13 +22,13 @@ LARGEST_SUM = 2.0**15
 LONGEST_SIDE = 32768
 # the sum of one row of bytes times bytes must fit 32 bits
 MAX_INTEGER_ROW = 2**31 // (128 * 128) - 1
-# with fewer patches than this, splitting the weights into bytes costs more than the product of floats
+# with fewer patches than this, splitting the weights into bytes costs more than a GEMM of floats
 MIN_INTEGER_ROWS = 128
 ROWS = 1024  # multiplied at a time by one or two threads
 
 
 def refusal(frames: Tensor, weight: Tensor) -> str | None:
-    """Why the extension cannot serve a call with these tensors, or nothing."""
+    """The reason why the extension cannot serve a call with these tensors, or None."""
     kind = frames.device.type
     if kind == "cpu":
         return _extension.refusal()
@@ -112,12 +112,12 @@ def _on_cpu(call: Call) -> tuple[Tensor, Tensor]:
     # the sums of some frames at a time: of all at once they would take up to three times the memory of the tokens
     some = max(1, ROWS * max(1, torch.get_num_threads() // 2) // patches)
     if count * patches >= MIN_INTEGER_ROWS and _multiplies_bytes(frames, weight):
-        # pixels are bytes already: a product of bytes is exact and several times as fast as one of floats
+        # pixels are bytes already: a GEMM of bytes is exact and several times as fast as one of floats
         pieces = 3 if weight.dtype == torch.float32 else 2
         matrix, unit, bias = native.pack_weights(weight.contiguous(), _table(factors), pieces)
         dtype, multiply = torch.int8, torch._int_mm
     else:
-        # PyTorch rounds a product to the dtype of its factors, before positions and norm are added
+        # PyTorch rounds the result of a GEMM to the dtype of its factors, before positions and norm are added
         dtype = weight.dtype if _multiplies_halves(frames, weight) else exact
         matrix, unit, bias = weight.flatten(1).to(dtype), None, None
         multiply, some = torch.mm, max(1, count) if dtype == weight.dtype else some
@@ -125,9 +125,9 @@ def _on_cpu(call: Call) -> tuple[Tensor, Tensor]:
     for first in range(0, count, some):
         part = slice(first, first + some)
         rows = patch_rows(frames[part], weight.shape[-1], factors, dtype)
-        product = multiply(rows, matrix.T, out=sums[: len(rows)])
+        projected = multiply(rows, matrix.T, out=sums[: len(rows)])
         saved = embedded[part] if call.save_embedded else None
-        native.patch_tokens(product, unit, bias, *vectors, call.eps, tokens[part], saved)
+        native.patch_tokens(projected, unit, bias, *vectors, call.eps, tokens[part], saved)
     return tokens, embedded
 
 
@@ -139,16 +139,16 @@ def on_cuda(call: Call, packed: Packed) -> tuple[Tensor, Tensor]:
         stream = torch.cuda.current_stream().cuda_stream
         rows = torch.ops.xclip_fast_native.patch_rows_cuda(frames, call.weight.shape[-1], stream)
     # with a result to write to, so that autocast leaves the dtypes alone
-    product = torch.mm(rows, packed.weight.T, out=rows.new_empty(len(rows), len(packed.weight)))
+    projected = torch.mm(rows, packed.weight.T, out=rows.new_empty(len(rows), len(packed.weight)))
     norm = call.norm_weight, call.norm_bias, call.eps
     wide = torch.promote_types(call.weight.dtype, call.dtype)
     if runs_kernels(call.weight):
         from xclip_fast.kernels.patch_embed import patch_tokens
 
         return patch_tokens(
-            product, packed.scale, None, packed.table, *norm, len(frames), call.dtype, wide, call.save_embedded
+            projected, packed.scale, None, packed.table, *norm, len(frames), call.dtype, wide, call.save_embedded
         )
-    patches = (product * packed.scale).view(len(frames), len(packed.table) - 1, -1) + packed.table[1:]
+    patches = (projected * packed.scale).view(len(frames), len(packed.table) - 1, -1) + packed.table[1:]
     tokens = embedded = torch.cat([packed.table[:1].expand(len(frames), 1, -1), patches], dim=1)
     if call.norm_weight is not None and call.norm_bias is not None:
         tokens, _ = layer_norm(tokens, call.norm_weight.float(), call.norm_bias.float(), eps=call.eps)
@@ -156,7 +156,7 @@ def on_cuda(call: Call, packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def pack_for_cuda(weight: Tensor, class_embedding: Tensor, positions: Tensor, factors: list[list[float]]) -> Packed:
-    """The normalisation folded into weights, for a product with rows of pixels, and into the table."""
+    """The normalisation folded into weights, for a GEMM with rows of pixels, and into the table."""
     # factors stay numbers: a tensor of them would be copied from the host, which no CUDA graph can capture
     channels = weight.float().unbind(1)
     scaled = torch.stack([channel * factor for channel, factor in zip(channels, factors[0], strict=True)], dim=-1)

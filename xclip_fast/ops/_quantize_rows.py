@@ -1,4 +1,4 @@
-"""Rows in float8 e4m3 with a scale each, behind a layer norm or an activation. The engine's own: inference only."""
+"""Rows in float8 e4m3 with a scale each, after a layer norm or an activation. The engine's own: inference only."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def quantize_rows(
     Args:
         x: (..., K), any strides.
         weight, bias: (K,) of the layer norm, in the dtype of ``x`` or in float32; both or neither.
-        residual: (..., K) like ``x``, in front of a norm; the sum is rounded to the dtype of ``x`` once, after the norm
-            has used it.
-        constant: (K,), added to each row for the norm but not to the stream: the biases a bias-free stream lags by.
+        residual: (..., K) like ``x``, before a norm; the sum is rounded to the dtype of ``x`` once, after the norm has
+            used it.
+        constant: (K,), added to each row before normalising, not written to the stream; the engine passes the biases
+            its stream leaves out.
         eps: added to the variance.
         activation: "silu", "quick_gelu" or "gelu", where there is no norm.
         backend: "reference", "torch", "triton", or the automatic choice.
@@ -85,7 +86,7 @@ def quantize_rows_ref(
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation of a product's result, which may be overwritten."""
+    """The activation of a GEMM's result, which may be overwritten."""
     if activation == "silu":
         return functional.silu(x, inplace=True)
     return functional.gelu(x) if activation == "gelu" else x * torch.sigmoid(SLOPE * x)
@@ -116,7 +117,7 @@ def _quantize_rows_torch(
 
 
 def _float8_refusal(x: Tensor) -> str | None:
-    """Why the kernel cannot write float8 on the device of ``x``, or nothing."""
+    """The reason why the kernel cannot write float8 on the device of ``x``, or None."""
     if x.device.type == "cuda" and compute_capability(x.get_device()) < (8, 9):
         return "float8 needs compute capability 8.9 or newer"
     if x.device.type == "cpu" and interpreting():

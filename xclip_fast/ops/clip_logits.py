@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from xclip_fast.ops._backends import choose, explains
-from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
+from xclip_fast.ops._dtypes import cast_for_gemm, exact_dtype
 from xclip_fast.ops._register import fused_op
 from xclip_fast.ops.layer_norm import size_refusal
 
@@ -42,8 +42,17 @@ def clip_logits(
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: paper, equations 7 and 1, and the end of the official ``forward``.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import clip_logits
+        >>> video, text, prompts = torch.randn(2, 64), torch.randn(3, 64), torch.randn(2, 3, 64)
+        >>> alpha, logit_scale = torch.zeros(64), torch.tensor(100.0).log()  # without prompts CLIP's logits
+        >>> cosines = torch.nn.functional.cosine_similarity(video[:, None], text, dim=-1)
+        >>> torch.allclose(clip_logits(video, text, prompts, alpha, logit_scale), 100 * cosines, atol=1e-3)
+        True
     """
-    video, text, prompts, residual = cast_for_product(video, text, prompts, residual)
+    video, text, prompts, residual = cast_for_gemm(video, text, prompts, residual)
     _check(video, text, prompts, alpha, logit_scale, residual)
     tensors = (video, text, prompts, alpha, logit_scale, residual)
     chosen = choose("clip_logits", backend, *tensors, refusal=size_refusal(video))

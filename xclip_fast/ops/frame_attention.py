@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xclip_fast.ops import _attention_extension
 from xclip_fast.ops._backends import choose, explains
-from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
+from xclip_fast.ops._dtypes import cast_for_gemm, exact_dtype
 from xclip_fast.ops._frames import HEAD_DIMS
 from xclip_fast.ops._register import fused_op
 
@@ -18,8 +18,8 @@ from xclip_fast.ops._register import fused_op
 def frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, *, backend: str | None = None) -> Tensor:
     """Attention of the S tokens of each frame over themselves and the frame's message, the key of row S + 1.
 
-    The message asks nothing: its query, and with it a row of output, is left out. Scores are scaled by
-    head_dim^-0.5; the kernels accumulate in float32.
+    The message has no query, and so no row of output. Scores are scaled by head_dim^-0.5; the kernels accumulate in
+    float32.
 
     Args:
         qkv: (F, S, 3 D), query, key and value side by side in each row, each D = heads * head_dim, S >= 1. Rows may
@@ -36,8 +36,15 @@ def frame_attention(qkv: Tensor, message_kv: Tensor, heads: int, *, backend: str
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: intra-frame attention, paper, equation 5.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import frame_attention
+        >>> qkv, message_kv = torch.randn(2, 5, 3 * 64), torch.randn(2, 2 * 64)  # 2 frames of 5 tokens, a message each
+        >>> frame_attention(qkv, message_kv, heads=2).shape
+        torch.Size([2, 5, 64])
     """
-    qkv, message_kv = cast_for_product(qkv, message_kv)
+    qkv, message_kv = cast_for_gemm(qkv, message_kv)
     _check(qkv, message_kv, heads)
     # only a backward pass needs the log-sum-exp
     with_lse = torch.is_grad_enabled() and (qkv.requires_grad or message_kv.requires_grad)
@@ -123,7 +130,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
 
 
 def _flops(qkv_shape: torch.Size, message_shape: torch.Size, heads: int, *args: object, **kwargs: object) -> int:
-    """Two products of S queries with S + 1 keys."""
+    """Two GEMMs of S queries with S + 1 keys."""
     frames, tokens, packed = qkv_shape
     return 4 * frames * tokens * (tokens + 1) * (packed // 3)
 
@@ -157,7 +164,7 @@ def _backward_fake(
 
 
 def _backward_flops(grad_shape: torch.Size, qkv_shape: torch.Size, *args: object, **kwargs: object) -> int:
-    """Five products, as PyTorch counts its own attention; the kernels recompute two of them and execute seven."""
+    """Five GEMMs, as PyTorch counts its own attention; the kernels recompute two of them and execute seven."""
     frames, tokens, packed = qkv_shape
     return 10 * frames * tokens * (tokens + 1) * (packed // 3)
 

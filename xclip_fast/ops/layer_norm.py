@@ -24,15 +24,15 @@ def layer_norm(
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``layer_norm(x + residual + constant)`` and the stream ``x + residual`` it was computed from.
+    """``layer_norm(x + residual + constant)`` and the residual stream ``x + residual``.
 
     Args:
         x: (..., D), any strides.
         weight, bias: (D,) in the dtype of ``x``, or in float32.
         residual: (..., D) like ``x``; the sum is rounded to the dtype of ``x`` once, after the norm has used it.
             Under autocast both may have a dtype of their own: the wider one counts.
-        constant: (D,), like ``weight``, added to each row for the norm but not to the stream: the biases a bias-free
-            stream lags by.
+        constant: (D,), like ``weight``, added to each row before normalising, not written to the stream; the engine
+            passes the biases its stream leaves out.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 
@@ -44,6 +44,16 @@ def layer_norm(
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: the norms of the pre-norm blocks, paper, equations 4 to 6.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import layer_norm
+        >>> x, branch, weight, bias = torch.randn(4, 64), torch.randn(4, 64), torch.ones(64), torch.zeros(64)
+        >>> normed, stream = layer_norm(x, weight, bias, residual=branch)
+        >>> torch.equal(stream, x + branch)
+        True
+        >>> torch.allclose(normed, torch.nn.functional.layer_norm(stream, (64,)), atol=1e-5)
+        True
     """
     x, residual = cast_for_sum(x, residual)
     _check(x, weight, bias, residual, constant)

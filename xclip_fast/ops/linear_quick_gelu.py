@@ -1,4 +1,4 @@
-"""The perceptron of a block: linear and QuickGELU in one product, and the whole of it with half the saved memory."""
+"""The MLP of a block: linear and QuickGELU in one GEMM, and the whole of it with half the saved memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from xclip_fast.ops._backends import choose, explains
-from xclip_fast.ops._dtypes import cast_for_product
+from xclip_fast.ops._dtypes import cast_for_gemm
 from xclip_fast.ops._register import fused_op
 
 SLOPE = 1.702  # QuickGELU is x * sigmoid(SLOPE * x)
@@ -31,8 +31,16 @@ def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str |
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: ``mlp.c_fc`` and ``mlp.gelu`` of a block.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import linear_quick_gelu
+        >>> x, weight, bias = torch.randn(3, 64), torch.randn(256, 64) / 8, torch.zeros(256)
+        >>> pre = x @ weight.T + bias
+        >>> torch.allclose(linear_quick_gelu(x, weight, bias), pre * torch.sigmoid(1.702 * pre), atol=1e-5)
+        True
     """
-    x, weight, bias = cast_for_product(x, weight, bias)
+    x, weight, bias = cast_for_gemm(x, weight, bias)
     _check(x, weight, bias)
     chosen = choose("linear_quick_gelu", backend, x, weight, bias)
     if chosen == "reference":
@@ -64,8 +72,19 @@ def feed_forward(
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
+
+    Source: ``mlp`` of a block.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import feed_forward, linear_quick_gelu
+        >>> x, fc, proj = torch.randn(3, 64), torch.randn(256, 64) / 8, torch.randn(64, 256) / 16
+        >>> fc_bias, proj_bias = torch.zeros(256), torch.zeros(64)
+        >>> hidden = linear_quick_gelu(x, fc, fc_bias)
+        >>> torch.allclose(feed_forward(x, fc, fc_bias, proj, proj_bias), hidden @ proj.T + proj_bias, atol=1e-5)
+        True
     """
-    x, fc_weight, fc_bias, proj_weight, proj_bias = cast_for_product(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    x, fc_weight, fc_bias, proj_weight, proj_bias = cast_for_gemm(x, fc_weight, fc_bias, proj_weight, proj_bias)
     _check(x, fc_weight, fc_bias)
     _check(x.new_empty(0, fc_weight.shape[0]), proj_weight, proj_bias)
     fc_bias, proj_bias = fc_bias.to(x.dtype), proj_bias.to(x.dtype)
@@ -92,7 +111,7 @@ def _linear_quick_gelu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _feed_forward_torch(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor
 ) -> Tensor:
-    # the slope rides on the scale factors of the products, which leaves one pass over the hidden rows instead of three
+    # the slope is in alpha and beta of the GEMMs, which leaves one pass over the hidden rows instead of three
     rows = x.reshape(-1, x.shape[-1])
     hidden = torch.addmm(fc_bias, rows, fc_weight.T, beta=SLOPE, alpha=SLOPE)
     hidden = silu(hidden, inplace=True)

@@ -32,8 +32,8 @@ def mean_norm_over_frames(
         weight, bias: (D,) in the dtype of ``tokens``, or in float32.
         residual: like ``tokens``, added first; the sum is not rounded. Under autocast both may have a dtype of
             their own: the wider one counts.
-        constant: (D,), like ``weight``, added to each row: the biases a bias-free stream lags by. Its gradient is the
-            sum of that of the tokens as it is rounded.
+        constant: (D,), like ``weight``, added to each row before normalising; the engine passes the biases its residual
+            stream leaves out. Its gradient is the sum of that of the tokens as it is rounded.
         eps: added to the variance.
         backend: "reference", "torch", "triton", or the automatic choice.
 
@@ -44,6 +44,14 @@ def mean_norm_over_frames(
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: ``prompts_visual_ln`` and the mean over frames of the official ``encode_video`` and ``forward``.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import mean_norm_over_frames
+        >>> tokens = torch.randn(2, 8, 5, 64)  # 2 clips of 8 frames, each a class token and 4 patches
+        >>> mean = mean_norm_over_frames(tokens[:, :, 1:], torch.ones(64), torch.zeros(64))
+        >>> torch.allclose(mean, torch.nn.functional.layer_norm(tokens[:, :, 1:], (64,)).mean(1), atol=1e-5)
+        True
     """
     tokens, residual = cast_for_sum(tokens, residual)
     _check(tokens, weight, bias, residual, constant)

@@ -1,4 +1,4 @@
-"""Cross-frame attention (CFA): class tokens to messages, and a message's key and value for the frame it speaks to."""
+"""Cross-frame attention (CFA): class tokens to messages, and a message's key and value for its frame."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xclip_fast.ops._backends import choose, explains
-from xclip_fast.ops._dtypes import cast_for_product
+from xclip_fast.ops._dtypes import cast_for_gemm
 from xclip_fast.ops._frames import (
     attention_refusal,
     check_heads,
@@ -48,14 +48,14 @@ def message_attention(
 
     Args:
         class_tokens: (B, T, D), any strides; the view ``tokens[:, :, 0]`` is read in place. With ``cu_frames`` (F, D):
-            ragged clips behind each other.
+            ragged clips packed back to back.
         fc_weight, fc_bias: (D, D) and (D,), the message projection.
         norm_weight, norm_bias: (D,) in the dtype of ``class_tokens``, or in float32.
         in_proj_weight, in_proj_bias: (3D, D) and (3D,), packed query, key and value rows.
         out_weight, out_bias: (D, D) and (D,).
         heads: attention heads; the kernels take D / heads of 32, 64 and 128.
         cu_frames: (clips + 1,) int32 on the device of ``class_tokens``: the frames before each clip, from 0 up. Frames
-            behind the last boundary are padding: they attend to nothing. On a GPU the values are not checked; wrong
+            after the last boundary are padding: they attend to nothing. On a GPU the values are not checked; wrong
             ones give wrong messages, never an access outside of the tensors.
         max_frames: no ragged clip has more frames; of a longer one the kernels attend to the first ``max_frames``.
             Without it the bound is F. The kernels take one launch less when the bound is at most 64, and the gradient
@@ -70,8 +70,24 @@ def message_attention(
         ValueError: shapes, dtypes or boundaries do not fit, or the backend asked for cannot serve the call.
 
     Source: paper, equations 3 and 4; no norm before the projection, as in the official code.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import message_attention
+        >>> square, vector, one = torch.randn(64, 64) / 8, torch.zeros(64), torch.ones(64)
+        >>> attention = torch.randn(192, 64) / 8, torch.zeros(192), square, vector
+        >>> clips = torch.randn(2, 8, 64)  # the class tokens of 2 clips of 8 frames
+        >>> messages = message_attention(clips, square, vector, one, vector, *attention, heads=2)
+        >>> messages.shape
+        torch.Size([2, 8, 64])
+        >>> bounds = torch.tensor([0, 8, 16], dtype=torch.int32)  # the same clips, packed
+        >>> packed = message_attention(
+        ...     clips.flatten(0, 1), square, vector, one, vector, *attention, heads=2, cu_frames=bounds
+        ... )
+        >>> torch.allclose(packed, messages.flatten(0, 1), atol=1e-4)
+        True
     """
-    class_tokens, fc_weight, fc_bias, in_proj_weight, in_proj_bias, out_weight, out_bias = cast_for_product(
+    class_tokens, fc_weight, fc_bias, in_proj_weight, in_proj_bias, out_weight, out_bias = cast_for_gemm(
         class_tokens, fc_weight, fc_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
     )
     longest = longest_clip("class_tokens", class_tokens, cu_frames, max_frames)
@@ -244,8 +260,15 @@ def message_key_value(
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: paper, equation 5; the message's own query is never used.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import message_key_value
+        >>> weight, bias = torch.randn(2 * 64, 64), torch.zeros(2 * 64)
+        >>> message_key_value(torch.randn(2, 8, 64), torch.ones(64), torch.zeros(64), weight, bias).shape
+        torch.Size([2, 8, 128])
     """
-    messages, weight, bias = cast_for_product(messages, weight, bias)
+    messages, weight, bias = cast_for_gemm(messages, weight, bias)
     if messages.ndim < 1:
         raise ValueError("messages must be (..., D), found a single number")
     width = messages.shape[-1]

@@ -46,15 +46,23 @@ def patch_embed(
 
     Returns:
         (F, 1 + N, D). Sums and the norm are in float32 where the kernels or the extension compute them; on a GPU the
-        product is rounded before them, to the dtype of the weights, and by the extension to float16. On the CPU the
-        extension rounds weights of uint8 frames to 24 bits (float32) or 16 bits (half precision) beside the largest of
-        their row, on CUDA to float16 beside the sum of their row.
+        result of the GEMM is rounded before them, to the dtype of the weights, and by the extension to float16. On the
+        CPU the extension rounds weights of uint8 frames to 24 bits (float32) or 16 bits (half precision) beside the
+        largest of their row, on CUDA to float16 beside the sum of their row.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, frames or tokens have 2^31 elements or more, mean or std are
             given for floating point frames, or the backend asked for cannot serve the call.
 
     Source: ``visual.conv1``, ``class_embedding``, ``positional_embedding`` and ``ln_pre``.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import patch_embed
+        >>> frames = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)  # as they are decoded
+        >>> weight, class_embedding, positions = torch.randn(64, 3, 16, 16), torch.randn(64), torch.randn(5, 64)
+        >>> patch_embed(frames, weight, class_embedding, positions).shape  # the class token and 4 patches of each frame
+        torch.Size([8, 5, 64])
     """
     computed = autocast_dtype(frames.device.type)
     if computed is not None and weight.is_floating_point():

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from xclip_fast.ops._backends import choose, explains
-from xclip_fast.ops._dtypes import cast_for_product, exact_dtype
+from xclip_fast.ops._dtypes import cast_for_gemm, exact_dtype
 from xclip_fast.ops._frames import HEAD_DIMS
 from xclip_fast.ops._register import fused_op
 
@@ -30,8 +30,16 @@ def prompt_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, b
         ValueError: shapes or dtypes do not fit, or the backend asked for cannot serve the call.
 
     Source: the cross attention of the video-specific prompts, paper, equation 8.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import prompt_attention
+        >>> texts = torch.randn(1, 3, 64)  # 3 classes, shared by both videos
+        >>> key, value = torch.randn(2, 4, 2 * 64).chunk(2, -1)  # 2 videos of 4 patches
+        >>> prompt_attention(texts, key, value, heads=2).shape
+        torch.Size([2, 3, 64])
     """
-    query, key, value = cast_for_product(query, key, value)
+    query, key, value = cast_for_gemm(query, key, value)
     _check(query, key, value, heads)
     refusal = _size_refusal(query, heads)
     chosen = choose("prompt_attention", backend, query, key, value, refusal=refusal)

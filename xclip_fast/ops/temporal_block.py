@@ -1,4 +1,4 @@
-"""The pre-norm block of the multiframe integration transformer (MIT): attention among a clip's frames, perceptron."""
+"""The pre-norm block of the multiframe integration transformer (MIT): attention among a clip's frames, MLP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xclip_fast.ops._backends import choose, explains
-from xclip_fast.ops._dtypes import cast_for_product
+from xclip_fast.ops._dtypes import cast_for_gemm
 from xclip_fast.ops._frames import (
     attention_refusal,
     check_heads,
@@ -56,7 +56,7 @@ def temporal_block(
     the frames. One block with both is the whole of MIT.
 
     Args:
-        x: (B, T, E), any strides. With ``cu_frames`` (F, E): ragged clips behind each other.
+        x: (B, T, E), any strides. With ``cu_frames`` (F, E): ragged clips packed back to back.
         norm1_weight, norm1_bias, norm2_weight, norm2_bias: (E,) in the dtype of ``x``, or in float32.
         in_proj_weight, in_proj_bias: (3E, E) and (3E,), packed query, key and value rows.
         out_weight, out_bias: (E, E) and (E,).
@@ -77,11 +77,21 @@ def temporal_block(
         ValueError: shapes, dtypes or boundaries do not fit, or the backend asked for cannot serve the call.
 
     Source: paper, equation 6.
+
+    Example:
+        >>> import torch
+        >>> from xclip_fast.ops import temporal_block
+        >>> norm = torch.ones(64), torch.zeros(64)
+        >>> attention = torch.randn(192, 64) / 8, torch.zeros(192), torch.randn(64, 64) / 8, torch.zeros(64)
+        >>> mlp = torch.randn(256, 64) / 8, torch.zeros(256), torch.randn(64, 256) / 16, torch.zeros(64)
+        >>> x, positions = torch.randn(2, 8, 64), torch.randn(8, 64)  # 2 clips of 8 frames
+        >>> temporal_block(x, *norm, *attention, *norm, *mlp, heads=2).shape
+        torch.Size([2, 8, 64])
+        >>> temporal_block(x, *norm, *attention, *norm, *mlp, heads=2, positions=positions, pooled_with=x).shape
+        torch.Size([2, 64])
     """
-    x, in_proj_weight, in_proj_bias, out_weight, out_bias, fc_weight, fc_bias, proj_weight, proj_bias = (
-        cast_for_product(
-            x, in_proj_weight, in_proj_bias, out_weight, out_bias, fc_weight, fc_bias, proj_weight, proj_bias
-        )
+    x, in_proj_weight, in_proj_bias, out_weight, out_bias, fc_weight, fc_bias, proj_weight, proj_bias = cast_for_gemm(
+        x, in_proj_weight, in_proj_bias, out_weight, out_bias, fc_weight, fc_bias, proj_weight, proj_bias
     )
     longest = longest_clip("x", x, cu_frames, max_frames)
     width = x.shape[-1]
@@ -102,7 +112,7 @@ def temporal_block(
         "proj_bias": (proj_bias, (width,)),
     }
     check_parameters(x, "x", parameters)
-    x, positions, pooled_with = cast_for_product(x, positions, pooled_with)
+    x, positions, pooled_with = cast_for_gemm(x, positions, pooled_with)
     _check_clips(x, positions, pooled_with, cu_frames)
     tensors: Any = (x, *(tensor for tensor, _ in parameters.values()), positions, pooled_with, cu_frames)
     chosen = choose("temporal_block", backend, *tensors, refusal=attention_refusal(width, heads))
@@ -201,7 +211,7 @@ def _backward(ctx: Any, grad: Tensor) -> Any:
 
 
 def _flops(x_shape: Any, *arguments: Any, **kwargs: object) -> int:
-    """Four products of E by E and two of E by M a frame, and its attention to ``longest`` frames."""
+    """Four GEMMs of E by E and two of E by M a frame, and its attention to ``longest`` frames."""
     *frames, width = x_shape
     hidden, longest = arguments[8][0], arguments[-2]
     return math.prod(frames) * (8 * width**2 + 4 * width * hidden + 4 * longest * width)
@@ -237,14 +247,14 @@ def temporal_block_op(
     eps: float,
 ) -> Tensor:
     attention = norm1_weight, norm1_bias, in_proj_weight, in_proj_bias, out_weight, out_bias
-    perceptron = norm2_weight, norm2_bias, fc_weight, fc_bias, proj_weight, proj_bias
-    tensors = (x, *attention, *perceptron, positions, pooled_with, cu_frames)
+    mlp = norm2_weight, norm2_bias, fc_weight, fc_bias, proj_weight, proj_bias
+    tensors = (x, *attention, *mlp, positions, pooled_with, cu_frames)
     return _temporal_block_torch(*tensors, heads=heads, longest=longest, eps=eps)
 
 
 def _backward_fake(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
-    attention, perceptron = arguments[2:6], arguments[8:11]
-    empty = [[tensor.new_empty(tensor.shape) for tensor in part] for part in (attention, perceptron)]
+    attention, mlp = arguments[2:6], arguments[8:11]
+    empty = [[tensor.new_empty(tensor.shape) for tensor in part] for part in (attention, mlp)]
     vectors = [empty_norm_grads(x), empty_norm_grads(x)]
     return [x.new_empty(x.shape), vectors[0], *empty[0], vectors[1], *empty[1], x.new_empty(x.shape[-1])]
 
@@ -289,8 +299,8 @@ def temporal_block_backward_op(
         grad_pre @ fc_weight, grad, middle, norm2_weight, None, mean, rstd
     )
     grad_rows, *attention_grads = frames_attention_backward(grad_middle, rows, *attention, *clips)
-    perceptron_grads = grad_pre.t() @ normed, grad_pre.sum(0), grad.t() @ hidden, grad.sum(0)
-    return [grad_rows.view(x.shape), *attention_grads, norm2_grads, *perceptron_grads]
+    mlp_grads = grad_pre.t() @ normed, grad_pre.sum(0), grad.t() @ hidden, grad.sum(0)
+    return [grad_rows.view(x.shape), *attention_grads, norm2_grads, *mlp_grads]
 
 
 def launches(*arguments: Any) -> int:
