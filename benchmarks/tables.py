@@ -102,10 +102,8 @@ def _host(found: dict[str, Any]) -> str:
         if not name.endswith(": launches"):
             count = int(ops[f"{name}: launches"])
             lines.append(f"| `{name}` | {count} | {microseconds:.0f} | {microseconds - count * one:+.0f} |")
-    lines += [
-        "",
-        f"CPU time on {machine['processor']}, torch {machine['torch']}, Triton {machine['triton']}, {machine['commit'][:7]}.",
-    ]
+    versions = f"torch {machine['torch']}, Triton {machine['triton']}, {machine['commit'][:7]}"
+    lines += ["", f"CPU time on {machine['processor']}, {versions}."]
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ def doubled(inputs: Mapping[str, object]) -> dict[str, object]:
 
 
 def _double(x: Any) -> Any:
-    if isinstance(x, tuple):
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
         # weights by name
         return type(x)(*map(_double, x))
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x

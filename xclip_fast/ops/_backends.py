@@ -98,8 +98,8 @@ def choose(
         op: name of the op, for the message.
         asked: the caller's ``backend`` argument.
         tensors: all tensors of the call.
-        refusal: why the kernels cannot serve this call's sizes, or nothing.
-        extension: why the compiled extension cannot serve this call, or nothing.
+        refusal: the reason why the kernels cannot serve this call's sizes, or None.
+        extension: the reason why the compiled extension cannot serve this call, or None.
         extension_wins: whether it is the fastest where it can, and so the automatic choice.
 
     Raises:
@@ -207,7 +207,7 @@ def interpreting() -> bool:
 
 
 def interpreter_refusal() -> str | None:
-    """Why the interpreter of the Triton that is installed fails with the NumPy that is, or nothing.
+    """The reason why the interpreter of the installed Triton fails with the installed NumPy, or None.
 
     Triton 3.6 takes an array of one number for a number, which NumPy 2.4 refuses.
     """
