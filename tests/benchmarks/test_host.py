@@ -8,35 +8,47 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytest.importorskip("transformers")
 
 from test_gpu_stand_in import library, rehearse  # noqa: F401  the fixture
 
 from benchmarks.__main__ import main
 
-LAUNCHES = """
+# one process runs them all, each in names of its own
+COMMON = """
+from contextlib import nullcontext
 from triton import knobs
+from xclip_fast import create_model, optimize
+from xclip_fast.bench.huggingface import model_of
 from xclip_fast.kernels.layer_norm import _layer_norm_fwd_kernel as kernel
-from xclip_fast.ops import layer_norm
+from xclip_fast.ops import _backends, backend, layer_norm
+from xclip_fast.ops.cases import TINY
+from xclip_fast.tuning import override
+
+def kernels_of(call):
+    before = standin.counts()["triton_launches"]
+    call()
+    return standin.counts()["triton_launches"] - before
 
 def launches(rows, offset=0):
     x = torch.ones(rows * 64 + offset, device="cuda", dtype=torch.bfloat16)[offset:].view(rows, 64)
     vector = torch.ones(64, device="cuda", dtype=torch.bfloat16)
-    before = standin.counts()["triton_launches"]
-    layer_norm(x, vector, vector, backend="triton")
-    return standin.counts()["triton_launches"] - before
+    return kernels_of(lambda: layer_norm(x, vector, vector, backend="triton"))
+
+video = torch.ones(2, 4, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
+texts = torch.ones(5, 64, device="cuda", dtype=torch.bfloat16)
+tokens = torch.ones(2, 4, 5, 64, device="cuda", dtype=torch.bfloat16)
+
+def small():
+    model = create_model(TINY).to("cuda", torch.bfloat16)
+    return model, model.visual.transformer.resblocks[0]
 """
-
-
-def test_a_kernel_is_remembered_and_launched_each_time(library: Path) -> None:  # noqa: F811
-    script = """
+SCRIPTS = {
+    "remembered": """
 print([launches(8) for _ in range(3)], len(kernel.remembered))
 print([launches(9) for _ in range(2)], len(kernel.remembered))
-"""
-    assert rehearse(library, LAUNCHES + script) == ["[1, 1, 1] 1", "[1, 1] 2"]
-
-
-def test_addresses_that_are_not_aligned_and_watched_launches_are_left_to_triton(library: Path) -> None:  # noqa: F811
-    script = """
+""",
+    "left to Triton": """
 launches(8)
 print(launches(8, offset=1), len(kernel.remembered))
 seen = []
@@ -44,57 +56,27 @@ knobs.runtime.launch_enter_hook.add(seen.append)
 print(launches(8), len(seen))
 knobs.runtime.launch_enter_hook.remove(seen.append)
 print(launches(8), len(seen))
-"""
-    assert rehearse(library, LAUNCHES + script) == ["1 1", "1 1", "1 1"]
-
-
-def test_an_override_of_a_tile_is_another_launch(library: Path) -> None:  # noqa: F811
-    script = """
-from xclip_fast.tuning import override
+""",
+    "override": """
 launches(8)
 with override("layer_norm", num_warps=8):
     launches(8)
-keys = list(kernel.remembered)
-print(len(keys), [dict(part for part in key if isinstance(part, tuple))["num_warps"] for key in keys])
-"""
-    assert rehearse(library, LAUNCHES + script) == ["2 [4, 8]"]
-
-
-SMALL = """
-from xclip_fast import create_model, optimize
-from xclip_fast.ops import backend, _backends
-from xclip_fast.ops.cases import TINY
-from xclip_fast.bench.huggingface import model_of
-
-def kernels_of(call):
-    before = standin.counts()["triton_launches"]
-    call()
-    return standin.counts()["triton_launches"] - before
-
-video = torch.ones(2, 4, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
-texts = torch.ones(5, 64, device="cuda", dtype=torch.bfloat16)
-model = create_model(TINY).to("cuda", torch.bfloat16)
-block, tokens = model.visual.transformer.resblocks[0], torch.ones(2, 4, 5, 64, device="cuda", dtype=torch.bfloat16)
-"""
-
-
-def test_small_eager_batches_run_as_plain_modules(library: Path) -> None:  # noqa: F811
-    script = """
+print([dict(part for part in key if isinstance(part, tuple))["num_warps"] for key in kernel.remembered])
+""",
+    "small batches": """
+model, block = small()
 print("eager", kernels_of(lambda: block(tokens)), kernels_of(lambda: block(tokens.requires_grad_()).sum().backward()))
 with backend("triton"):
     print("asked", kernels_of(lambda: block(tokens)) > 0)
+
 def whole():
     return model.logits(model.encode_video(video), texts)
-print("whole", kernels_of(whole))
+
+few = kernels_of(whole)
 _backends.HOST_BOUND = 1
-print("large", kernels_of(lambda: block(tokens)) > 0, kernels_of(whole) > 0)
-"""
-    assert rehearse(library, SMALL + script) == ["eager 0 0", "asked True", "whole 4", "large True True"]
-
-
-def test_optimize_leaves_small_batches_to_the_model(library: Path) -> None:  # noqa: F811
-    pytest.importorskip("transformers")
-    script = """
+print("large", kernels_of(lambda: block(tokens)) > 0, kernels_of(whole) > few)
+""",
+    "optimize": """
 with torch.device("cuda"):
     theirs = model_of(TINY, "sdpa").to(torch.bfloat16)
 optimize(theirs)
@@ -102,24 +84,83 @@ seen = lambda: theirs.vision_model(pixel_values=video.flatten(0, 1))
 print(kernels_of(seen))
 _backends.HOST_BOUND = 1
 print(kernels_of(seen) > 0)
-"""
-    assert rehearse(library, SMALL + script) == ["0", "True"]
+""",
+    "checkpointed": """
+model, _ = small()
+model.train().gradient_checkpointing_enable()
+with backend("triton"):
+    print(kernels_of(lambda: model.encode_video(video).video.sum().backward()) > 0)
+""",
+    "norms": """
+_, block = small()
+for norm in (block.ln_1, block.ln_2, block.message_ln):
+    norm.float()
+print(kernels_of(lambda: block(tokens)) > 0)
+""",
+    "graphed": """
+for name in (None, "triton"):
+    _, block = small()
+    before = standin.counts()["replays"]
+    with backend(name) if name else nullcontext():
+        fused = kernels_of(lambda: torch.cuda.make_graphed_callables(block, (tokens.detach().requires_grad_(),)))
+    launched = kernels_of(lambda: block(tokens.detach().requires_grad_()).sum().backward())
+    print(name, fused > 0, launched, standin.counts()["replays"] - before)
+""",
+}
 
 
-@pytest.mark.parametrize("asked", ["None", "'triton'"])
-def test_a_block_takes_part_in_graphed_callables(asked: str, library: Path) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def printed(library: Path) -> dict[str, list[str]]:  # noqa: F811
+    """The lines of each script."""
+    bound = "_backends.HOST_BOUND = 1 << 25\nkernel.remembered.clear()\n"
+    runs = [f"print({name!r})\n{bound}exec({script!r}, dict(globals()))\n" for name, script in SCRIPTS.items()]
+    found: dict[str, list[str]] = {}
+    for line in rehearse(library, COMMON + "".join(runs)):
+        if line in SCRIPTS:
+            lines = found.setdefault(line, [])
+        else:
+            lines.append(line)
+    return found
+
+
+def test_a_kernel_is_remembered_and_launched_each_time(printed: dict[str, list[str]]) -> None:
+    assert printed["remembered"] == ["[1, 1, 1] 1", "[1, 1] 2"]
+
+
+def test_addresses_that_are_not_aligned_and_watched_launches_are_left_to_triton(printed: dict[str, list[str]]) -> None:
+    assert printed["left to Triton"] == ["1 1", "1 1", "1 1"]
+
+
+def test_an_override_of_a_tile_is_another_launch(printed: dict[str, list[str]]) -> None:
+    assert printed["override"] == ["[4, 8]"]
+
+
+def test_small_eager_batches_run_as_plain_modules(printed: dict[str, list[str]]) -> None:
+    assert printed["small batches"] == ["eager 0 0", "asked True", "large True True"]
+
+
+def test_optimize_leaves_small_batches_to_the_model(printed: dict[str, list[str]]) -> None:
+    assert printed["optimize"] == ["0", "True"]
+
+
+def test_checkpointed_blocks_are_computed_again_by_the_backend_asked_for(printed: dict[str, list[str]]) -> None:
+    assert printed["checkpointed"] == ["True"]
+
+
+def test_norms_of_another_dtype_are_left_to_the_kernels(printed: dict[str, list[str]]) -> None:
+    assert printed["norms"] == ["True"]
+
+
+def test_a_block_takes_part_in_graphed_callables(printed: dict[str, list[str]]) -> None:
     """PyTorch's own capture of forward and backward pass, where the host limits training of small batches."""
-    script = f"""
-from contextlib import nullcontext
-with backend({asked}) if {asked} else nullcontext():
-    fused = kernels_of(lambda: torch.cuda.make_graphed_callables(block, (tokens.requires_grad_(),)))
-    graphed = block
-print(fused > 0, kernels_of(lambda: graphed(tokens).sum().backward()), standin.counts()["replays"])
-"""
-    assert rehearse(library, SMALL + script) == [f"{asked != 'None'} 0 2"]
+    assert printed["graphed"] == ["None False 0 2", "triton True 0 2"]
 
 
-def test_the_command_writes_microseconds(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_command_writes_microseconds(
+    library: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / "host.json"
     assert main(["host", "norm", "--json", str(out)]) == 0
     written = json.loads(out.read_text())
