@@ -84,7 +84,7 @@ class Bench:
 
 def products(bench: Bench, variant: str, batch: int) -> Rows:
     """One row a product of a block, in TFLOP/s."""
-    from xclip_fast.engine.products import Float8Product
+    from xclip_fast.engine.linears import Float8Linear
     from xclip_fast.ops._quantize_rows import quantize_rows
 
     load = bench.load(variant, batch)
@@ -104,7 +104,7 @@ def products(bench: Bench, variant: str, batch: int) -> Rows:
             calls[f"{name} addmm_"] = partial(stream.addmm_, x, weight.t(), beta=0.5)
         # a CPU has no float8, or one of other speeds
         for fast in () if bench.dry else (True, False):
-            product = Float8Product(weight, bias, "silu", x.dtype, fast=fast)
+            product = Float8Linear(weight, bias, "silu", x.dtype, fast=fast)
             quantized, scale, _ = quantize_rows(x)
             calls[f"{name} float8, {'fast' if fast else 'exact'} sums"] = partial(product.multiply, quantized, scale)
         for row in bench.compare(calls):
@@ -191,7 +191,7 @@ def sdpa(bench: Bench, variant: str, batch: int) -> Rows:
 def side(bench: Bench, variant: str, batch: int) -> Rows:
     """One stream is the baseline: a ratio above 1 is what the second one gains."""
     from xclip_fast.engine import Engine
-    from xclip_fast.engine.cuda import Side
+    from xclip_fast.engine.cuda import SideStream
     from xclip_fast.model import create_model
 
     config: XCLIPConfig = config_of(variant)
@@ -199,7 +199,7 @@ def side(bench: Bench, variant: str, batch: int) -> Rows:
     dtype = torch.float32 if bench.dry else torch.bfloat16
     one, two = (Engine(model, dtype, bench.device) for _ in range(2))
     # on the CPU's side stream work is simply done, where it is begun
-    one._tower.side = one._side = Side(torch.device("cpu"))  # type: ignore[union-attr]
+    one._tower.side = one._side = SideStream(torch.device("cpu"))  # type: ignore[union-attr]
     size = config.image_size
     video = torch.randint(256, (batch, config.frames, size, size, 3), dtype=torch.uint8, device=bench.device)
     calls: dict[str, Call] = {

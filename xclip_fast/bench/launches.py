@@ -139,7 +139,7 @@ def engine(case: Case) -> Counter[str]:
     def call() -> Tensor:
         classes, tokens = tower(video, patches=True)
         embedding = heads.integrate(tower.project(classes).view(case.batch, case.frames, -1))
-        return heads.logits(lambda: embedding, heads.project_patches(tokens, case.frames, tower.lag), texts)
+        return heads.logits(lambda: embedding, heads.project_patches(tokens, case.frames, tower.missing_bias), texts)
 
     with torch.inference_mode(), backend("triton"):
         call()  # positions for this grid and this number of frames are made once
