@@ -49,7 +49,7 @@ MANY = {
     "message_key_value": key_value_launches,
     "temporal_block": temporal_launches,
     "feed_forward": lambda *arguments: 2,
-    # rows, their product and what follows it; weights that have to be filled up are copied into zeros
+    # rows, their GEMM and what follows it; weights that have to be padded are copied into zeros
     "patch_embed": lambda *arguments: 3 + 2 * (arguments[1][0].numel() % 8 > 0),
 }
 
