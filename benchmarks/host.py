@@ -54,7 +54,7 @@ def measure(out: Path | None, cases: Sequence[str] = ()) -> int:
 
 
 def medians(calls: dict[str, Call], turns: int = TURNS, block: float = BLOCK) -> dict[str, float]:
-    """Microseconds of each call; each turn times all of them, one block behind another."""
+    """Microseconds of each call; each turn times all of them, one block after another."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     counts = {}
     for name, call in calls.items():
@@ -127,7 +127,7 @@ def _ops() -> dict[str, float]:
             before = standin.counts()
             call()
             after = standin.counts()
-            kinds = ("triton_launches", "other_launches", "products")
+            kinds = ("triton_launches", "other_launches", "gemms")
             found[f"{name}: launches"] = sum(after[kind] - before[kind] for kind in kinds)
     return found
 

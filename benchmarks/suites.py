@@ -48,7 +48,7 @@ def jobs(suite: str, input: str | None = None) -> list[Job]:
             for variant, batch in shapes
             for dtype, providers in _RIVALS.items()
         ]
-        # it tunes products for minutes, so at one shape
+        # it tunes GEMMs for minutes, so at one shape
         smallest = forward[0]
         forward[0] = replace(smallest, providers=(*smallest.providers, "torch-compile-max"))
         return [*forward, _training("B/32", 1)]

@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kLanes = 16;             // 32-bit numbers of a vector, or pairs of bfloat16
 constexpr int64_t kPairs = kHeadDim / 2;   // of one row of a head
-constexpr int64_t kColumns = 4 * kLanes;   // of a panel: keys in the first product, kHeadDim in the second
+constexpr int64_t kColumns = 4 * kLanes;   // of a panel: keys in the first GEMM, kHeadDim in the second
 constexpr int64_t kPanel = kPairs * kColumns;
 constexpr int kRows = 6;                   // queries at a time: with them 24 of 32 registers hold sums
 constexpr float kLog2E = 1.44269504f;
@@ -182,7 +182,7 @@ XCLIP_FAST_PART void transpose(__m512i (&rows)[kLanes]) {
   }
 }
 
-// Keys and values of one head of one frame into panels; behind the last key come zeros.
+// Keys and values of one head of one frame into panels; after the last key come zeros.
 XCLIP_FAST_TARGET void pack(const FrameAttention& work, int64_t frame, int64_t head, Buffers& buffers) {
   const int64_t part = work.heads * kHeadDim, keys = work.token_count + 1;
   const uint16_t* tokens = work.tokens + frame * work.frame_stride + part + head * kHeadDim;

@@ -1,4 +1,4 @@
-// Rows of a product as bytes, on the CPU. Torch-free; each function does the part [begin, end) of its work.
+// Rows of an int8 GEMM, quantised on the CPU. Torch-free; each function does the part [begin, end) of its work.
 #pragma once
 
 #include <cstdint>

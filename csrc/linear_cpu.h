@@ -26,7 +26,7 @@ struct Linear {
   const void* panels;
   Element type;       // of the panels
   const float* bias;  // (columns), or null
-  bool add;           // the product is added to the result
+  bool add;           // the GEMM is added to the result
   bool silu;          // x * sigmoid(x) of the sum
   float* result;      // (row_count, columns)
 };

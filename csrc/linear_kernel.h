@@ -1,4 +1,4 @@
-// The product of linear_cpu.cpp for one set of instructions; it is included once for each, after `Vector`, `kLanes`,
+// The GEMM of linear_cpu.cpp for one set of instructions; it is included once for each, after `Vector`, `kLanes`,
 // `kRows` and the functions on vectors. All of it has internal linkage: two sets never share a function.
 
 constexpr int64_t kVectors = kPanelColumns / kLanes;  // of one panel
@@ -24,7 +24,7 @@ inline Vector silu(Vector x) {
   return x / (broadcast(1.0f) + power_of_two(x * broadcast(-1.44269504f)));
 }
 
-// What a tile has beside its product.
+// The epilogue of a tile.
 struct Finish {
   bool first;         // of the sum over blocks of `inner`
   bool add;           // the result is a term of the sum
@@ -44,7 +44,7 @@ void multiply(const float* a, const float* const* b, int64_t inner, const Finish
   }
   const float* column[vectors];
   for (int v = 0; v < vectors; ++v) column[v] = b[v];
-  // fewer instructions beside the products
+  // fewer instructions beside the multiplications
 #pragma GCC unroll 4
   for (int64_t k = 0; k < inner; ++k, a += rows) {
     Vector weights[vectors];
@@ -75,7 +75,7 @@ Multiply multiply_of(int64_t count, std::integer_sequence<int, rows...>) {
 }
 
 // Rows [first, first + count) and columns [from, from + inner) of the rows, in groups of kRows, each (inner, its rows).
-// Up to three numbers behind the last ones are written.
+// Up to three numbers past the end are written.
 inline void pack_rows(const Linear& work, int64_t first, int64_t count, int64_t from, int64_t inner, float* packed) {
   for (int64_t group = 0; group < count; group += kRows) {
     const int64_t rows = std::min<int64_t>(kRows, count - group);

@@ -1,4 +1,4 @@
-// Patch embedding on the CPU, all but its matrix product. Torch-free; each function does the part [begin, end) of its work.
+// Patch embedding on the CPU, all but its GEMM. Torch-free; each function does the part [begin, end) of its work.
 #pragma once
 
 #include <cstdint>
@@ -24,20 +24,20 @@ struct Frames {
 void patch_rows(const Frames& frames, int64_t patch, const double* factors, Element type, void* rows, int64_t begin,
                 int64_t end);
 
-// Weights (width, 3 * patch * patch) for a product with int8 rows, as `pieces` int8 matrices one below the other, the
+// Weights (width, 3 * patch * patch) for a GEMM with int8 rows, as `pieces` int8 matrices one below the other, the
 // highest first. A weight times its factor is unit * sum of piece * 256^place, and bias is what byte - 128 and the second
 // factors leave out. A unit of work is one row.
 void pack_weights(const void* weight, Element type, int64_t width, int64_t patch, const double* factors, int64_t pieces,
                   int8_t* packed, float* unit, float* bias, int64_t begin, int64_t end);
 
-// What follows the product: tokens = norm(product * unit + bias + positions), the class token first in each frame.
+// What follows the GEMM: tokens = norm(product * unit + bias + positions), the class token first in each frame.
 struct Tokens {
   const void* product;  // (frames * patches, pieces * width), int32 for packed weights, else floating point
   Element product_type;
   int64_t pieces;
   const float* unit;  // (width) of packed weights, else null
   const float* bias;  // (width) of packed weights, else null
-  const void* class_embedding;  // (width), and the three below, double beside a double product, else float
+  const void* class_embedding;  // (width), and the three below, double beside a double GEMM, else float
   const void* positions;        // (1 + patches, width)
   const void* norm_weight;      // (width), or null for no norm
   const void* norm_bias;        // (width), or null for no norm

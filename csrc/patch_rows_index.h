@@ -12,14 +12,14 @@
 
 namespace xclip_fast {
 
-// Pixels enter the product as uint8 - 128, which float16 holds exactly.
+// Pixels enter the GEMM as uint8 - 128, which float16 holds exactly.
 constexpr int kPixelCentre = 128;
 
 // A frame's side has to leave room for the index of a piece and of a byte of a pixel row in 32 bits.
 constexpr int64_t kLongestSide = 32768;
 
 // Columns of a row of patches in the order (y, x, channel), filled up to whole pieces of 16 bytes of float16, which is
-// also what a library's product wants of its rows.
+// also what a library's GEMM wants of its rows.
 constexpr int kPiece = 8;
 
 XCLIP_FAST_BOTH constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }

@@ -1,4 +1,4 @@
-// The kernel that gathers the patches of uint8 frames into rows of float16, for a product that another library computes.
+// The kernel that gathers the patches of uint8 frames into rows of float16, for a GEMM that another library computes.
 // Compiled for GPUs and emulated on the host (tests/csrc).
 //
 // A thread writes one piece, eight columns of a row, in 16 bytes; neighbouring threads write neighbouring pieces. Pixels

@@ -28,13 +28,13 @@ def _constant(question: Question) -> Question:
 
 @_constant
 def refusal() -> str | None:
-    """Why the extension cannot be used, in one sentence, or nothing; the first call loads it."""
+    """Returns the reason why the extension cannot be used, or None; the first call loads it."""
     return _load(LIBRARY).refusal
 
 
 @_constant
 def cuda_refusal() -> str | None:
-    """Why the CUDA part of the extension cannot be used, or nothing."""
+    """Returns the reason why the CUDA part of the extension cannot be used, or None."""
     library = _load(LIBRARY)
     without = None if library.architectures else "the extension was built without CUDA: build it where nvcc is"
     return library.refusal or without
@@ -47,14 +47,14 @@ def architectures() -> list[str]:
 
 @_constant
 def attention_refusal() -> str | None:
-    """Why the attention of the extension cannot be used on this processor, or None."""
+    """Returns the reason why the attention of the extension cannot be used on this processor, or None."""
     library = _load(LIBRARY)
     return library.refusal or (None if library.attends else "this processor has no AVX512-BF16")
 
 
 @_constant
 def linear_refusal() -> str | None:
-    """Why the product of the extension cannot be used on this processor, or None."""
+    """Returns the reason why the GEMM of the extension cannot be used on this processor, or None."""
     library = _load(LIBRARY)
     return library.refusal or (None if library.multiplies else "this processor has no AVX2 with FMA")
 

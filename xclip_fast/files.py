@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from xclip_fast.errors import InputError, one_line
 
-# the temporary files of ``replacing`` that a killed process leaves behind
+# the temporary files of ``replacing`` that a killed process leaves
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 _MAX_JSON = 1 << 20

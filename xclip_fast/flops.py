@@ -1,6 +1,6 @@
 """What X-CLIP costs, by arithmetic: multiply-accumulates of each part, and parameters.
 
-The paper's "GFLOPs" are multiply-accumulates (MACs) of matrix products, one text of 77 tokens included; a FLOP counter
+The paper's "GFLOPs" are multiply-accumulates (MACs) of GEMMs, one text of 77 tokens included; a FLOP counter
 finds twice as many operations. Both are given. Norms, activations, softmax and additions are not counted, as there.
 """
 
@@ -123,7 +123,7 @@ def _message(config: XCLIPConfig) -> int:
 
 
 def _block(tokens: int, width: int) -> int:
-    """A transformer block: query, key, value, output, both products of attention, an MLP four times as wide."""
+    """A transformer block: query, key, value, output, both GEMMs of attention, an MLP four times as wide."""
     return tokens * 12 * width**2 + 2 * tokens**2 * width
 
 

@@ -37,12 +37,12 @@ class XCLIP(reference.XCLIP):
     def encode_video(self, video: Tensor) -> VideoFeatures:
         """Features of videos, as ``reference.XCLIP.encode_video``; patches are averaged before their projection."""
         check_video(video)
-        # bytes reach the first product as they are, which normalises them
+        # bytes enter the first GEMM as they are: its weights normalise them
         statistics = (
             {"mean": self.config.pixel_mean, "std": self.config.pixel_std} if video.dtype == torch.uint8 else {}
         )
         if is_plain(self, visual=_VISION_TOWER):
-            frame_features, patches, pending = self.visual.advance(video, **statistics)
+            frame_features, patches, pending = self.visual._advance(video, **statistics)
         else:
             (frame_features, patches), pending = self.visual(video, **statistics), None
         norm = self.prompts_visual_ln
@@ -57,7 +57,7 @@ class XCLIP(reference.XCLIP):
         generator = self.prompts_generator
         if not is_plain(self, prompts_generator=_PROMPTS):
             return super().logits(features, text)
-        prompts, pending = generator.advance(text, features.patches)
+        prompts, pending = generator._advance(text, features.patches)
         return clip_logits(features.video, text, prompts, generator.alpha, self.logit_scale, residual=pending)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:

@@ -144,7 +144,7 @@ def _errors(actual: Tensor, truth: Tensor) -> tuple[float, float]:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Products and convolutions of float32 in float32 while it is active, whatever the settings: no TF32, no bfloat16.
+    """GEMMs and convolutions of float32 in float32 while it is active, whatever the settings: no TF32, no bfloat16.
 
     PyTorch convolves in TF32 unless it is told otherwise, and multiplies in it when it is told to: an error of 1e-3,
     which is no float32. The settings are the whole process's: one thread at a time sets them, others compute under them

@@ -1,7 +1,7 @@
 """What ``optimize`` puts before the classes of Hugging Face's modules and of those with the official names.
 
-The ``forward`` of each mixin is the fused form of the one it stands before. It takes the same arguments, and leaves to
-that one what it does not serve.
+The ``forward`` of each mixin is the fused form of the one it overrides. It takes the same arguments, and falls back to
+that one for what it does not support.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from xclip_fast.layers.transformer import join
+from xclip_fast.layers.transformer import add_norm
 from xclip_fast.ops import (
     feed_forward,
     frame_attention,
@@ -149,13 +149,13 @@ def _rows(normed: Tensor, messages: Tensor, norm: Any, weight: Tensor, bias: Ten
 
 
 def _rows_side_by_side(normed: Tensor, messages: Tensor, norm: Any, attention: Any) -> tuple[Tensor, Tensor]:
-    """The same by three products: without a kernel, a copy of the weights costs the most."""
+    """The same by three GEMMs: without a kernel, a copy of the weights costs the most."""
     normed_messages, _ = layer_norm(messages, norm.weight, norm.bias, eps=norm.eps)
-    # with a message a frame, products of its own take almost as long
+    # for one message a frame, GEMMs of its own take almost as long
     rows = torch.cat([normed.flatten(0, 1), normed_messages])
     layers = attention.q_proj, attention.k_proj, attention.v_proj
     if rows.dtype in (torch.bfloat16, torch.float16):
-        # one wide product is faster by more than the copy costs
+        # one wide GEMM is faster by more than the copy costs
         found = linear(rows, *_joined(attention))
     elif _is_recorded(rows):
         found = torch.cat([layer(rows) for layer in layers], dim=-1)
@@ -169,7 +169,7 @@ def _rows_side_by_side(normed: Tensor, messages: Tensor, norm: Any, attention: A
 
 
 def _is_recorded(rows: Tensor) -> bool:
-    """Whether somebody follows what is computed, who could not follow a result written in place."""
+    """Whether autograd, a compiler or a transform records the computation, and so no result may be written in place."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
         return True
     return torch.is_autocast_enabled(rows.device.type)
@@ -223,7 +223,7 @@ class XCLIPVisionEncoderLayer(Patched):
             else:
                 rows = _rows_side_by_side(normed, messages, norm, attention)
             branch = attention.out_proj(frame_attention(*rows, attention.num_heads))
-        normed, stream = join(self, "layer_norm2", stream, branch)
+        normed, stream = add_norm(self, "layer_norm2", stream, branch)
         return stream + self.mlp(normed)
 
 
@@ -245,7 +245,7 @@ def _packs(tokens: Tensor, attention: Any) -> bool:
 
 
 class XCLIPMLP(Patched):
-    """Hugging Face's perceptron."""
+    """Hugging Face's MLP."""
 
     @classmethod
     def _parts(cls, base: type[nn.Module]) -> dict[str, Plain]:
@@ -316,7 +316,7 @@ class CrossFramelAttentionBlock(Patched):
         if not _are_plain(self, "ln_2", "mlp"):
             x = (stream + branch).transpose(0, 1)
             return x + self.mlp(self.ln_2(x))
-        normed, stream = join(self, "ln_2", stream, branch, _parts_of(self)["ln_2"])
+        normed, stream = add_norm(self, "ln_2", stream, branch, _parts_of(self)["ln_2"])
         fc, proj = self.mlp.c_fc, self.mlp.c_proj
         stream = stream + feed_forward(normed, fc.weight, fc.bias, proj.weight, proj.bias)
         # in the official order again; the next block undoes it without a copy

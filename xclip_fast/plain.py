@@ -156,7 +156,7 @@ def _has_other_forward(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     if forward is None:
         return False
-    # what is left behind where a wrapper was taken off
+    # what remains where a wrapper was removed
     own = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
     return not own
 
@@ -182,7 +182,7 @@ def _takes_notes(hook: Any) -> bool:
 
 
 def _is_idle(hook: Any) -> bool:
-    """Whether a hook is one that transformers leaves behind to record outputs, while nothing is recorded."""
+    """Whether a hook is one that transformers leaves in place to record outputs, while nothing is recorded."""
     if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
         return False
     from transformers.utils.output_capturing import _active_collector

@@ -1,4 +1,4 @@
-"""Values used last, within a bound."""
+"""A thread-safe LRU cache bounded by size."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """Values by key, the least recently used out first. It is safe to use from several threads.
+    """An LRU cache: the least recently used values are evicted first. It is safe to use from several threads.
 
     Args:
-        room: the most that the sizes of all values come to; a larger value is not kept.
+        room: the largest sum of the sizes of all values; a larger value is not kept.
         size: of a value; one each by default.
     """
 

@@ -75,7 +75,7 @@ def _torch_finds_a_gpu() -> bool:
 
 
 def _run(part: str, options: argparse.Namespace) -> bool:
-    """Run a part in a process of its own; one that crashes is started again behind the case that did it."""
+    """Run a part in a process of its own; one that crashes is started again after the case that did it."""
     print(part, flush=True)
     start = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.gpu.part", part, str(options.out)]

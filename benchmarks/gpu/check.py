@@ -246,7 +246,7 @@ def _check_engine(desk: Desk, variant: str, dtype: torch.dtype) -> Found:
             }
         report = engine.report()
     # those of the first and the last block are kept in a higher precision anyway
-    fell_back = [str(product) for product in report.products if not product.error <= product.budget]
+    fell_back = [str(gemm) for gemm in report.products if not gemm.error <= gemm.budget]
     return _judged(desk, [check]) | {
         "dtype": _name(dtype),
         "fell_back": fell_back,
@@ -280,7 +280,7 @@ def _check_calls(desk: Desk, variant: str, dtype: torch.dtype) -> Found:
             plain = engine(video, texts)
             engine._graphs = graphs
             close = relative_error(replayed, plain) if batch == 3 else 0.0 if torch.equal(replayed, plain) else 1.0
-            # the library's products of a padded batch may sum in another order
+            # the library's GEMMs of a padded batch may sum in another order
             limit = 0.02 if batch == 3 else 0.0
             checks.append({"what": f"x{batch} graph and plain call", "error": close, "allowance": limit,
                            "passed": close <= limit})  # fmt: skip

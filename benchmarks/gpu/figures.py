@@ -18,7 +18,7 @@ from xclip_fast.bench.machine import ceilings, facts
 from xclip_fast.bench.record import Case
 
 OURS = ("hf-sdpa", "engine", "engine-float8")
-# products by cuBLAS, everything else tuned: minutes less of compiling than with products in Triton
+# GEMMs by cuBLAS, everything else tuned: minutes less of compiling than with GEMMs in Triton
 COMPILED = "hf-compile-max-cublas"
 # a lane compiles one model: the compiler starts anew for the next
 TRAINED = {"train": (("hf-sdpa", "layers"), COMPILED), "train layers": (("hf-sdpa",), "layers-compile")}
@@ -66,7 +66,7 @@ def _training_tasks(desk: Desk, kind: str, case: Case) -> dict[str, Task]:
 
 
 def _build(desk: Desk, case: Case, providers: tuple[str, ...]) -> Found:
-    # nobody measures between what a lane builds and what it compiles: the lanes measure behind one another, at the end
+    # nobody measures between what a lane builds and what it compiles: the lanes measure one after another, at the end
     desk.turns.stay()
     found = contest.build(desk, case, providers)
     if case.direction == "train":
@@ -76,7 +76,7 @@ def _build(desk: Desk, case: Case, providers: tuple[str, ...]) -> Found:
 
 
 def _strongest(desk: Desk, case: Case, methods: tuple[str, ...]) -> Found:
-    """Every template of products tried when no other lane has anything left to do; then all of them again."""
+    """Every GEMM template tried when no other lane has anything left to do; then all of them again."""
     desk.wait_while(lambda name: True)
     # what was tuned beside others at work is not taken over, and nobody else needs a core
     cores = os.cpu_count() or 1

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 Cases = dict[str, Any]
 BYTES = [("B/16", 8), ("B/32", 1)]  # from uint8 frames too, which the compiled extension embeds
 STRONGEST = ("hf-compile-max-flash", "hf-compile-max-cudnn")
-MEMORY = "memory"  # a provider's name with this behind it: what its training step keeps
+MEMORY = "memory"  # a provider's name with this after it: what its training step keeps
 COMPILED = (*STRONGEST, "hf-compile-max-cublas", "hf-compile")
 TRAINED = ("layers", "layers-compile")  # what a user of ours can choose from
 

@@ -59,7 +59,7 @@ class Journal:
             yield name
 
     def start(self, name: str, seconds: float | None = None) -> None:
-        """Say which case runs in this very process: should it crash, the next process begins behind it.
+        """Say which case runs in this very process: should it crash, the next process begins after it.
 
         ``seconds`` is what it may take at most; whoever watches ends it then.
         """
@@ -113,7 +113,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def leave_if_lost() -> None:
-    """End this process where an illegal access has cost it its GPU; the next one begins behind what is recorded."""
+    """End this process where an illegal access has cost it its GPU; the next one begins after what is recorded."""
     import torch
 
     if not torch.cuda.is_initialized():

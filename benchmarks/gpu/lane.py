@@ -2,7 +2,7 @@
 
 A lane is a list of cases that share what they build: a model, an engine. Each is recorded before it starts, with the
 time it may take, and as soon as it ends; whoever started the lane ends it when that time has passed, and starts it
-again behind the case.
+again after the case.
 """
 
 from __future__ import annotations

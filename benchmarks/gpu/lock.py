@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class Turns:
-    """Locks in a folder. Who asks waits at the gate behind who asked before, so that nobody waits for ever.
+    """Locks in a folder. A first-come, first-served queue, so that nobody waits for ever.
 
     The system frees what a process held that has died.
 

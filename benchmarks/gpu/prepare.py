@@ -87,7 +87,7 @@ def build_extension(architecture: str) -> dict[str, Any]:
 
 
 def other_sources() -> str | None:
-    """Why the library that is there, if one is, is not of these sources; nothing where it is."""
+    """Why a library that is there is not of these sources. Returns the reason, or None."""
     if not SOURCES.exists():
         return f"there is no {SOURCES.name} that says what a library was built of"
     stale = run(["sha256sum", "--check", "--strict", "--quiet", str(SOURCES)], 30)
@@ -95,7 +95,7 @@ def other_sources() -> str | None:
 
 
 def lack_of_extension(architecture: str) -> str | None:
-    """Why the library that is there, if one is, is none for this GPU; nothing where it is.
+    """Why a library that is there is not for this GPU. Returns the reason, or None.
 
     It is asked in a process of its own: one that has loaded it could load no other.
     """

@@ -1,7 +1,7 @@
 """PART=questions: the measurements that decide what is worth building; each a few contenders, timed in turn.
 
-1. ``products``: the rate of cuBLAS at the models' products, K = 768 and 1024, float8 with fast and with exact sums too.
-2. ``fc1``: the product with its activation in one kernel against cuBLAS and a pass of its own.
+1. ``products``: the rate of cuBLAS at the models' GEMMs, K = 768 and 1024, float8 with fast and with exact sums too.
+2. ``fc1``: the GEMM with its activation in the epilogue against cuBLAS and a pass of its own.
 3. ``ifa``: bytes a second of the attention within frames, beside that of a copy, against SDPA on joined keys.
 4. ``side``: the engine with cross-frame attention on a stream of its own against the same on one stream.
 5. ``sdpa``: PyTorch's attention backends at 198 and 258 keys.
@@ -83,8 +83,8 @@ class Bench:
 
 
 def products(bench: Bench, variant: str, batch: int) -> Rows:
-    """One row a product of a block, in TFLOP/s."""
-    from xclip_fast.engine.products import Float8Product
+    """One row a GEMM of a block, in TFLOP/s."""
+    from xclip_fast.engine.linears import Float8Linear
     from xclip_fast.ops._quantize_rows import quantize_rows
 
     load = bench.load(variant, batch)
@@ -100,13 +100,13 @@ def products(bench: Bench, variant: str, batch: int) -> Rows:
         stream = bench.draw(rows, outer)
         calls: dict[str, Call] = {f"{name} linear": partial(functional.linear, x, weight, bias)}
         if name in ("out", "fc2"):
-            # as the engine adds to its stream; half of it, so that it stays finite over many calls
+            # as the engine adds to its residual stream; half of it, so that it stays finite over many calls
             calls[f"{name} addmm_"] = partial(stream.addmm_, x, weight.t(), beta=0.5)
         # a CPU has no float8, or one of other speeds
         for fast in () if bench.dry else (True, False):
-            product = Float8Product(weight, bias, "silu", x.dtype, fast=fast)
+            layer = Float8Linear(weight, bias, "silu", x.dtype, fast=fast)
             quantized, scale, _ = quantize_rows(x)
-            calls[f"{name} float8, {'fast' if fast else 'exact'} sums"] = partial(product.multiply, quantized, scale)
+            calls[f"{name} float8, {'fast' if fast else 'exact'} sums"] = partial(layer.multiply, quantized, scale)
         for row in bench.compare(calls):
             found.append(
                 row | {"m": rows, "n": outer, "k": inner} | _rate(row, 2 * rows * inner * outer, "tflops", 1e12)
@@ -191,7 +191,7 @@ def sdpa(bench: Bench, variant: str, batch: int) -> Rows:
 def side(bench: Bench, variant: str, batch: int) -> Rows:
     """One stream is the baseline: a ratio above 1 is what the second one gains."""
     from xclip_fast.engine import Engine
-    from xclip_fast.engine.cuda import Side
+    from xclip_fast.engine.cuda import SideStream
     from xclip_fast.model import create_model
 
     config: XCLIPConfig = config_of(variant)
@@ -199,7 +199,7 @@ def side(bench: Bench, variant: str, batch: int) -> Rows:
     dtype = torch.float32 if bench.dry else torch.bfloat16
     one, two = (Engine(model, dtype, bench.device) for _ in range(2))
     # on the CPU's side stream work is simply done, where it is begun
-    one._tower.side = one._side = Side(torch.device("cpu"))  # type: ignore[union-attr]
+    one._tower.side = one._side = SideStream(torch.device("cpu"))  # type: ignore[union-attr]
     size = config.image_size
     video = torch.randint(256, (batch, config.frames, size, size, 3), dtype=torch.uint8, device=bench.device)
     calls: dict[str, Call] = {

@@ -52,7 +52,7 @@ static Stream legacy;
 static Stream* streams;
 static unsigned long long captures_begun;
 static struct {
-  long driver_launches, runtime_launches, products, modules, captures, replays, allocations, refused, strays, captured;
+  long driver_launches, runtime_launches, gemms, modules, captures, replays, allocations, refused, strays, captured;
 } counts;
 
 static double now(void) {
@@ -588,24 +588,24 @@ int cublasSetStream_v2(Blas* handle, cudaStream_t stream) { handle->stream = str
 int cublasGetMathMode(Blas* handle, int* mode) { *mode = 0; return 0; }
 int cublasGetPointerMode_v2(Blas* handle, int* mode) { *mode = 0; return 0; }
 size_t cublasLtGetVersion(void) { return 130002; }
-static int product(Stream* stream) {
-  __sync_add_and_fetch(&counts.products, 1);
+static int gemm(Stream* stream) {
+  __sync_add_and_fetch(&counts.gemms, 1);
   work_on(stream);
   return 0;
 }
-#define PRODUCT(name) int name(Blas* handle) { return product(handle->stream); }
-PRODUCT(cublasGemmEx)
-PRODUCT(cublasGemmStridedBatchedEx)
-PRODUCT(cublasSgemm_v2)
-PRODUCT(cublasDgemm_v2)
-PRODUCT(cublasSgemmEx)
-PRODUCT(cublasSgemmStridedBatched)
-PRODUCT(cublasDgemmStridedBatched)
-PRODUCT(cublasSgemv_v2)
-PRODUCT(cublasDgemv_v2)
-PRODUCT(cublasDotEx)
-PRODUCT(cublasSdot_v2)
-PRODUCT(cublasDdot_v2)
+#define GEMM(name) int name(Blas* handle) { return gemm(handle->stream); }
+GEMM(cublasGemmEx)
+GEMM(cublasGemmStridedBatchedEx)
+GEMM(cublasSgemm_v2)
+GEMM(cublasDgemm_v2)
+GEMM(cublasSgemmEx)
+GEMM(cublasSgemmStridedBatched)
+GEMM(cublasDgemmStridedBatched)
+GEMM(cublasSgemv_v2)
+GEMM(cublasDgemv_v2)
+GEMM(cublasDotEx)
+GEMM(cublasSdot_v2)
+GEMM(cublasDdot_v2)
 static int made(void** handle) { *handle = malloc(8); return 0; }
 int cublasLtMatmulDescCreate(void** handle) { return made(handle); }
 int cublasLtMatrixLayoutCreate(void** handle) { return made(handle); }
@@ -623,7 +623,7 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, void* desc, void* a, void* b, v
 int cublasLtMatmul(void* handle, void* desc, const void* alpha, const void* a, void* da, const void* b, void* db,
                    const void* beta, const void* c, void* dc, void* d, void* dd, const void* algorithm, void* workspace,
                    size_t size, cudaStream_t stream) {
-  return product(stream_of(stream));
+  return gemm(stream_of(stream));
 }
 
 /* ---- what was counted, for ctypes */

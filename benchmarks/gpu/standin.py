@@ -24,7 +24,7 @@ NAME = "libcuda.so.1"  # Triton looks for the driver under this name, and torch 
 USERS = ("c10_cuda", "torch_python", "torch_cuda", "torch_cuda_linalg")
 STOOD_IN = ("@libcudart.", "@libcublas.", "@libcublasLt.")
 DRIVER = re.compile(r"\b(cu[A-Z]\w*)\(")  # in the source of Triton's driver
-NOT_SUPPORTED = 801  # what the runtime says of a function that it lacks
+NOT_SUPPORTED = 801  # what the runtime returns for a function that it does not have
 
 
 def build(folder: Path = ROOT / "build" / "standin") -> Path:
@@ -109,7 +109,7 @@ def _patch_rows(frames: Any, patch: int, stream: int) -> Any:
 COUNTED = (
     "triton_launches",
     "other_launches",
-    "products",
+    "gemms",
     "modules",
     "captures",
     "replays",

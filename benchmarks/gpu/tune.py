@@ -22,7 +22,7 @@ FACTS = ("gpu", "commit", "torch", "triton", "cuda")
 
 
 def table_of(journal: dict[str, Any]) -> dict[str, Any]:
-    """The table of a sweep's journal; cases that a cut-off run lacks keep their defaults."""
+    """The table of a sweep's journal; cases missing from an interrupted run keep their defaults."""
     tiles: dict[str, dict[str, dict[str, int]]] = {}
     backends: dict[str, dict[str, str]] = {}
     gains: dict[tuple[str, str], float] = {}

@@ -1,7 +1,7 @@
 """``python -m benchmarks.gpu --window check`` and ``--window figures``: all that a few minutes on a GPU can tell.
 
 Lanes run side by side, each a process of its own; whoever measures has the GPU alone. A case that hangs, crashes or
-loses its GPU costs itself: its lane is started again behind it. What is known stands in one file, written anew after
+loses its GPU costs itself: its lane is started again after it. What is known stands in one file, written anew after
 each case, and in one table at the end.
 """
 
@@ -139,7 +139,7 @@ def _watch(
 
 
 def _look_after(window: str, lane: _Lane, settings: dict[str, str], tiny: bool) -> None:
-    """Start a lane; end a case that takes too long, and start the lane again behind one that ended its process."""
+    """Start a lane; end a case that takes too long, and start the lane again after one that ended its process."""
     if lane.finished:
         return
     if lane.process is None or lane.process.poll() is not None:

@@ -51,7 +51,7 @@ def test_torch_finds_a_gpu_that_computes_nothing(library: Path) -> None:
     script = """
 x = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
 print(torch.cuda.get_device_capability(), standin.in_force(), (x @ x + 1).sum().item())
-print(standin.counts()["products"], standin.counts()["other_launches"] >= 3)
+print(standin.counts()["gemms"], standin.counts()["other_launches"] >= 3)
 """
     assert rehearse(library, script) == ["(9, 0) True 0.0", "1 True"]
     assert not standin.in_force()

@@ -85,6 +85,6 @@ def test_fused_ops_are_counted_as_they_launch() -> None:
     video = torch.zeros(1, model.config.frames, 3, size, size)
     with torch.inference_mode(), backend("triton"), captured_launches() as found:
         model.logits(model.encode_video(video), torch.zeros(CLASSES, model.config.embed_dim))
-    # of a perceptron's two products the second is PyTorch's, as is that of the patches
+    # of an MLP's two GEMMs the second is PyTorch's, as is that of the patches
     fused = sum(counted[name] for name in FUSED) + counted["feed_forward"] // 2 - 1
     assert len(found) == fused

@@ -208,7 +208,7 @@ def test_clips_to_calibrate_with_are_none_that_is_measured() -> None:
     assert not any(torch.equal(inputs_of(setting, seed)[0], video) for seed in (0, 2, 3))
 
 
-def test_products_with_constants_are_tuned_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gemms_with_constants_are_tuned_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
     seen: list[tuple[bool, bool]] = []

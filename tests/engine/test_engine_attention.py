@@ -8,8 +8,7 @@ from numerics import assert_parity, poisoned_memory, relative_error
 from torch import Tensor
 
 from xclip_fast import _extension
-from xclip_fast.engine import attention
-from xclip_fast.engine.attention import frame_attention
+from xclip_fast.engine.cpu import frame_attention
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -72,7 +71,7 @@ def test_parity_of_heads_in_parts(frames: int, heads: int, monkeypatch: pytest.M
     # three heads of 197 tokens at a time: parts of one head, of three and two, of three, three and two
     monkeypatch.setattr(_extension, "attention_refusal", lambda: "not now")
     packed = rows(frames, 197, heads, torch.bfloat16) / 4
-    assert attention._SCORES // (197 * 198) == 3
+    assert cpu._SCORES // (197 * 198) == 3
     with poisoned_memory():
         found = frame_attention(packed, frames, heads, 197, 1.0)
     truth, same = (plain(x, frames, heads, 197, 1.0) for x in (packed.double(), packed))

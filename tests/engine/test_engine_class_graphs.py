@@ -268,7 +268,7 @@ def test_scores_are_those_of_plain_calls(engine: Engine, log: list[str], batch: 
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_scores_are_one_graph_with_nothing_behind_it(
+def test_scores_are_one_graph_with_nothing_after_it(
     engine: Engine, log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = engine.encode_texts(random_tokens())

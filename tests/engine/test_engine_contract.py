@@ -124,8 +124,8 @@ def test_what_is_no_tensor_is_refused(model: XCLIP, engine: Engine, thing: Any) 
         model(random_video(), thing)
 
 
-def test_int8_needs_a_product_of_bytes(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xclip_fast.engine.precision.int8_product", lambda: None)
+def test_int8_needs_gemms_of_bytes(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xclip_fast.engine.precision.int8_linear", lambda: None)
     with pytest.raises(InputError, match="use bfloat16"):
         Engine(model, torch.int8)
 

@@ -35,16 +35,16 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(api, "find_device", torch.device)
     monkeypatch.setattr(api, "precision_of", lambda dtype, device: (*PRECISIONS[dtype], None))
-    one_stream = cuda.Side(CPU)
+    one_stream = cuda.SideStream(CPU)
     for module in (api, cuda):
-        monkeypatch.setattr(module, "Side", lambda device: one_stream)
+        monkeypatch.setattr(module, "SideStream", lambda device: one_stream)
     # the registered op has a fake, the extension's own operator has none
     monkeypatch.setattr(_patch_extension, "takes_packed", lambda frames, weight: False)
     # asked once in a process, with numbers
     check_model(small_model())
-    # graphs need the device, and errors of products need numbers
+    # graphs need the device, and errors of GEMMs need numbers
     monkeypatch.setattr(api, "GraphCache", lambda run, uncaptured=None: run)
-    monkeypatch.setattr(api, "check_products", lambda model, packing, clips: ([], None))
+    monkeypatch.setattr(api, "check_gemms", lambda model, packing, clips: ([], None))
     return FakeTensorMode()
 
 

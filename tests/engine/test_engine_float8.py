@@ -1,4 +1,4 @@
-"""Float8 products and the CUDA tower on them, with ``torch._scaled_mm`` emulated: only newer GPUs have it."""
+"""Float8 GEMMs and the CUDA tower on them, with ``torch._scaled_mm`` emulated: only newer GPUs have it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
 from xclip_fast.bench.launches import count
-from xclip_fast.engine import cuda, products
-from xclip_fast.engine.budget import check_products
+from xclip_fast.engine import cuda, linears
+from xclip_fast.engine.budget import check_gemms
 from xclip_fast.engine.cuda import CudaTower
+from xclip_fast.engine.linears import Float8Linear
 from xclip_fast.engine.packing import CUDA_REWRITES, Packing
-from xclip_fast.engine.products import Float8Product
 from xclip_fast.ops._quantize_rows import activate, quantize_rows
 from xclip_fast.reference import XCLIP
 
@@ -27,12 +27,12 @@ EXACT = Packing(torch.device("cpu"), torch.float32, CUDA_REWRITES)
 HALF = replace(EXACT, dtype=torch.bfloat16)
 # as the engine has it for a model of three blocks
 ENDS = {f"blocks.{block}.{name}": torch.bfloat16 for block in (0, 2) for name in ("qkv", "out", "fc", "projection")}
-FLOAT8 = replace(HALF, narrow="float8_e4m3fn", kept=ENDS)
+FLOAT8 = replace(HALF, narrow="float8_e4m3fn", fallback=ENDS)
 
 
 @pytest.fixture(autouse=True)
 def scaled_mm(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """The product that reads rows of float8 and scales, as strict about them as a GPU; whether each was to be fast."""
+    """The GEMM that reads rows of float8 and scales, as strict about them as a GPU; whether each was to be fast."""
     asked: list[bool] = []
 
     def emulated(
@@ -70,7 +70,7 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         calls[f"{mode} {x.dtype}".replace("torch.", "")] += 1
         return quantize_rows(x, **options)
 
-    for module in (cuda, products):
+    for module in (cuda, linears):
         monkeypatch.setattr(module, "quantize_rows", counted)
     return calls
 
@@ -81,23 +81,23 @@ def model() -> XCLIP:
 
 
 def features(model: XCLIP, packing: Packing, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Frame features and tokens behind the last block."""
+    """Frame features and tokens after the last block."""
     found, (tokens,) = CudaTower(model.visual, model.config, packing)(video, patches=True)
     return found.float(), tokens.float()
 
 
 @pytest.mark.parametrize("activation", ["silu", "quick_gelu", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_product_agrees(activation: str, dtype: torch.dtype) -> None:
+def test_linear_agrees(activation: str, dtype: torch.dtype) -> None:
     x, weight = (torch.randn(40, 128) + 0.3).to(dtype), (torch.randn(64, 128) / 128**0.5).to(dtype)
     bias, stream = torch.randn(64).to(dtype), torch.randn(40, 64).to(dtype)
-    product = Float8Product(weight.double(), bias.double(), activation, dtype)
+    layer = Float8Linear(weight.double(), bias.double(), activation, dtype)
     truth = linear(x.double(), weight.double(), bias.double())
     for found, wanted in [
-        (product(x), truth),
-        (product.multiply(*quantize_rows(x)[:2]), truth),
-        (product.activated(x), activate(truth.clone(), activation)),
-        (product.add(stream.clone(), x), stream + truth),
+        (layer(x), truth),
+        (layer.multiply(*quantize_rows(x)[:2]), truth),
+        (layer.activated(x), activate(truth.clone(), activation)),
+        (layer.add(stream.clone(), x), stream + truth),
     ]:
         assert found.dtype is dtype
         assert 1e-3 < relative_error(found, wanted) < 0.08
@@ -106,7 +106,7 @@ def test_product_agrees(activation: str, dtype: torch.dtype) -> None:
 def test_sums_are_fast_unless_told_otherwise(scaled_mm: list[bool]) -> None:
     weight = torch.randn(64, 128)
     for options in ({}, {"fast": True}, {"fast": False}):
-        Float8Product(weight, None, "silu", torch.bfloat16, **options)(torch.randn(4, 128).bfloat16())
+        Float8Linear(weight, None, "silu", torch.bfloat16, **options)(torch.randn(4, 128).bfloat16())
     assert scaled_mm == [True, True, False]
 
 
@@ -119,9 +119,9 @@ def test_fast_sums_that_err_too_much_are_kept_out(model: XCLIP, monkeypatch: pyt
         return 1.2 * found if use_fast_accum and args[0].shape[1] == 4 * SMALL.vision_width else found
 
     monkeypatch.setattr(torch, "_scaled_mm", short)
-    packing = replace(FLOAT8, kept={})
-    errors, _ = check_products(model, packing, random_video())
-    assert packing.kept == ENDS | {"blocks.1.projection": torch.bfloat16}
+    packing = replace(FLOAT8, fallback={})
+    errors, _ = check_gemms(model, packing, random_video())
+    assert packing.fallback == ENDS | {"blocks.1.projection": torch.bfloat16}
     broken = [error for error in errors if error.error > error.budget]
     assert {error.place.split(".")[2] for error in broken} == {"projection"}
 
@@ -130,7 +130,7 @@ def test_fast_sums_that_err_too_much_are_kept_out(model: XCLIP, monkeypatch: pyt
 @torch.inference_mode()
 def test_tower_is_near_the_exact_one(model: XCLIP, patches: bool) -> None:
     video = random_video()
-    packings = EXACT, HALF, FLOAT8, replace(FLOAT8, kept={})
+    packings = EXACT, HALF, FLOAT8, replace(FLOAT8, fallback={})
     towers = [CudaTower(model.visual, model.config, packing) for packing in packings]
     exact, *others = (tower.project(tower(video, patches=patches)[0]).float() for tower in towers)
     half, inner, all_of_it = (relative_error(found, exact) for found in others)
@@ -159,11 +159,11 @@ def test_norms_and_activations_are_quantised_on_their_way(model: XCLIP, quantise
 )
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @torch.inference_mode()
-def test_one_product_in_a_higher_precision(
+def test_one_gemm_in_a_higher_precision(
     kept: str, calls: dict[str, int], activation: str, quantised: Counter[str]
 ) -> None:
     model, video = small_model(activation=activation), random_video()
-    packing = replace(FLOAT8, kept=ENDS | {f"blocks.1.{kept}": torch.bfloat16})
+    packing = replace(FLOAT8, fallback=ENDS | {f"blocks.1.{kept}": torch.bfloat16})
     tower = CudaTower(model.visual, model.config, packing)
     quantised.clear()
     found, _ = tower(video, patches=True)
@@ -173,15 +173,15 @@ def test_one_product_in_a_higher_precision(
 
 @pytest.mark.parametrize("stream", [True, False])
 @torch.inference_mode()
-def test_block_does_what_its_products_do_alone(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_does_what_its_gemms_do_alone(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     for block in model.visual.transformer.resblocks:
         block.ln_1.eps = block.ln_2.eps = 0.5
     video, rewrites = random_video(), CUDA_REWRITES if stream else CUDA_REWRITES - {"stream"}
     # in float32 a norm that is stored is the norm that is quantised
-    packing = replace(FLOAT8, dtype=torch.float32, rewrites=rewrites, kept={})
+    packing = replace(FLOAT8, dtype=torch.float32, rewrites=rewrites, fallback={})
     fused = features(model, packing, video)
-    monkeypatch.setattr(cuda, "Float8Product", type("Absent", (), {}))
+    monkeypatch.setattr(cuda, "Float8Linear", type("Absent", (), {}))
     for one, other in zip(features(model, packing, video), fused, strict=True):
         # a number at a tie may fall to the other side
         assert relative_error(one, other) < 3e-3
@@ -197,26 +197,26 @@ def test_launches_of_a_block(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> N
         counts.append(count(lambda tower=tower: tower(video, patches=True)))
     half, float8 = counts
     changed = {name: float8[name] - half[name] for name in half | float8 if float8[name] != half[name]}
-    products = {"_scaled_mm": 4, "linear": -1, "linear_quick_gelu": -1, "addmm_": -2}
-    # four kernels quantise, two of them are the norms, and the norms add what the products give; of the last branch
-    # the class rows are added for the message of the block behind it
-    assert changed == products | {"quantize_rows": 4, "layer_norm": -2, "add": 1}
+    gemms = {"_scaled_mm": 4, "linear": -1, "linear_quick_gelu": -1, "addmm_": -2}
+    # four kernels quantise, two of them are the norms, and the norms add what the GEMMs give; of the last branch
+    # the class rows are added for the message of the next block
+    assert changed == gemms | {"quantize_rows": 4, "layer_norm": -2, "add": 1}
 
 
 @pytest.mark.parametrize("message", [True, False], ids=["second block", "first block"])
 @pytest.mark.parametrize("class_row", [False, True])
 @torch.inference_mode()
 def test_a_branch_is_as_good_as_added(model: XCLIP, class_row: bool, message: bool) -> None:
-    for packing in (replace(FLOAT8, dtype=torch.float32, kept={}), HALF, EXACT):
+    for packing in (replace(FLOAT8, dtype=torch.float32, fallback={}), HALF, EXACT):
         tower = CudaTower(model.visual, model.config, packing)
         block = tower.blocks[int(message)]
         tokens = tower._embed(random_video())
         branch = torch.randn_like(tokens)
         kept = tokens.clone(), branch.clone()
-        found = block(cuda._Stream(tokens, branch.flatten(0, 2)), tower.side, class_row)
+        found = block(cuda._ResidualStream(tokens, branch.flatten(0, 2)), tower.side, class_row)
         assert torch.equal(tokens, kept[0])
         assert torch.equal(branch, kept[1])
-        assert (found.branch is not None) == (packing.narrow is not None)
-        wanted = block(cuda._Stream(tokens + branch), tower.side, class_row)
+        assert (found.pending is not None) == (packing.narrow is not None)
+        wanted = block(cuda._ResidualStream(tokens + branch), tower.side, class_row)
         limit = 2e-2 if packing is HALF else 1e-6
         assert relative_error(found.whole().float(), wanted.whole().float()) < limit

@@ -205,7 +205,7 @@ def test_side_work_starts_and_ends_in_order(fake_cuda: Cuda, capturing: bool, mo
     fake_cuda.capturing = capturing
     kept = []
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append(stream.name))
-    side, ran = cuda.Side(torch.device("cuda")), []
+    side, ran = cuda.SideStream(torch.device("cuda")), []
     with side.beside(lambda: ran.append(fake_cuda.now) or torch.ones(1)) as joined:
         assert ran == ["side"]
         assert fake_cuda.now == "main"
@@ -219,7 +219,7 @@ def test_an_exception_joins_what_is_apart(fake_cuda: Cuda, where: str) -> None:
     def fail() -> torch.Tensor:
         raise torch.OutOfMemoryError("no room")
 
-    side = cuda.Side(torch.device("cuda"))
+    side = cuda.SideStream(torch.device("cuda"))
     with pytest.raises(torch.OutOfMemoryError), side.beside(fail if where == "side" else lambda: torch.ones(1)):
         fail()
     assert fake_cuda.now == "main"
@@ -228,7 +228,7 @@ def test_an_exception_joins_what_is_apart(fake_cuda: Cuda, where: str) -> None:
 
 def test_each_thread_has_a_side_stream(fake_cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    side, streams = cuda.Side(torch.device("cuda")), []
+    side, streams = cuda.SideStream(torch.device("cuda")), []
 
     def work() -> None:
         for _ in range(2):

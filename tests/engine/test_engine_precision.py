@@ -1,4 +1,4 @@
-"""What the engine errs in each precision, and what it does about products that err too much."""
+"""What the engine errs in each precision, and what it does about GEMMs that err too much."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch.nn.functional import cosine_similarity, linear
 from xclip_fast.demo.clips import CLASSES, FRAMES, HELD_OUT, SAMPLED, make_clip
 from xclip_fast.demo.models import load_trained
 from xclip_fast.engine import Engine, budget, cpu
-from xclip_fast.engine.budget import BUDGETS, check_products
+from xclip_fast.engine.budget import BUDGETS
 from xclip_fast.engine.cpu import CpuTower
+from xclip_fast.engine.linears import int8_linear
 from xclip_fast.engine.packing import CPU_REWRITES, Packing
-from xclip_fast.engine.products import PlainProduct, int8_product
 from xclip_fast.reference import XCLIP
 from xclip_fast.reference.model import VideoFeatures
 from xclip_fast.text import get_tokenizer
 from xclip_fast.video.sampling import uniform_indices
 
 HALVES = [torch.bfloat16, torch.float16]
-needs_int8 = pytest.mark.skipif(int8_product() is None, reason="this PyTorch multiplies no bytes on this processor")
+needs_int8 = pytest.mark.skipif(int8_linear() is None, reason="this PyTorch multiplies no bytes on this processor")
 INT8 = pytest.param(torch.int8, marks=needs_int8)
 
 
@@ -65,10 +65,10 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_model(model: XCLIP, dt
 def test_report_of_a_well_behaved_model(model: XCLIP, dtype: torch.dtype) -> None:
     report = Engine(model, dtype).report(random_video(3))
     name = str(dtype).removeprefix("torch.")
-    assert {product.place for product in report.products} == {
-        f"blocks.{block}.{product}" for block in range(3) for product in ("qkv", "out", "fc", "projection")
+    assert {gemm.place for gemm in report.products} == {
+        f"blocks.{block}.{gemm}" for block in range(3) for gemm in ("qkv", "out", "fc", "projection")
     }
-    assert all(0 < product.error < BUDGETS[name] and not product.fell_back for product in report.products)
+    assert all(0 < gemm.error < BUDGETS[name] and not gemm.fell_back for gemm in report.products)
     assert report.video_cosine is not None
     assert report.video_cosine >= 0.999
     assert 0 < report.video_error < 0.05  # type: ignore[operator]
@@ -117,16 +117,14 @@ def outliers(model: XCLIP, factor: float) -> XCLIP:
 @pytest.mark.parametrize(
     ("dtype", "factor"), [(torch.float16, 1e6), pytest.param(*[torch.int8, 1e5], marks=INT8.marks)]
 )
-def test_product_beyond_its_budget_falls_back(
-    dtype: torch.dtype, factor: float, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_gemm_beyond_its_budget_falls_back(dtype: torch.dtype, factor: float, caplog: pytest.LogCaptureFixture) -> None:
     model, video = outliers(small_model(), factor), random_video()
     with caplog.at_level(logging.WARNING, "xclip_fast"):
         engine = Engine(model, dtype)
     report = engine.report(video)
-    fallen = {product.place for product in report.products if product.fell_back}
+    fallen = {gemm.place for gemm in report.products if gemm.fell_back}
     assert "blocks.1.projection" in fallen
-    assert fallen < {product.place for product in report.products}
+    assert fallen < {gemm.place for gemm in report.products}
     assert all(f"{place}: error" in caplog.text for place in fallen)
     assert "instead" in str(report)
     truth = model.double().encode_video(video).video
@@ -137,12 +135,12 @@ def test_product_beyond_its_budget_falls_back(
 def test_outlier_channels_cost_int8_little(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     model.visual.ln_pre.weight[1:3] *= 64
-    smooth = {product.place: product for product in Engine(model, torch.int8).report().products}
+    smooth = {gemm.place: gemm for gemm in Engine(model, torch.int8).report().products}
     monkeypatch.setattr(budget, "_smoothing", lambda seen, weight: torch.ones(weight.shape[1]))
-    rough = {product.place: product for product in Engine(model, torch.int8).report().products}
-    behind_norms = [f"blocks.{block}.{product}" for block in range(3) for product in ("qkv", "fc")]
-    assert not any(product.fell_back for product in smooth.values())
-    assert sum(smooth[place].error for place in behind_norms) < sum(rough[place].error for place in behind_norms) / 2
+    rough = {gemm.place: gemm for gemm in Engine(model, torch.int8).report().products}
+    after_norms = [f"blocks.{block}.{gemm}" for block in range(3) for gemm in ("qkv", "fc")]
+    assert not any(gemm.fell_back for gemm in smooth.values())
+    assert sum(smooth[place].error for place in after_norms) < sum(rough[place].error for place in after_norms) / 2
 
 
 def test_smoothing_is_of_powers_of_two() -> None:
@@ -156,8 +154,7 @@ def test_budget_is_checked_on_the_clips_given() -> None:
     model = small_model()
     black = torch.zeros_like(random_video())
     errors = [
-        [product.error for product in Engine(model, torch.bfloat16, clips=clips).report().products]
-        for clips in (None, black)
+        [gemm.error for gemm in Engine(model, torch.bfloat16, clips=clips).report().products] for clips in (None, black)
     ]
     assert errors[0] != errors[1]
 
@@ -169,7 +166,7 @@ def test_report_without_its_model() -> None:
     assert report.video_error is report.video_cosine is report.top1_agreement is None
 
 
-def test_report_of_float32_names_no_product(model: XCLIP) -> None:
+def test_report_of_float32_names_no_gemm(model: XCLIP) -> None:
     report = Engine(model, torch.float32).report()
     assert report.products == ()
     assert report.video_error == 0
@@ -197,13 +194,13 @@ def test_smoothing_parts_the_range_of_a_channel_evenly() -> None:
     assert budget._smoothing(seen, weight).tolist() == [4.0, 2.0, 1.0, 1.0]
 
 
-def test_error_of_a_product_is_that_of_its_worst_rows() -> None:
+def test_error_of_a_gemm_is_that_of_its_worst_rows() -> None:
     weight, low = torch.randn(32, 16), torch.randn(32, 16)
-    recorder = budget._Recorder(PlainProduct(weight, None))
+    recorder = budget._Recorder(PlainLinear(weight, None))
     rows = [torch.randn(5, 16), torch.randn(7, 16)]
     truth = [recorder(x) for x in rows]
     errors = [((linear(x, low) - exact).norm() / exact.norm()).item() for x, exact in zip(rows, truth, strict=True)]
-    found = budget._largest_error(recorder, PlainProduct(low, None), torch.float32, None)
+    found = budget._largest_error(recorder, PlainLinear(low, None), torch.float32, None)
     assert found == pytest.approx(max(errors), rel=1e-4)
     assert max(errors) > 1.01 * min(errors)
 
@@ -217,7 +214,7 @@ def test_calibration_sees_every_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for order in (clips, clips.flip(0), clips[:1]):
         packing = Packing(torch.device("cpu"), torch.float32, CPU_REWRITES, "int8")
-        check_products(model, packing, order)
+        check_gemms(model, packing, order)
         found.append({place: share.tolist() for place, share in packing.smoothing.items()})
     assert found[0] == found[1] != found[2]
 
@@ -228,7 +225,7 @@ def test_engine_is_calibrated_on_the_clips_it_is_given(dtype: torch.dtype) -> No
     clips = torch.full((1, 3, 32, 32, 3), 200, dtype=torch.uint8)
     clips[:, :, ::2] = 10
     engine = Engine(model, dtype, clips=clips)
-    errors, _ = check_products(model, replace(engine._packing, kept={}, smoothing={}), clips)
+    errors, _ = check_gemms(model, replace(engine._packing, fallback={}, smoothing={}), clips)
     assert engine.report().products == tuple(errors) != Engine(model, dtype).report().products
 
 
@@ -251,7 +248,7 @@ def test_bytes_share_a_scale_with_no_other_video() -> None:
         assert [part.shape[:2] for part in parts] == [(1, frames)] * 3
 
 
-def test_both_products_of_a_perceptron_leave_float16_together() -> None:
+def test_both_gemms_of_an_mlp_leave_float16_together() -> None:
     # hidden rows that one gives in float16 would not reach the other in float32
     model = small_model()
     model.visual.transformer.resblocks[1].mlp.c_proj.weight[0, 0] = 1e6

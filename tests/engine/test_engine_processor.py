@@ -66,7 +66,7 @@ def test_weights_stay_in_half_precision(model: XCLIP, dtype: torch.dtype, caplog
     ]
     report = engine.report(video)
     assert report.stored == report.dtype == name
-    assert f"weights in {name}, products in float32" in str(report)
+    assert f"weights in {name}, GEMMs in float32" in str(report)
     features = engine.encode_video(video)
     assert features.video.dtype == features.patches.dtype == engine.embed_video(video).dtype == dtype
     truth = model.double()
@@ -87,13 +87,13 @@ def test_weights_beyond_the_range_of_float16_stay_in_float32() -> None:
     model = small_model()
     model.visual.transformer.resblocks[1].attn.out_proj.weight[0, 0] = 1e6
     report = Engine(model, torch.float16).report()
-    assert [product.place for product in report.products if product.used == "float32"] == ["blocks.1.out"]
+    assert [gemm.place for gemm in report.products if gemm.used == "float32"] == ["blocks.1.out"]
     assert report.video_error is not None
     assert report.video_error < 2e-3
 
 
 def test_int8_streams_in_float32_where_bfloat16_is_slow(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    if precision.int8_product() is None:
+    if precision.int8_linear() is None:
         pytest.skip("this PyTorch multiplies no bytes on this processor")
     for native, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(processor, "multiplies", lambda dtype, native=native: native)

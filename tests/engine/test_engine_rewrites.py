@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xclip_fast.classes import CHUNK_BYTES
 from xclip_fast.engine import Engine
 from xclip_fast.engine.cpu import CHUNK_ROWS, CpuTower
-from xclip_fast.engine.cuda import CudaTower, _Stream
+from xclip_fast.engine.cuda import CudaTower, _ResidualStream
 from xclip_fast.engine.packing import CPU_REWRITES, CUDA_REWRITES, REWRITES, Packing, place_of
 from xclip_fast.reference import XCLIP
 
@@ -94,7 +94,7 @@ def test_rewrite_has_a_switch(model: XCLIP, name: str, tower: type) -> None:
 
 @pytest.mark.parametrize("rewrites", [CPU_REWRITES, frozenset()], ids=["norms in the weights", "norms with vectors"])
 def test_parity_smoothing(model: XCLIP, rewrites: frozenset[str]) -> None:
-    places = [place_of(block, product) for block in range(3) for product in ("qkv", "fc")]
+    places = [place_of(block, name) for block in range(3) for name in ("qkv", "fc")]
     plain = Packing(torch.device("cpu"), torch.float64, rewrites)
     smooth = replace(plain, smoothing={place: torch.exp2(torch.randint(-4, 5, (128,)).double()) for place in places})
     towers = [CpuTower(model.visual, model.config, packing) for packing in (plain, smooth)]
@@ -177,11 +177,11 @@ def test_parity_other_models(sizes: dict[str, object], tower: type) -> None:
 
 def test_stream_is_updated_in_place(model: XCLIP) -> None:
     tower = make_engine(model, CudaTower, ALL)._tower
-    stream = _Stream(tower._embed(random_video()))
+    stream = _ResidualStream(tower._embed(random_video()))
     for block in tower.blocks:
         found = block(stream, tower.side, False)
         assert found.tokens.data_ptr() == stream.tokens.data_ptr()
-        assert found.branch is None
+        assert found.pending is None
 
 
 def test_video_features_are_made_beside_the_prompts(model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,7 @@ def test_a_damaged_file_is_made_again(keep: int, tmp_path: Path, caplog: pytest.
 
 def test_a_folder_that_cannot_be_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("xclip_fast.engine.api.check_products", lambda *_: pytest.fail("it was packed"))
+    monkeypatch.setattr("xclip_fast.engine.api.check_gemms", lambda *_: pytest.fail("it was packed"))
     with pytest.raises(InputError, match="give another folder"):
         Engine(small_model(), text_cache=tmp_path / "file")
 

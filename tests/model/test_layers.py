@@ -137,7 +137,7 @@ def test_the_block_can_leave_its_last_addition_to_the_next() -> None:
     block = randomise_parameters(layers.CrossFrameBlock(64, 1))
     tokens = torch.randn(2, 3, 5, 64)
     whole = block(block(tokens))
-    stream, pending = block.advance(*block.advance(tokens, None))
+    stream, pending = block._advance(*block._advance(tokens, None))
     assert torch.allclose(stream + pending, whole, atol=1e-5)
 
 

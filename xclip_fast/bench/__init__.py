@@ -1,4 +1,4 @@
-"""Measuring and checking: what runs behind ``xclip-fast bench``, ``verify`` and ``profile``, and behind benchmarks/.
+"""Measuring and checking: what ``xclip-fast bench``, ``verify``, ``profile`` and benchmarks/ run.
 
 Nothing here is imported by the model; the parts import their optional libraries when they are used.
 """

@@ -217,9 +217,7 @@ def _roofline(run: Run, colours: dict[str, str]) -> str:
             knee = rate / copy
             x = sorted({low, max(low, min(high, knee)), high})
             y = [min(rate, at * copy) / 1e12 for at in x]
-            axes.plot(
-                x, y, "-" if index == 0 else "--", color=INK, lw=1, label=f"{dtype} products and copies, measured"
-            )
+            axes.plot(x, y, "-" if index == 0 else "--", color=INK, lw=1, label=f"{dtype} GEMMs and copies, measured")
         for name in dict.fromkeys(row.provider for row in rows):
             mine = [(row, x) for row, x in points if row.provider == name]
             rates = [row.roof.flops / row.timing.median_ms / 1e9 for row, _ in mine if row.roof and row.timing]

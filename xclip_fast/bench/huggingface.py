@@ -106,14 +106,14 @@ def compiled(inner: Any, settings: dict[str, Any] | None = None, attention: str 
 
 
 def huggingface_compiled(
-    tuned: bool = False, attention: str | None = None, products: str | None = None
+    tuned: bool = False, attention: str | None = None, gemms: str | None = None
 ) -> Callable[[Setting], Classify]:
     """The model by torch.compile.
 
     Args:
         tuned: by max-autotune.
         attention: the one backend of PyTorch's attention that is allowed, on a GPU.
-        products: the backends that tuned GEMMs are chosen from, such as "ATEN", which is cuBLAS; all by default.
+        gemms: the backends that tuned GEMMs are chosen from, such as "ATEN", which is cuBLAS; all by default.
     """
 
     def build(setting: Setting) -> Classify:
@@ -125,7 +125,7 @@ def huggingface_compiled(
             # a graph of its own is captured around it, so the compiler makes none
             settings |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
             settings |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
-            settings |= {} if products is None else {"max_autotune_gemm_backends": products}
+            settings |= {} if gemms is None else {"max_autotune_gemm_backends": gemms}
             # on a CPU it tunes GEMMs only with constant weights
             settings["freezing"] = not on_gpu and setting.case.direction == "forward"
         return compiled(huggingface("sdpa")(setting), settings, attention)

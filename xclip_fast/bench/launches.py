@@ -49,7 +49,7 @@ MANY = {
     "message_key_value": key_value_launches,
     "temporal_block": temporal_launches,
     "feed_forward": lambda *arguments: 2,
-    # rows, their product and what follows it; weights that have to be filled up are copied into zeros
+    # rows, their GEMM and what follows it; weights that have to be padded are copied into zeros
     "patch_embed": lambda *arguments: 3 + 2 * (arguments[1][0].numel() % 8 > 0),
 }
 
@@ -139,7 +139,7 @@ def engine(case: Case) -> Counter[str]:
     def call() -> Tensor:
         classes, tokens = tower(video, patches=True)
         embedding = heads.integrate(tower.project(classes).view(case.batch, case.frames, -1))
-        return heads.logits(lambda: embedding, heads.project_patches(tokens, case.frames, tower.lag), texts)
+        return heads.logits(lambda: embedding, heads.project_patches(tokens, case.frames, tower.missing_bias), texts)
 
     with torch.inference_mode(), backend("triton"):
         call()  # positions for this grid and this number of frames are made once

@@ -102,7 +102,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Roof:
-    """The least time this work can take here: products at the measured rate, bytes moved once at the measured rate."""
+    """The roofline: the least time of this work here, GEMMs and bytes moved once at their measured rates."""
 
     flops: int
     bytes: int
@@ -145,7 +145,7 @@ class Run:
 
     Attributes:
         facts: machine, versions, commit and time; see ``machine.facts``.
-        ceilings: product rate by dtype in TFLOP/s, and the rate of a copy in GB/s, measured in the same run.
+        ceilings: GEMM rate by dtype in TFLOP/s, and the rate of a copy in GB/s, measured in the same run.
     """
 
     facts: dict[str, Any]
@@ -209,7 +209,7 @@ def to_csv(rows: Iterable[Row]) -> str:
     """A line a row; the parts of a row are columns such as ``timing.median_ms``."""
     flat = [_flat(asdict(row)) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
-    # a part that one row lacks is a column of its own there
+    # a part missing from one row is a column of its own there
     columns = [name for name in columns if not any(other.startswith(f"{name}.") for other in columns)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -236,5 +236,5 @@ def _cell(value: Any) -> Any:
 
 
 def finite(value: float) -> float | None:
-    """The number, or nothing where it has no JSON form."""
+    """The number, or None where it has no JSON form."""
     return value if math.isfinite(value) else None

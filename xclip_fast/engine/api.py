@@ -17,9 +17,9 @@ from torch.nn.functional import cosine_similarity
 
 from xclip_fast import processor
 from xclip_fast.devices import find_device
-from xclip_fast.engine.budget import ProductError, check_products
+from xclip_fast.engine.budget import GemmError, check_gemms
 from xclip_fast.engine.cpu import CpuTower
-from xclip_fast.engine.cuda import CudaTower, Side
+from xclip_fast.engine.cuda import CudaTower, SideStream
 from xclip_fast.engine.graphs import GraphCache, Pass
 from xclip_fast.engine.heads import Heads
 from xclip_fast.engine.models import check_model
@@ -73,7 +73,7 @@ class Report:
     processor: tuple[str, ...]
     stored: str | None
     rewrites: tuple[str, ...]
-    products: tuple[ProductError, ...]
+    products: tuple[GemmError, ...]
     video_error: float | None
     video_cosine: float | None
     top1_agreement: float | None
@@ -82,9 +82,9 @@ class Report:
         place = f"{self.device} ({', '.join(self.processor)})" if self.processor else self.device
         lines = [f"engine in {self.dtype} on {place}; exact rewrites: {', '.join(self.rewrites)}"]
         if self.stored:
-            lines.append(f"weights in {self.stored}, products in float32: this processor multiplies no {self.stored}")
+            lines.append(f"weights in {self.stored}, GEMMs in float32: this processor has no {self.stored} GEMM")
         if self.products:
-            lines.append(f"{'product':24}{'precision':15}{'error':>10}{'budget':>10}")
+            lines.append(f"{'GEMM':24}{'precision':15}{'error':>10}{'budget':>10}")
             lines += map(str, self.products)
         if self.video_error is not None:
             lines.append(
@@ -102,13 +102,13 @@ class Engine:
 
     Args:
         model: what ``create_model`` or ``load_model`` returns.
-        dtype: torch.float32, bfloat16 or float16; int8 (on the CPU: the blocks' products in bytes, the rest in
+        dtype: torch.float32, bfloat16 or float16; int8 (on the CPU: the blocks' GEMMs in int8, the rest in
             bfloat16, or float32 where that is faster); float8_e4m3fn (on NVIDIA Hopper and newer: the same, but for the
             first and last block). By default the model's. A CPU that multiplies no bfloat16 or float16 keeps the
             weights in it and multiplies in float32.
         device: "cpu", "cuda" or one of several; by default the model's.
-        clips: uint8 (B, T, H, W, 3) that show what the engine will see: products that err beyond their budget on
-            them run in a higher precision, and say so in the log and in ``report``. By default a clip of noise.
+        clips: uint8 (B, T, H, W, 3) that show what the engine will see: GEMMs are calibrated on them, and those
+            beyond their budget fall back to a higher precision, as log and ``report`` say. By default a clip of noise.
         text_cache: a folder that keeps encoded class texts for later runs, by SHA-256 of text weights, precision and
             tokens: see ``TextFolder``.
 
@@ -141,41 +141,39 @@ class Engine:
         self.device = find_device(weight.device if device is None else device)
         self.dtype = weight.dtype if dtype is None else dtype
         self.config = model.config
-        stream, narrow, stored = precision_of(self.dtype, self.device)
+        residual, narrow, stored = precision_of(self.dtype, self.device)
         if self.device == torch.device("cuda"):
             self.device = torch.device("cuda", torch.cuda.current_device())
         if narrow == "float8_e4m3fn" and (self.config.vision_width % 16 or self.config.vision_mlp_width % 16):
             raise InputError("an engine in float8_e4m3fn was asked for: widths must be multiples of 16; use bfloat16")
         rewrites = CUDA_REWRITES if self.device.type == "cuda" else CPU_REWRITES
         rewrites = rewrites if _rewrites is None else _rewrites
-        if stream == torch.float16:
-            # what waits for the division is as large as the message: beyond float16, where the message itself is not
+        if residual == torch.float16:
+            # what waits for the division is as large as the message times its weights: it overflows float16
             rewrites -= {"message_product"}
-        self._packing = Packing(self.device, stream, rewrites, narrow, stored)
+        self._packing = Packing(self.device, residual, rewrites, narrow, stored)
         self._model = weakref.ref(model)
         folder = None if text_cache is None else TextFolder(text_cache)
         with torch.no_grad(), self._quiet():
             probe = self._probe(_PROBE_FRAMES) if clips is None else self._checked(clips)
-            errors, blocks = check_products(model, self._packing, probe)
+            errors, blocks = check_gemms(model, self._packing, probe)
             self._products = tuple(errors)
             self._tower: CpuTower | CudaTower
             if self.device.type == "cuda":
                 self._tower = CudaTower(model.visual, self.config, self._packing)
-                # what the tower does beside itself is joined before anything else begins
+                # the tower joins its side stream before anything else begins
                 self._side = self._tower.side
             else:
                 self._tower = CpuTower(model.visual, self.config, self._packing, blocks=blocks)
-                self._side = Side(self.device)
+                self._side = SideStream(self.device)
             self._heads = Heads(model, self._packing)
             tower = TextTower(model, self._packing)
             encoder = b"" if folder is None else encoder_digest(model, self._packing)
             self._texts = KeptTexts(tower, self._heads.prepare, folder, encoder)
         self._graphs = self._by_graphs() if self.device.type == "cuda" else None
-        for product in self._products:
-            if product.fell_back:
-                _log.warning(
-                    "%s: error %.1e in %s, computed in %s", product.place, product.error, product.asked, product.used
-                )
+        for gemm in self._products:
+            if gemm.fell_back:
+                _log.warning("%s: error %.1e in %s, computed in %s", gemm.place, gemm.error, gemm.asked, gemm.used)
 
     def encode_video(self, video: Tensor) -> VideoFeatures:
         """Features of videos, as the model's ``encode_video``.
@@ -271,7 +269,7 @@ class Engine:
             return self._heads.logits(lambda: features.video.to(texts.features.dtype), features.patches, texts)
 
     def report(self, clips: Tensor | None = None, classes: Sequence[str] | Tensor | None = None) -> Report:
-        """How far the engine is from its model in float32, product by product and as a whole.
+        """How far the engine is from its model in float32, GEMM by GEMM and as a whole.
 
         Args:
             clips: as for ``encode_video``; by default one of noise.
@@ -335,7 +333,7 @@ class Engine:
             return self._run(score, self._checked(video), texts.features, texts.query)[0]
 
     def _run(self, forward: Pass, video: Tensor, *texts: Tensor) -> list[Tensor]:
-        """One of the passes below, by its graphs where there are any."""
+        """One of the passes below, by its CUDA graphs where there are any."""
         return forward(video, *texts) if self._graphs is None else self._graphs[forward.__name__](video, *texts)
 
     def _by_graphs(self) -> dict[str, GraphCache]:
@@ -366,9 +364,9 @@ class Engine:
     def _encoded(self, video: Tensor, then: Callable[[Callable[[], Tensor], Tensor], Encoded]) -> Encoded:
         """What ``then`` makes of the video features, which it asks for when it needs them, and the patch features."""
         classes, tokens = self._tower(video, patches=True)
-        # beside the patches: few rows, and they meet at the logits. what the side reads lives as long as this call
+        # MIT has few rows and meets the patches at the logits. what the side stream reads lives as long as this call
         with self._side.beside(lambda: self._integrated(classes, video)) as joined:
-            patches = self._heads.project_patches(tokens, video.shape[1], self._tower.lag)
+            patches = self._heads.project_patches(tokens, video.shape[1], self._tower.missing_bias)
             return then(lambda: self._given(joined()), self._given(patches))
 
     def _integrated(self, classes: Tensor, video: Tensor) -> Tensor:

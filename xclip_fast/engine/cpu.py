@@ -7,39 +7,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention, softmax
 
-from xclip_fast.engine.attention import frame_attention
-from xclip_fast.engine.packing import PRODUCTS, Packing, exact, place_of
-from xclip_fast.engine.products import Product
+from xclip_fast.engine.linears import Linear
+from xclip_fast.engine.packing import GEMMS, Norm, Packing, exact, first_message, place_of
+from xclip_fast.ops import _attention_extension
 from xclip_fast.ops._dtypes import exact_dtype
 from xclip_fast.ops._folded_message import fold_norm
 from xclip_fast.reference.positions import spatial_positions
 
-CHUNK_ROWS = 800  # at once: with fewer products are slower, with many more their memory is above plain PyTorch's
-
-
-@dataclass
-class Norm:
-    """A layer norm; without vectors where they are in the product behind it."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+CHUNK_ROWS = 800  # at once: with fewer, GEMMs are slower; with many more, peak memory is above plain PyTorch's
+_SCORES = 120_000  # at once: their float32 softmax stays in the L2 cache
+_SHORT = 320  # keys up to which two batched GEMMs beat the fused attention of PyTorch, in bfloat16
 
 
 @dataclass
 class Message:
     """Cross-frame attention of one block. ``fc`` gives the message, or with ``shift`` the message and its QKV."""
 
-    fc: Product
+    fc: Linear
     norm: Norm
-    qkv: Product | None
+    qkv: Linear | None
     shift: Tensor | None
-    out: Product
+    out: Linear
     heads: int
 
     def __call__(self, class_tokens: Tensor, frames: int) -> Tensor:
@@ -64,11 +54,11 @@ class Block:
 
     message: Message | Tensor
     norm_1: Norm
-    qkv: Product
-    out: Product
+    qkv: Linear
+    out: Linear
     norm_2: Norm
-    fc: Product
-    projection: Product
+    fc: Linear
+    projection: Linear
     heads: int
     scale: float | None
 
@@ -76,7 +66,7 @@ class Block:
         """Rows (F * S, D) of F frames with their messages (F, D) to the same rows, or the class rows (F, D) alone."""
         frames = len(messages)
         tokens = len(rows) // frames
-        # the queries of the messages come along unused: cheaper than a product of their keys and values alone
+        # the queries of the messages come along unused: cheaper than a GEMM of their keys and values alone
         packed = self.qkv(torch.cat([self.norm_1(rows), self.norm_1(messages)]))
         mixed = frame_attention(packed, frames, self.heads, 1 if class_row else tokens, self.scale)
         if class_row:
@@ -91,11 +81,11 @@ class CpuTower:
     Args:
         visual: ``reference.VisionTower`` or what extends it; it is read, never kept.
         config: the model's sizes.
-        packing: how its weights become products.
+        packing: how its weights become GEMMs.
         blocks: its blocks, where they are packed already.
     """
 
-    lag = None  # nothing that its tokens lack
+    missing_bias = None  # its GEMMs add their biases
 
     def __init__(self, visual: Any, config: Any, packing: Packing, *, blocks: list[Block] | None = None) -> None:
         self.config, self.packing = config, packing
@@ -117,7 +107,7 @@ class CpuTower:
             self.blocks[0].message = packing.tensor(first_message(resblocks[0], row))
         norm = visual.ln_post
         self.norm_post = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
-        self.projection = packing.product(exact(visual.proj).t(), None)
+        self.projection = packing.linear(exact(visual.proj).t(), None)
 
     def __call__(self, video: Tensor, *, patches: bool) -> tuple[Tensor, list[Tensor]]:
         """A checked video to class tokens (B * T, D), and the tokens in the parts of ``embed``."""
@@ -136,7 +126,7 @@ class CpuTower:
     def embed(self, video: Tensor) -> list[Tensor]:
         """The tokens that enter the first block, in parts (videos, frames, S, D) that stay in the caches.
 
-        A part is of whole videos, or of some frames of one. Bytes share a scale, so theirs is of one video always.
+        A part is of whole videos, or of some frames of one. Rows in int8 share a scale, so a part is of one video then.
         """
         height, width = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]
         at_once = max(1, CHUNK_ROWS // (height * width // self.config.patch_size**2 + 1))
@@ -152,14 +142,14 @@ class CpuTower:
             torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (self.config.pixel_mean, self.config.pixel_std)
         )
         self.mean, self.std = (self.packing.tensor(x.flatten(), exact_dtype(self.dtype)) for x in (mean, std))
-        self.patch = self.packing.product(weight.flatten(1), None)
+        self.patch = self.packing.linear(weight.flatten(1), None)
         folded = weight / (255 * std)
         # bytes less 128 are exact in any dtype and small beside the mean
         bias = (folded * 128).sum(dim=(1, 2, 3)) - (weight * mean / std).sum(dim=(1, 2, 3))
-        self.byte_patch = self.packing.product(folded.movedim(1, 3).flatten(1), bias)
+        self.byte_patch = self.packing.linear(folded.movedim(1, 3).flatten(1), bias)
 
     def _embed(self, frames: Tensor) -> Tensor:
-        """Frames to tokens (frames, S, D) behind the first norm."""
+        """Frames to tokens (frames, S, D) after the first norm."""
         side = self.config.patch_size
         if frames.dtype == torch.uint8 and "pixels" not in self.rewrites:
             frames = ((frames.to(self.mean.dtype) / 255 - self.mean) / self.std).movedim(-1, 1)
@@ -206,10 +196,10 @@ def step(block: Block, chunks: list[Tensor], frames: int, *, class_row: bool = F
 
 
 def pack_block(block: Any, index: int, config: Any, packing: Packing) -> Block:
-    """One cross-frame block of a model, packed; its products have the places of ``place_of``."""
+    """One cross-frame block of a model, packed; its GEMMs have the places of ``place_of``."""
     attention, width = block.attn, config.vision_width
-    qkv, out, fc, projection = (place_of(index, name) for name in PRODUCTS)
-    weight, bias = packing.behind(block.ln_1, attention.in_proj_weight, attention.in_proj_bias, place=qkv)
+    qkv, out, fc, projection = (place_of(index, name) for name in GEMMS)
+    weight, bias = packing.after_norm(block.ln_1, attention.in_proj_weight, attention.in_proj_bias, place=qkv)
     scale = None
     if "scores" in packing.rewrites:
         scale = 1.0
@@ -217,15 +207,15 @@ def pack_block(block: Any, index: int, config: Any, packing: Packing) -> Block:
         share[:width] = (width // attention.heads) ** -0.5
         weight, bias = weight * share[:, None], bias * share
     mlp = block.mlp
-    first, last, activation = packing.perceptron(mlp.c_fc, mlp.c_proj, block.ln_2, config.activation, place=fc)
+    first, last, activation = packing.mlp(mlp.c_fc, mlp.c_proj, block.ln_2, config.activation, place=fc)
     return Block(
         message=pack_message(block, packing),
         norm_1=Norm(*packing.vectors(block.ln_1, place=qkv), block.ln_1.eps),
-        qkv=packing.product(weight, bias, place=qkv),
-        out=packing.product(exact(attention.out_proj.weight), exact(attention.out_proj.bias), place=out),
+        qkv=packing.linear(weight, bias, place=qkv),
+        out=packing.linear(exact(attention.out_proj.weight), exact(attention.out_proj.bias), place=out),
         norm_2=Norm(*packing.vectors(block.ln_2, place=fc), block.ln_2.eps),
-        fc=packing.product(*first, activation, place=fc),
-        projection=packing.product(*last, place=projection),
+        fc=packing.linear(*first, activation, place=fc),
+        projection=packing.linear(*last, place=projection),
         heads=attention.heads,
         scale=scale,
     )
@@ -242,21 +232,57 @@ def pack_message(block: Any, packing: Packing) -> Message:
         fc, fc_bias = torch.cat([fc, inner @ fc]), torch.cat([fc_bias, inner @ fc_bias])
         shift = packing.tensor(shift)
     else:
-        qkv = packing.product(*packing.behind(norm, attention.in_proj_weight, attention.in_proj_bias))
+        qkv = packing.linear(*packing.after_norm(norm, attention.in_proj_weight, attention.in_proj_bias))
     return Message(
-        fc=packing.product(fc, fc_bias),
+        fc=packing.linear(fc, fc_bias),
         norm=Norm(*packing.vectors(norm), norm.eps),
         qkv=qkv,
         shift=shift,
-        out=packing.product(exact(attention.out_proj.weight), exact(attention.out_proj.bias)),
+        out=packing.linear(exact(attention.out_proj.weight), exact(attention.out_proj.bias)),
         heads=attention.heads,
     )
 
 
-def first_message(block: Any, class_token: Tensor) -> Tensor:
-    """The first block's message (D,) in float64: attention over T equal messages returns their common value."""
-    message = exact(block.message_fc.weight) @ class_token + exact(block.message_fc.bias)
-    norm, attention, width = block.message_ln, block.message_attn, len(message)
-    normed = layer_norm(message, message.shape, exact(norm.weight), exact(norm.bias), norm.eps)
-    value = exact(attention.in_proj_weight[2 * width :]) @ normed + exact(attention.in_proj_bias[2 * width :])
-    return message + exact(attention.out_proj.weight) @ value + exact(attention.out_proj.bias)
+def frame_attention(packed: Tensor, frames: int, heads: int, queries: int, scale: float | None) -> Tensor:
+    """Mix the values of each frame's tokens and its message.
+
+    Args:
+        packed: (frames * S + frames, 3 * D), contiguous: query, key and value of all tokens, then of the messages,
+            whose queries are not used.
+        frames: how many.
+        heads: how many; D is ``heads * head_dim``.
+        queries: of each frame the first 1 or S tokens attend.
+        scale: of the scores; without one ``head_dim ** -0.5``.
+
+    Returns:
+        (frames * queries, D) in the dtype of ``packed``.
+    """
+    width = packed.shape[1] // 3
+    head_dim = width // heads
+    scale = head_dim**-0.5 if scale is None else scale
+    tokens, messages = packed[:-frames].view(frames, -1, 3 * width), packed[-frames:, width:]
+    if _attention_extension.refusal(tokens, messages, heads) is None:
+        mixed, _ = _attention_extension.frame_attention_fwd(tokens, messages, heads, queries, scale, False)
+        return mixed.view(frames * queries, width)
+    own = tokens.view(frames, -1, 3, heads, head_dim)
+    pair = packed.new_empty(2, frames, heads, own.shape[1] + 1, head_dim)
+    pair[:, :, :, :-1] = own[:, :, 1:].permute(2, 0, 3, 1, 4)
+    pair[:, :, :, -1] = messages.unflatten(1, (2, heads, head_dim)).transpose(0, 1)
+    mixed = _attend(own[:, :queries, 0].transpose(1, 2), pair[0], pair[1], scale)
+    return mixed.transpose(1, 2).reshape(frames * queries, width)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """(F, heads, L, head_dim) queries, contiguous keys and values."""
+    if query.dtype is not torch.bfloat16 or key.shape[2] > _SHORT or scale != 1.0:
+        return scaled_dot_product_attention(query, key, value, scale=scale)
+    shape = query.shape
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
+    mixed = torch.empty_like(query)
+    heads = max(1, _SCORES // (query.shape[1] * key.shape[2]))
+    for first in range(0, len(query), heads):
+        some = slice(first, first + heads)
+        # PyTorch's softmax is twice as fast into float32 as into bfloat16
+        weights = softmax(torch.bmm(query[some], key[some]), dim=-1, dtype=torch.float32).to(value.dtype)
+        torch.bmm(weights, value[some], out=mixed[some])
+    return mixed.view(shape)

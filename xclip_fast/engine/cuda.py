@@ -1,7 +1,6 @@
-"""The vision tower on the fused ops: a residual stream without biases, CFA on a stream of its own.
+"""The vision tower on the fused ops: a residual stream without biases, CFA on a CUDA stream of its own.
 
-The ops run anywhere, so the CPU's tests hold this tower to the reference; what a GPU alone has, the second stream, is
-in ``Side``.
+The ops run anywhere, so tests on the CPU hold this tower to the reference; only ``SideStream`` needs a GPU.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from xclip_fast.engine.cpu import first_message
-from xclip_fast.engine.packing import Packing, exact, place_of
-from xclip_fast.engine.products import Float8Product, Product
+from xclip_fast.engine.linears import Float8Linear, Linear
+from xclip_fast.engine.packing import Packing, exact, first_message, place_of
 from xclip_fast.ops import (
     _patch_extension,
     frame_attention,
@@ -34,25 +32,25 @@ from xclip_fast.ops._quantize_rows import activate, quantize_rows
 from xclip_fast.reference.positions import spatial_positions
 
 
-class _Stream(NamedTuple):
-    """Tokens (B, T, S, D), contiguous, and a branch of them, rows (B T S, D), that the next norm adds on its way."""
+class _ResidualStream(NamedTuple):
+    """Tokens (B, T, S, D), contiguous; ``pending``: output of the previous MLP, rows (B T S, D), not yet added."""
 
     tokens: Tensor
-    branch: Tensor | None = None
+    pending: Tensor | None = None
 
     def class_tokens(self) -> Tensor:
-        """(B, T, D), the branch added."""
+        """(B, T, D), with what is pending added."""
         classes = self.tokens[:, :, 0]
-        return classes if self.branch is None else classes + self.branch.view(self.tokens.shape)[:, :, 0]
+        return classes if self.pending is None else classes + self.pending.view(self.tokens.shape)[:, :, 0]
 
     def whole(self) -> Tensor:
-        """The tokens, written over where there is a branch to add."""
-        return self.tokens if self.branch is None else self.tokens.add_(self.branch.view(self.tokens.shape))
+        """The tokens with what is pending added, in place."""
+        return self.tokens if self.pending is None else self.tokens.add_(self.pending.view(self.tokens.shape))
 
 
 @dataclass
 class _Block:
-    """One cross-frame block; ``lag_1`` and ``lag_2`` are what the stream lacks before each norm.
+    """One cross-frame block; ``missing_bias_1``, ``_2``: sum of biases not yet added to the residual stream at a norm.
 
     ``message`` are the arguments of ``message_attention``, or those of ``folded_message`` where no ``message_kv`` is.
     """
@@ -61,13 +59,13 @@ class _Block:
     message_kv: tuple[Tensor, Tensor] | None
     constant_kv: Tensor | None
     norm_1: tuple[Tensor, Tensor]
-    lag_1: Tensor | None
-    qkv: Product
-    out: Product
+    missing_bias_1: Tensor | None
+    qkv: Linear
+    out: Linear
     norm_2: tuple[Tensor, Tensor]
-    lag_2: Tensor | None
-    fc: Product
-    projection: Product
+    missing_bias_2: Tensor | None
+    fc: Linear
+    projection: Linear
     heads: int
     eps: float
 
@@ -80,13 +78,13 @@ class _Block:
         messages = message_attention(class_tokens, **self.message)
         return message_key_value(messages, *self.norm_1, *self.message_kv, eps=self.eps).flatten(0, 1)
 
-    def __call__(self, stream: _Stream, side: Side, class_row: bool) -> _Stream:
-        """The stream behind the block, of the same tokens or of (B, T, 1, D); that before it may be written over."""
+    def __call__(self, stream: _ResidualStream, side: SideStream, class_row: bool) -> _ResidualStream:
+        """The residual stream after the block, of all tokens or (B, T, 1, D); that given may be modified in place."""
         batch, frames, tokens, width = stream.tokens.shape
-        # the side reads what the stream was: its tensors live as long as this call
+        # the side stream reads the tokens as they were: its tensors live as long as this call
         with side.beside(lambda: self.key_value(stream.class_tokens())) as joined:
             rows = stream.tokens.flatten(0, 2)
-            packed, rows = self._behind_norm(self.qkv, rows, stream.branch, self.norm_1, self.lag_1)
+            packed, rows = self._after_norm(self.qkv, rows, stream.pending, self.norm_1, self.missing_bias_1)
             packed = packed.view(-1, tokens, 3 * width)
             message_kv = joined()
         if class_row:
@@ -95,32 +93,37 @@ class _Block:
         else:
             mixed = frame_attention(packed, message_kv, self.heads)
         rows, branch = _added(self.out, rows, mixed.reshape(rows.shape))
-        rows, branch = self._perceptron(rows, branch)
-        return _Stream(rows.view(batch, frames, -1, width), branch)
+        rows, branch = self._mlp(rows, branch)
+        return _ResidualStream(rows.view(batch, frames, -1, width), branch)
 
-    def _behind_norm(
-        self, product: Product, rows: Tensor, branch: Tensor | None, norm: tuple[Tensor, Tensor], lag: Tensor | None
+    def _after_norm(
+        self,
+        linear: Linear,
+        rows: Tensor,
+        branch: Tensor | None,
+        norm: tuple[Tensor, Tensor],
+        missing_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The product of the normed rows, and the rows with the branch added."""
+        """The linear layer of the normed rows, and the rows with the branch added."""
         weight, bias = norm
-        if isinstance(product, Float8Product):
+        if isinstance(linear, Float8Linear):
             # the normed rows are never stored in another precision
             quantized, scale, rows = quantize_rows(
-                rows, weight=weight, bias=bias, residual=branch, constant=lag, eps=self.eps
+                rows, weight=weight, bias=bias, residual=branch, constant=missing_bias, eps=self.eps
             )
-            return product.multiply(quantized, scale), rows
-        normed, rows = layer_norm(rows, weight, bias, residual=branch, constant=lag, eps=self.eps)
-        return product(normed), rows
+            return linear.multiply(quantized, scale), rows
+        normed, rows = layer_norm(rows, weight, bias, residual=branch, constant=missing_bias, eps=self.eps)
+        return linear(normed), rows
 
-    def _perceptron(self, rows: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if isinstance(self.fc, Float8Product):
-            hidden, rows = self._behind_norm(self.fc, rows, branch, self.norm_2, self.lag_2)
-            if isinstance(self.projection, Float8Product):
+    def _mlp(self, rows: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self.fc, Float8Linear):
+            hidden, rows = self._after_norm(self.fc, rows, branch, self.norm_2, self.missing_bias_2)
+            if isinstance(self.projection, Float8Linear):
                 quantized, scale, _ = quantize_rows(hidden, activation=self.fc.activation)
                 return rows, self.projection.multiply(quantized, scale)
             hidden = activate(hidden, self.fc.activation)
         else:
-            normed, rows = layer_norm(rows, *self.norm_2, residual=branch, constant=self.lag_2, eps=self.eps)
+            normed, rows = layer_norm(rows, *self.norm_2, residual=branch, constant=self.missing_bias_2, eps=self.eps)
             hidden = self.fc.activated(normed)
         return _added(self.projection, rows, hidden)
 
@@ -132,17 +135,17 @@ class _Block:
         return scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-def _added(product: Product, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Rows with a product added in its own pass, or, of a float8 one, the rows and a branch that is not added yet."""
-    if isinstance(product, Float8Product):
-        return rows, product(x)
-    return product.add(rows, x), None
+def _added(linear: Linear, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows with the layer's result added in its epilogue; for float8, the rows and the result not yet added."""
+    if isinstance(linear, Float8Linear):
+        return rows, linear(x)
+    return linear.add(rows, x), None
 
 
-class Side:
-    """Work beside the main stream; on the CPU it is simply done. Each thread has a stream of its own.
+class SideStream:
+    """A CUDA stream beside the current one; on the CPU the work runs at once. Each thread has a stream of its own.
 
-    So what one thread captures is not mixed with what another runs, as far as PyTorch's 32 streams reach.
+    So what one thread captures is not mixed with what another runs, up to PyTorch's 32 streams.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -150,9 +153,9 @@ class Side:
 
     @contextmanager
     def beside(self, work: Callable[[], Tensor]) -> Iterator[Callable[[], Tensor]]:
-        """Start work that reads what the main stream has made so far; what is given joins it, and is its result.
+        """Start work that reads what the current stream has made so far; yields a function that joins it.
 
-        An exception joins it too: a capture that ends while work is apart fails by that, and not by the exception.
+        An exception joins it too, so that a capture fails by the exception and not by an unjoined stream.
         """
         if self.device.type != "cuda":
             result = work()
@@ -184,11 +187,11 @@ class CudaTower:
     Args:
         visual: ``reference.VisionTower`` or what extends it; it is read, never kept.
         config: the model's sizes.
-        packing: how its weights become products.
+        packing: how its weights become GEMMs.
     """
 
     def __init__(self, visual: Any, config: Any, packing: Packing) -> None:
-        # the ops' norms read their vectors anyway
+        # the fused norms read their vectors anyway
         packing = replace(packing, rewrites=packing.rewrites - {"norms"})
         self.config, self.packing, self.rewrites = config, packing, packing.rewrites
         self.positions = exact(visual.positional_embedding)
@@ -198,10 +201,10 @@ class CudaTower:
         self.class_embedding = packing.tensor(visual.class_embedding)
         self.norm_pre = packing.tensor(visual.ln_pre.weight), packing.tensor(visual.ln_pre.bias)
         self.eps_pre, self.eps_post = visual.ln_pre.eps, visual.ln_post.eps
-        lag = torch.zeros(config.vision_width, dtype=torch.float64) if "stream" in self.rewrites else None
+        missing_bias = torch.zeros(config.vision_width, dtype=torch.float64) if "stream" in self.rewrites else None
         self.blocks = []
         for i, block in enumerate(visual.transformer.resblocks):
-            packed, lag = _pack(block, i, config, packing, lag)
+            packed, missing_bias = _pack(block, i, config, packing, missing_bias)
             self.blocks.append(packed)
         if "first_message" in self.rewrites:
             first = visual.transformer.resblocks[0]
@@ -211,17 +214,17 @@ class CudaTower:
             weight, bias = exact(first.attn.in_proj_weight[width:]), exact(first.attn.in_proj_bias[width:])
             pair = weight @ _normed(first_message(first, row), first.ln_1) + bias
             self.blocks[0].message, self.blocks[0].constant_kv = None, packing.tensor(pair)
-        self.lag = None if lag is None else packing.tensor(lag)
+        self.missing_bias = None if missing_bias is None else packing.tensor(missing_bias)
         self.norm_post = packing.tensor(visual.ln_post.weight), packing.tensor(visual.ln_post.bias)
-        self.projection = packing.product(exact(visual.proj).t(), None)
-        self.side = Side(packing.device)
+        self.projection = packing.linear(exact(visual.proj).t(), None)
+        self.side = SideStream(packing.device)
 
     def __call__(self, video: Tensor, *, patches: bool) -> tuple[Tensor, list[Tensor]]:
         """A checked video to class tokens (B, T, D), and the tokens of its frames in one part (B, T, S, D).
 
-        All of them lack ``lag``.
+        ``missing_bias`` is not yet added to any of them.
         """
-        stream = _Stream(self._embed(video))
+        stream = _ResidualStream(self._embed(video))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             stream = block(stream, self.side, i == last and not patches and "class_row" in self.rewrites)
@@ -230,7 +233,7 @@ class CudaTower:
 
     def project(self, classes: Tensor) -> Tensor:
         """Class tokens (B, T, D) as the tower gives them to frame features (B * T, E)."""
-        normed, _ = layer_norm(classes, *self.norm_post, constant=self.lag, eps=self.eps_post)
+        normed, _ = layer_norm(classes, *self.norm_post, constant=self.missing_bias, eps=self.eps_post)
         return self.projection(normed.flatten(0, 1))
 
     def _embed(self, video: Tensor) -> Tensor:
@@ -262,18 +265,20 @@ class CudaTower:
         return tokens.unflatten(0, video.shape[:2]).contiguous()
 
 
-def _pack(block: Any, index: int, config: Any, packing: Packing, lag: Tensor | None) -> tuple[_Block, Tensor | None]:
-    """A block, and what the stream lacks behind it."""
+def _pack(
+    block: Any, index: int, config: Any, packing: Packing, missing_bias: Tensor | None
+) -> tuple[_Block, Tensor | None]:
+    """A block, and the sum of biases not yet added to the residual stream after it."""
     attention, width = block.attn, config.vision_width
-    fc, projection, activation = packing.perceptron(block.mlp.c_fc, block.mlp.c_proj, block.ln_2, config.activation)
+    fc, projection, activation = packing.mlp(block.mlp.c_fc, block.mlp.c_proj, block.ln_2, config.activation)
     (last, projection_bias), out_bias = projection, exact(attention.out_proj.bias)
-    fc_bias, lag_1, lag_2 = exact(block.message_fc.bias), None, None
+    fc_bias, missing_bias_1, missing_bias_2 = exact(block.message_fc.bias), None, None
     biases: tuple[Tensor | None, Tensor | None] = out_bias, projection_bias
-    if lag is not None:
-        # the message is of the class token itself
-        fc_bias = fc_bias + exact(block.message_fc.weight) @ lag
-        lag_1, lag_2 = packing.tensor(lag), packing.tensor(lag + out_bias)
-        lag = lag + out_bias + projection_bias
+    if missing_bias is not None:
+        # the message is of the class token with the missing bias added
+        fc_bias = fc_bias + exact(block.message_fc.weight) @ missing_bias
+        missing_bias_1, missing_bias_2 = packing.tensor(missing_bias), packing.tensor(missing_bias + out_bias)
+        missing_bias = missing_bias + out_bias + projection_bias
         biases = None, None
     weight, bias = exact(attention.in_proj_weight), exact(attention.in_proj_bias)
     pair = weight[width:], bias[width:]
@@ -283,17 +288,17 @@ def _pack(block: Any, index: int, config: Any, packing: Packing, lag: Tensor | N
         message_kv=message_kv,
         constant_kv=None,
         norm_1=(packing.tensor(block.ln_1.weight), packing.tensor(block.ln_1.bias)),
-        lag_1=lag_1,
-        qkv=packing.product(weight, bias, place=place_of(index, "qkv")),
-        out=packing.product(exact(attention.out_proj.weight), biases[0], place=place_of(index, "out")),
+        missing_bias_1=missing_bias_1,
+        qkv=packing.linear(weight, bias, place=place_of(index, "qkv")),
+        out=packing.linear(exact(attention.out_proj.weight), biases[0], place=place_of(index, "out")),
         norm_2=(packing.tensor(block.ln_2.weight), packing.tensor(block.ln_2.bias)),
-        lag_2=lag_2,
-        fc=packing.product(*fc, activation, place=place_of(index, "fc")),
-        projection=packing.product(last, biases[1], place=place_of(index, "projection")),
+        missing_bias_2=missing_bias_2,
+        fc=packing.linear(*fc, activation, place=place_of(index, "fc")),
+        projection=packing.linear(last, biases[1], place=place_of(index, "projection")),
         heads=attention.heads,
         eps=block.ln_1.eps,
     )
-    return packed, lag
+    return packed, missing_bias
 
 
 def _pack_message(
@@ -310,9 +315,9 @@ def _pack_message(
             (exact(block.ln_1.weight), exact(block.ln_1.bias)),
             pair,
         )
-        # six products of D by D in float64: a GPU has them at once
+        # six GEMMs of D by D in float64 take a GPU no time
         folded = fold(*((weight.to(packing.device), bias.to(packing.device)) for weight, bias in steps))
-        # what no product adds stays in float32
+        # what no GEMM adds stays in float32
         tensors = {
             name: packing.tensor(x, None if x.ndim == 2 or name == "bias" else exact_dtype(packing.dtype))
             for name, x in folded._asdict().items()

@@ -1,4 +1,4 @@
-"""CUDA graphs: one a batch bucket, frames, resolution and class set, the least recently used out first."""
+"""CUDA graphs: one for each batch bucket, frames, resolution and class set, in an LRU cache."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from xclip_fast.recent import Recent
 
 MAX_GRAPHS = 8
-MAX_PAIRS = 1 << 14  # of a video and a class in a graph: of more the buffers are large and the launches the least
+MAX_PAIRS = 1 << 14  # of a video and a class in a graph: with more, buffers are large and launch overhead is small
 _TRIALS = 5  # of each way of running an odd batch
-_CAPTURE = threading.Lock()  # one at a time in a process: a capture begins by waiting for the whole device
-# replays of all graphs on a device run one behind another: what one thread captured shares its cuBLAS workspaces
+_CAPTURE = threading.Lock()  # one capture at a time in a process: it begins by synchronising the device
+# replays of all graphs on a device run one after another: what one thread captured shares its cuBLAS workspaces
 _REPLAY = threading.Lock()
 _replayed: dict[torch.device, torch.cuda.Event] = {}
 

@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from xclip_fast.classes import class_chunks
-from xclip_fast.engine.block import PackedBlock
-from xclip_fast.engine.cpu import Norm
-from xclip_fast.engine.packing import Packing, exact
-from xclip_fast.engine.products import Product
+from xclip_fast.engine.linears import Linear
+from xclip_fast.engine.packing import Norm, PackedBlock, Packing, exact
 from xclip_fast.engine.texts import EncodedTexts
 from xclip_fast.ops import clip_logits, layer_norm, mean_norm_over_frames, prompt_attention, temporal_block
 from xclip_fast.ops._dtypes import exact_dtype
@@ -23,8 +21,8 @@ from xclip_fast.reference.positions import temporal_positions
 
 
 @dataclass
-class _LaggingNorm(Norm):
-    """The fused layer norm, of rows that lack a constant (D,), the biases of the products behind them, or nothing."""
+class _MissingBiasNorm(Norm):
+    """The fused layer norm; ``constant`` (D,) is the sum of biases not yet added to the rows, or None."""
 
     constant: Tensor | None = None
 
@@ -35,15 +33,15 @@ class _LaggingNorm(Norm):
 @dataclass
 class _PromptLayer:
     norm_1: Norm
-    query: Product
-    out: Product
+    query: Linear
+    out: Linear
     norm_3: Norm
-    fc: Product
-    projection: Product
+    fc: Linear
+    projection: Linear
 
 
 class _LastBlock(PackedBlock):
-    """The last block of MIT and the mean behind it, the mean before the last product."""
+    """The last block of MIT and the mean over frames, which is taken before the last GEMM."""
 
     def __call__(self, x: Tensor, features: Tensor) -> Tensor:
         """What enters the block and the frame features, both (B, T, E), to video features (B, E)."""
@@ -51,7 +49,7 @@ class _LastBlock(PackedBlock):
         packed = self.qkv(self.norm_1(rows)).view(*x.shape[:2], 3, self.heads, -1)
         query, key, value = packed.permute(2, 0, 3, 1, 4)
         mixed = scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows.shape)
-        # the products may write over their streams
+        # ``add`` may modify its stream in place
         rows = self.out.add(rows.clone(), mixed)
         hidden = self.fc.activated(self.norm_2(rows))
         mean = (features + rows.view(x.shape)).mean(dim=1)
@@ -71,27 +69,28 @@ class Heads:
         self.last_block = _LastBlock.pack(last, "quick_gelu", packing) if "mit_mean" in packing.rewrites else None
         norm = model.prompts_visual_ln
         self.patch_norm = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
-        self.patch_projection = packing.product(exact(model.prompts_visual_proj).t(), None)
+        self.patch_projection = packing.linear(exact(model.prompts_visual_proj).t(), None)
         if packing.device.type == "cpu":
             # half precision in the prompts is most of what logits err, and on the CPU it saves little
             packing = replace(packing, dtype=exact_dtype(packing.dtype))
-        lag = torch.zeros(model.config.embed_dim, dtype=torch.float64) if "stream" in packing.rewrites else None
-        if lag is not None:
-            # the op's norms read their vectors anyway
+        missing_bias: Tensor | None = None
+        if "stream" in packing.rewrites:
+            missing_bias = torch.zeros(model.config.embed_dim, dtype=torch.float64)
+            # the fused norms read their vectors anyway
             packing = replace(packing, rewrites=packing.rewrites - {"norms"})
         self.prompt_dtype = packing.dtype
         prompts = model.prompts_generator
         attentions = [layer.cross_attn for layer in prompts.decoder]
         self.heads = attentions[0].heads
-        # one product makes the keys and values of all layers
+        # one GEMM makes the keys and values of all layers
         weights = [exact(part.weight) for attention in attentions for part in (attention.k_proj, attention.v_proj)]
-        self.key_value = packing.product(*_behind(prompts.norm, torch.cat(weights), packing))
+        self.key_value = packing.linear(*_after_norm(prompts.norm, torch.cat(weights), packing))
         self.norm = _norm(prompts.norm, packing, None)
         self.layers = []
         for layer in prompts.decoder:
-            packed, lag = _prompt_layer(layer, packing, lag)
+            packed, missing_bias = _prompt_layer(layer, packing, missing_bias)
             self.layers.append(packed)
-        self.lag = None if lag is None else packing.tensor(lag)
+        self.missing_bias = None if missing_bias is None else packing.tensor(missing_bias)
         self.alpha = packing.tensor(prompts.alpha, exact_dtype(packing.dtype))
         self.logit_scale = packing.tensor(model.logit_scale, exact_dtype(packing.dtype))
 
@@ -108,19 +107,19 @@ class Heads:
             return temporal_block(x, **self.mit_blocks[-1], positions=positions, pooled_with=features)
         return self.last_block(x if positions is None else x + positions, features)
 
-    def project_patches(self, tokens: list[Tensor], frames: int, lag: Tensor | None = None) -> Tensor:
+    def project_patches(self, tokens: list[Tensor], frames: int, missing_bias: Tensor | None = None) -> Tensor:
         """Tokens of all frames to mean patch features (B, N, E).
 
         Args:
             tokens: parts of (videos, frames, S, D) in their order.
             frames: of a video.
-            lag: (D,), what all tokens lack.
+            missing_bias: (D,), the sum of biases not yet added to the tokens.
         """
         videos: list[Tensor] = []
         mean: Any = 0.0
         seen = 0
         for part in tokens:
-            patches = self._mean(part[:, :, 1:], lag)
+            patches = self._mean(part[:, :, 1:], missing_bias)
             if part.shape[1] == frames:
                 videos.append(patches)
                 continue
@@ -131,11 +130,11 @@ class Heads:
         means = _joined(videos, dim=0)
         return self._project(means) if "patch_mean" in self.rewrites else means
 
-    def _mean(self, patches: Tensor, lag: Tensor | None) -> Tensor:
+    def _mean(self, patches: Tensor, missing_bias: Tensor | None) -> Tensor:
         norm = self.patch_norm
         if "patch_mean" in self.rewrites:
-            return mean_norm_over_frames(patches, norm.weight, norm.bias, constant=lag, eps=norm.eps)  # type: ignore[arg-type]
-        return self._project(norm(patches if lag is None else patches + lag)).mean(dim=1)
+            return mean_norm_over_frames(patches, norm.weight, norm.bias, constant=missing_bias, eps=norm.eps)  # type: ignore[arg-type]
+        return self._project(norm(patches if missing_bias is None else patches + missing_bias)).mean(dim=1)
 
     def _project(self, x: Tensor) -> Tensor:
         return self.patch_projection(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
@@ -162,8 +161,8 @@ class Heads:
         for some in self._parts(texts, len(patches)):
             prompts = self._prompts(some, key_value)
             features = video() if features is None else features
-            lag = None if self.lag is None else self.lag.expand_as(prompts)
-            columns.append(clip_logits(features, some.features, prompts, self.alpha, self.logit_scale, residual=lag))
+            bias = None if self.missing_bias is None else self.missing_bias.expand_as(prompts)
+            columns.append(clip_logits(features, some.features, prompts, self.alpha, self.logit_scale, residual=bias))
         return _joined(columns, dim=1)
 
     def _parts(self, texts: EncodedTexts, videos: int) -> Iterator[EncodedTexts]:
@@ -172,10 +171,10 @@ class Heads:
             yield texts._replace(features=texts.features[chunk], query=texts.query[chunk])
 
     def _prompts(self, texts: EncodedTexts, key_value: Tensor) -> Tensor:
-        """What the prompts add to texts, before ``alpha`` and without ``lag``: (B, K, E)."""
+        """What the prompts add to texts, before ``alpha`` and ``missing_bias``: (B, K, E)."""
         videos, (classes, width) = len(key_value), texts.features.shape
         query = texts.query if "prompt_query" in self.rewrites else self._first_query(texts.features)
-        # a copy for each video, in one pass: the products write over it
+        # a copy for each video, in one pass: ``add`` modifies it in place
         rows = texts.features.expand(videos, -1, -1)
         rows = rows.to(self.prompt_dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
         for i, layer in enumerate(self.layers):
@@ -196,37 +195,37 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
-def _behind(norm: Any, weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
+def _after_norm(norm: Any, weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
     if "norms" not in packing.rewrites:
         return exact(weight), None
-    return packing.behind(norm, weight, torch.zeros(len(weight)))
+    return packing.after_norm(norm, weight, torch.zeros(len(weight)))
 
 
-def _norm(norm: Any, packing: Packing, lag: Tensor | None) -> Norm:
-    """A norm of rows that lack ``lag``, (D,) in float64 or nothing."""
+def _norm(norm: Any, packing: Packing, missing_bias: Tensor | None) -> Norm:
+    """A norm of rows to which ``missing_bias``, (D,) in float64 or None, is not yet added."""
     if "stream" not in packing.rewrites:
         return Norm(*packing.vectors(norm), norm.eps)
-    constant = None if lag is None else packing.tensor(lag, exact_dtype(packing.dtype))
-    return _LaggingNorm(*packing.vectors(norm), norm.eps, constant)
+    constant = None if missing_bias is None else packing.tensor(missing_bias, exact_dtype(packing.dtype))
+    return _MissingBiasNorm(*packing.vectors(norm), norm.eps, constant)
 
 
-def _prompt_layer(layer: Any, packing: Packing, lag: Tensor | None) -> tuple[_PromptLayer, Tensor | None]:
-    """A layer, and what the texts lack behind it where they lacked ``lag`` before: its biases are added by norms."""
+def _prompt_layer(layer: Any, packing: Packing, missing_bias: Tensor | None) -> tuple[_PromptLayer, Tensor | None]:
+    """A layer, and the sum of biases not yet added after it, from that before it; norms add them."""
     attention = layer.cross_attn
-    fc, (last, projection_bias), activation = packing.perceptron(layer.mlp[0], layer.mlp[-1], layer.norm3, "quick_gelu")
-    out_bias, before = exact(attention.proj.bias), lag
+    fc, (last, projection_bias), activation = packing.mlp(layer.mlp[0], layer.mlp[-1], layer.norm3, "quick_gelu")
+    out_bias, before = exact(attention.proj.bias), missing_bias
     biases: tuple[Tensor | None, Tensor | None] = out_bias, projection_bias
-    if lag is not None:
-        lag, biases = lag + out_bias, (None, None)
+    if missing_bias is not None:
+        missing_bias, biases = missing_bias + out_bias, (None, None)
     packed = _PromptLayer(
         norm_1=_norm(layer.norm1, packing, before),
-        query=packing.product(*_behind(layer.norm1, attention.q_proj.weight, packing)),
-        out=packing.product(exact(attention.proj.weight), biases[0]),
-        norm_3=_norm(layer.norm3, packing, lag),
-        fc=packing.product(*fc, activation),
-        projection=packing.product(last, biases[1]),
+        query=packing.linear(*_after_norm(layer.norm1, attention.q_proj.weight, packing)),
+        out=packing.linear(exact(attention.proj.weight), biases[0]),
+        norm_3=_norm(layer.norm3, packing, missing_bias),
+        fc=packing.linear(*fc, activation),
+        projection=packing.linear(last, biases[1]),
     )
-    return packed, None if lag is None else lag + projection_bias
+    return packed, None if missing_bias is None else missing_bias + projection_bias
 
 
 def _temporal_arguments(block: Any, packing: Packing) -> dict[str, Any]:

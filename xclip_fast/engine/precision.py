@@ -1,4 +1,4 @@
-"""What an engine asked for in a dtype on a device computes in, and which of them there cannot be."""
+"""Which precisions an engine of a dtype on a device computes in, and which it refuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from xclip_fast import processor
-from xclip_fast.engine.products import int8_product
+from xclip_fast.engine.linears import int8_linear
 from xclip_fast.errors import InputError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
@@ -17,7 +17,7 @@ _log = logging.getLogger("xclip_fast")
 
 
 def precision_of(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, str | None, torch.dtype | None]:
-    """The dtype of the stream, the narrow one of the blocks' products, and the one that weights are kept in, if any.
+    """The dtype of the residual stream, the narrow one of the blocks' GEMMs, and the one weights are kept in, if any.
 
     Raises:
         InputError: an engine cannot compute in this dtype on this device.
@@ -25,7 +25,7 @@ def precision_of(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype,
     if dtype not in DTYPES and dtype is not torch.float64:
         raise InputError(f"an engine in {dtype!r} was asked for: choose one of {', '.join(map(str, DTYPES))}")
     if dtype is torch.int8:
-        if device.type != "cpu" or int8_product() is None:
+        if device.type != "cpu" or int8_linear() is None:
             raise InputError(
                 f"an engine in int8 was asked for on {device}: it needs a CPU and a PyTorch that multiply bytes; "
                 "use bfloat16"

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from xclip_fast.engine.block import PackedBlock
-from xclip_fast.engine.cpu import Norm
-from xclip_fast.engine.packing import Packing, exact
+from xclip_fast.engine.packing import Norm, PackedBlock, Packing, exact
 from xclip_fast.recent import Recent
 from xclip_fast.reference.transformer import split_heads
 from xclip_fast.text.cache import encode_in_chunks, text_weights
@@ -66,7 +64,7 @@ class TextTower:
         self.blocks = [_TextBlock.pack(block, activation, packing) for block in model.transformer.resblocks]
         norm = model.ln_final
         self.norm = Norm(packing.tensor(norm.weight), packing.tensor(norm.bias), norm.eps)
-        self.projection = packing.product(exact(model.text_projection).t(), None)
+        self.projection = packing.linear(exact(model.text_projection).t(), None)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Features (K, E) of checked token ids (K, L) on the CPU."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from xclip_fast import reference
-from xclip_fast.layers.transformer import ATTENTION, PERCEPTRON, Block
+from xclip_fast.layers.transformer import ATTENTION, MLP, Block
 from xclip_fast.ops import temporal_block
 from xclip_fast.ops._backends import host_bound
 from xclip_fast.plain import NORM, Plain, is_plain
@@ -69,4 +69,4 @@ def _temporal_block(x: Tensor, block: Any, positions: Tensor | None, pooled_with
     )
 
 
-_BLOCK = Plain(Block, ln_1=NORM, attn=ATTENTION, ln_2=NORM, mlp=PERCEPTRON)
+_BLOCK = Plain(Block, ln_1=NORM, attn=ATTENTION, ln_2=NORM, mlp=MLP)

@@ -42,20 +42,20 @@ class SelfAttention(reference.transformer.SelfAttention):
         return self.out_proj(mixed.transpose(-3, -2).flatten(-2))
 
 
-PERCEPTRON = Plain(nn.Sequential, c_fc=LINEAR, gelu=QUICK_GELU, c_proj=LINEAR)
+MLP = Plain(nn.Sequential, c_fc=LINEAR, gelu=QUICK_GELU, c_proj=LINEAR)
 ATTENTION = Plain(SelfAttention, parameters="in_proj_weight in_proj_bias", out_proj=LINEAR)
 
 
-def join(
+def add_norm(
     owner: nn.Module, name: str, stream: Tensor, pending: Tensor | None, kind: Plain = NORM
 ) -> tuple[Tensor, Tensor]:
-    """The norm of that name of the stream with what is pending, and the stream with it added."""
+    """``pending`` added to the residual stream and normed in one kernel: the normed rows, and the residual stream."""
     if pending is not None:
-        # autocast leaves branches in half precision beside a float32 stream
+        # autocast leaves branches in half precision beside a float32 residual stream
         pending = pending.to(stream.dtype)
     norm: Any = getattr(owner, name)
     if not is_plain(owner, **{name: kind}):
-        stream = closed(stream, pending)
+        stream = add_pending(stream, pending)
         return norm(stream), stream
     x, residual = (stream, None) if pending is None else (pending, stream)
     return layer_norm(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
@@ -67,12 +67,13 @@ def modules_do(tokens: Tensor, norm: nn.Module) -> bool:
     return host_bound(tokens) and (weight is None or weight.dtype == tokens.dtype)
 
 
-def closed(stream: Tensor, pending: Tensor | None) -> Tensor:
-    """The stream with what is pending added."""
+def add_pending(stream: Tensor, pending: Tensor | None) -> Tensor:
+    """The residual stream with ``pending``, output of the previous MLP, added."""
     return stream if pending is None else stream + pending
 
 
-def perceptron(owner: Any, x: Tensor, kind: Plain = PERCEPTRON) -> Tensor:
+def run_mlp(owner: Any, x: Tensor, kind: Plain = MLP) -> Tensor:
+    """The MLP of a module, fused where it is plain."""
     if not is_plain(owner, mlp=kind):
         return owner.mlp(x)
     fc, _, *_, proj = owner.mlp
@@ -94,36 +95,38 @@ class Block(reference.transformer.Block):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (..., L, width) to the same shape; ``mask`` (L, L) is added to the scores."""
-        return super().forward(x, mask) if modules_do(x, self.ln_1) else closed(*self.advance(x, None, mask))
+        return super().forward(x, mask) if modules_do(x, self.ln_1) else add_pending(*self._advance(x, None, mask))
 
-    def advance(
+    def _advance(
         self, stream: Tensor, pending: Tensor | None, mask: Tensor | None, *, causal: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """As ``CrossFrameBlock.advance``; ``causal`` where the mask is the causal one."""
-        normed, stream = join(self, "ln_1", stream, pending)
+        """As ``CrossFrameBlock._advance``; ``causal`` where the mask is the causal one."""
+        normed, stream = add_norm(self, "ln_1", stream, pending)
         if causal and not is_transformed() and is_plain(self, attn=_ATTENTION_ALONE):
             branch = self.attn.attend(normed, is_causal=True)
         else:
             branch = self.attn(normed, mask)
-        normed, stream = join(self, "ln_2", stream, branch)
-        return stream, perceptron(self, normed)
+        normed, stream = add_norm(self, "ln_2", stream, branch)
+        return stream, run_mlp(self, normed)
 
 
-def through(stack: Any, kind: Plain, stream: Tensor, *inputs: Tensor, **options: bool) -> tuple[Tensor, Tensor | None]:
-    """A stack's blocks one behind another, each leaving its last addition to the next; the stream and the last of them.
+def run_blocks(
+    stack: Any, kind: Plain, stream: Tensor, *inputs: Tensor, **options: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A stack's blocks in order, each MLP added in the first norm of the next: the residual stream and ``pending``.
 
-    inputs: what else a block's ``forward`` takes.
-    options: what else ``advance`` takes.
+    inputs: further arguments of a block's ``forward``.
+    options: further arguments of its ``_advance``.
     """
     recomputed = stack.checkpointing is not None and stack.training and torch.is_grad_enabled()
     by_modules = recomputed or host_bound(stream)
     pending: Tensor | None = None
     for name, block in stack.resblocks.named_children():
         if not by_modules and is_plain(stack.resblocks, **{name: kind}):
-            stream, pending = block.advance(stream, pending, *inputs, **options)
+            stream, pending = block._advance(stream, pending, *inputs, **options)
             continue
         run = partial(checkpoint, _as_asked(block), **stack.checkpointing) if recomputed else block
-        stream, pending = run(closed(stream, pending), *inputs), None
+        stream, pending = run(add_pending(stream, pending), *inputs), None
     return stream, pending
 
 
@@ -156,7 +159,7 @@ class TextTransformer(reference.transformer.TextTransformer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Token embeddings (K, L, width) to the same shape."""
-        return closed(*through(self, _BLOCK, x, causal_mask(x), causal=True))
+        return add_pending(*run_blocks(self, _BLOCK, x, causal_mask(x), causal=True))
 
 
 _BLOCK = Plain(Block)

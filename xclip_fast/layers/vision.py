@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from xclip_fast import reference
-from xclip_fast.layers.transformer import ATTENTION, SelfAttention, closed, join, modules_do, perceptron, through
+from xclip_fast.layers.transformer import (
+    ATTENTION,
+    SelfAttention,
+    add_norm,
+    add_pending,
+    modules_do,
+    run_blocks,
+    run_mlp,
+)
 from xclip_fast.ops import frame_attention, message_attention, message_key_value, patch_embed
 from xclip_fast.ops._backends import host_bound
 from xclip_fast.ops._patch_contract import channels_last, pixel_statistics
@@ -69,16 +77,16 @@ def _communicate(owner: Any, class_tokens: Tensor) -> Tensor:
 def _attend_within_frame(
     owner: Any, stream: Tensor, pending: Tensor | None, message: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The stream with what is pending added, and the branch of the intra-frame attention, both (B, T, S, D).
+    """The residual stream with ``pending`` added, and the branch of the intra-frame attention, both (B, T, S, D).
 
     ``message`` makes messages (B, T, D) of class tokens (B, T, D).
     """
     norm, attention = owner.ln_1, owner.attn
     if not is_plain(owner, ln_1=NORM, attn=ATTENTION):
-        stream = closed(stream, pending)
+        stream = add_pending(stream, pending)
         extended = torch.cat([stream, message(stream[:, :, 0]).unsqueeze(-2).to(stream.dtype)], dim=-2)
         return stream, attention(norm(extended))[..., :-1, :]
-    normed, stream = join(owner, "ln_1", stream, pending)
+    normed, stream = add_norm(owner, "ln_1", stream, pending)
     width = stream.shape[-1]
     packed = linear(normed, attention.in_proj_weight, attention.in_proj_bias)
     message_kv = message_key_value(
@@ -214,17 +222,21 @@ class CrossFrameBlock(reference.CrossFrameBlock):
         drops = self.training and self.drop_path
         if modules_do(tokens, self.ln_1) and not drops:
             return super().forward(tokens)
-        return closed(*self.advance(tokens, None))
+        return add_pending(*self._advance(tokens, None))
 
-    def advance(self, stream: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``forward`` of ``stream + pending``, which the first norm adds on its way; the same for the next block.
+    def _advance(self, stream: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``forward`` with its first and last addition left to the norms, inside a stack.
+
+        Args:
+            stream: the residual stream (B, T, S, D).
+            pending: output of the previous MLP, not yet added; fused into the first norm.
 
         Returns:
-            The residual stream, and what the perceptron adds to it.
+            The residual stream, and the output of this block's MLP, not yet added.
         """
         stream, branch = _attend_within_frame(self, stream, pending, self._message)
-        normed, stream = join(self, "ln_2", stream, self._drop(branch))
-        return stream, self._drop(perceptron(self, normed))
+        normed, stream = add_norm(self, "ln_2", stream, self._drop(branch))
+        return stream, self._drop(run_mlp(self, normed))
 
     def _message(self, class_tokens: Tensor) -> Tensor:
         if not (self.training and self.drop_path):
@@ -237,7 +249,7 @@ class CrossFrameBlock(reference.CrossFrameBlock):
 
 
 class CrossFrameTransformer(reference.vision.CrossFrameTransformer):
-    """The stack of blocks; each leaves its last addition to the norm of the next.
+    """The stack of blocks; the output of each MLP is added in the first norm of the next block.
 
     Example:
         >>> import torch
@@ -252,11 +264,11 @@ class CrossFrameTransformer(reference.vision.CrossFrameTransformer):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T, S, D) to tokens of the same shape."""
-        return closed(*self.advance(tokens))
+        return add_pending(*self._advance(tokens))
 
-    def advance(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``forward`` without its last addition: the residual stream, and what is still to be added to it."""
-        return through(self, _BLOCK, tokens)
+    def _advance(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``forward`` without its last addition: the residual stream, and ``pending``, not yet added."""
+        return run_blocks(self, _BLOCK, tokens)
 
 
 class VisionTower(reference.VisionTower):
@@ -283,20 +295,20 @@ class VisionTower(reference.VisionTower):
             video: uint8 (B, T, H, W, 3), or floating point (B, T, 3, H, W) already normalised.
             mean, std: of the pixels from 0 to 1, for uint8 video.
         """
-        features, stream, pending = self.advance(video, mean=mean, std=std)
-        return features, closed(stream, pending)
+        features, stream, pending = self._advance(video, mean=mean, std=std)
+        return features, add_pending(stream, pending)
 
-    def advance(
+    def _advance(
         self, video: Tensor, *, mean: Statistics = None, std: Statistics = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``forward`` without its last addition: the features, the patches' stream, and what is to be added to it."""
+        """``forward`` without its last addition: features, residual stream of the patches, and ``pending``."""
         tokens = _embed(self, video.flatten(0, 1), mean, std).unflatten(0, video.shape[:2])
         stream, pending = tokens, None
         if is_plain(self, transformer=_TRANSFORMER):
-            stream, pending = self.transformer.advance(tokens)
+            stream, pending = self.transformer._advance(tokens)
         else:
             stream = self.transformer(tokens)
-        normed, _ = join(self, "ln_post", stream[:, :, 0], None if pending is None else pending[:, :, 0])
+        normed, _ = add_norm(self, "ln_post", stream[:, :, 0], None if pending is None else pending[:, :, 0])
         patches = stream[:, :, 1:]
         return normed @ self.proj, patches, None if pending is None else pending[:, :, 1:].to(patches.dtype)
 

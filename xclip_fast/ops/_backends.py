@@ -162,7 +162,7 @@ def _tensor_refusal(tensors: Sequence[Tensor | None]) -> str | None:
     for tensor in present:
         if tensor.dtype not in KERNEL_DTYPES and tensor.is_floating_point():
             return f"it takes float16, bfloat16 and float32, found {tensor.dtype}"
-        if tensor.is_neg():
+        if _is_negated(tensor):
             return "a negated view has another sign in memory: call .resolve_neg() on it"
     place = first.device
     if any(tensor.device != place for tensor in present):
@@ -182,6 +182,11 @@ def _tensor_refusal(tensors: Sequence[Tensor | None]) -> str | None:
     return None if compute_capability(first.get_device()) >= (8, 0) else "it needs compute capability 8.0 or newer"
 
 
+def _is_negated(tensor: Tensor) -> bool:
+    # a compiler cannot ask, and its graphs resolve such a view
+    return not torch.compiler.is_compiling() and tensor.is_neg()
+
+
 def _on_one_gpu(tensors: Sequence[Tensor | None]) -> bool:
     """Whether that is all there is to ask: the usual call, which every op makes."""
     place = -1
@@ -190,7 +195,7 @@ def _on_one_gpu(tensors: Sequence[Tensor | None]) -> bool:
             continue
         if not tensor.is_cuda or tensor.dtype not in KERNEL_DTYPES or place not in (-1, tensor.get_device()):
             return False
-        if tensor.is_neg():
+        if _is_negated(tensor):
             return False
         place = tensor.get_device()
     return place >= 0 and _TRITON_INSTALLED and compute_capability(place) >= (8, 0)

@@ -30,7 +30,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     Args:
         query: (..., heads, L, head_dim).
         key, value: (..., heads, M, head_dim).
-        mask: (L, M) added to the scores, or nothing.
+        mask: (L, M) added to the scores, or None.
 
     Returns:
         (..., L, heads * head_dim).
@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
 
 
 def mlp(width: int, hidden: int, activation: str) -> nn.Sequential:
-    """The two-layer perceptron of a block, with CLIP's names."""
+    """The MLP of a block, with CLIP's names."""
     return nn.Sequential(
         OrderedDict(
             c_fc=nn.Linear(width, hidden),

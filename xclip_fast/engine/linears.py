@@ -1,4 +1,4 @@
-"""The products of the engine: weights packed once, in the precision and for the library that runs them."""
+"""The linear layers of the engine: weights packed once, in the precision and for the library that runs the GEMM."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from xclip_fast.ops._quantize_rows import activate, quantize_rows
 EIGHT_BITS, SEVEN_BITS = 253, 125
 _QNNPACK = Lock()  # the engine that PyTorch packs for is one of the process
 _LEAST_RANGE = 1e-35  # of numbers that are not taken for zeros: the inverse of their step is a float32
-_BYTES_AT_ONCE = 200_000  # numbers turned into bytes together: in float32 they stay in the second cache
-_WIDENED_AT_ONCE = 100_000  # weights multiplied at a time in another precision than their own: they stay there too
+_BYTES_AT_ONCE = 200_000  # numbers quantised together: in float32 they stay in the L2 cache
+_WIDENED_AT_ONCE = 100_000  # weights widened at a time: they stay in the L2 cache too
 
 
-class Product(Protocol):
-    """``x @ weight.T + bias`` of rows (M, K); ``add`` may write into the stream, and only its result counts."""
+class Linear(Protocol):
+    """``x @ weight.T + bias`` of rows (M, K); ``add`` may modify ``stream`` in place: use the returned tensor."""
 
     name: str
 
@@ -39,12 +39,12 @@ class Product(Protocol):
         """``stream + x @ weight.T + bias``, (M, N)."""
 
 
-class PlainProduct:
-    """PyTorch's own product, and the only one that takes every dtype and device.
+class PlainLinear:
+    """PyTorch's own GEMM, and the only one that takes every dtype and device.
 
     Args:
         weight: (N, K).
-        bias: (N,), or nothing.
+        bias: (N,), or None.
         activation: "silu", "quick_gelu" or "gelu", of ``activated``.
     """
 
@@ -65,12 +65,12 @@ class PlainProduct:
         return stream if self.bias is None else stream.add_(self.bias)
 
 
-class OneDnnProduct:
-    """oneDNN's product with the weight in its own layout, bias, activation and residual in its last pass.
+class OneDnnLinear:
+    """oneDNN's GEMM with the weight in its own layout, bias, activation and residual in its epilogue.
 
     Args:
         weight: float32 or bfloat16 (N, K) on the CPU.
-        bias, activation: as in ``PlainProduct``.
+        bias, activation: as in ``PlainLinear``.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "silu") -> None:
@@ -91,13 +91,13 @@ class OneDnnProduct:
         return torch.ops.mkldnn._linear_pointwise.binary(x, stream, self.weight, self.bias, "add")
 
 
-class PackedProduct:
-    """The extension's product in float32, of weights that stay in their dtype: bias, activation, residual in one pass.
+class PackedLinear:
+    """The extension's float32 GEMM of weights kept in their dtype, with bias, activation and residual in its epilogue.
 
     Args:
         weight: float32, bfloat16 or float16 (N, K) on the CPU.
         bias: float32 (N,), or None.
-        activation: as in ``PlainProduct``.
+        activation: as in ``PlainLinear``.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "silu") -> None:
@@ -123,13 +123,13 @@ class PackedProduct:
         return result
 
 
-class WidenedProduct:
-    """PyTorch's product in float32 of weights that stay in half precision, some of them at a time.
+class WidenedLinear:
+    """PyTorch's GEMM in float32 of weights that stay in half precision and are widened block by block.
 
     Args:
         weight: bfloat16 or float16 (N, K) on the CPU.
         bias: float32 (N,), or None.
-        activation: as in ``PlainProduct``.
+        activation: as in ``PlainLinear``.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "silu") -> None:
@@ -152,15 +152,15 @@ class WidenedProduct:
         return stream.add_(self(x))
 
 
-class Int8Product:
-    """oneDNN's product of bytes: a scale for each channel of the weight, one for all rows of a call.
+class Int8Linear:
+    """oneDNN's int8 GEMM: a scale for each output channel of the weight, one for all rows of a call.
 
-    The rows of a call are those of one video, so what is computed beside a video never changes it. Where bytes are
-    added in pairs of 16 bits, which saturate, rows have seven bits.
+    The rows of a call are those of one video, so the rest of a batch never changes its result. Where pairs of products
+    are accumulated in 16 bits, which saturate, rows have seven bits.
 
     Args:
         weight: (N, K) on the CPU, in any precision.
-        bias, activation: as in ``PlainProduct``.
+        bias, activation: as in ``PlainLinear``.
         dtype: of the rows and the results, bfloat16 or float32.
     """
 
@@ -198,12 +198,12 @@ class Int8Product:
         )
 
 
-class QnnpackInt8Product:
-    """QNNPACK's product of bytes, for ARM: as ``Int8Product``, but activation and residual are passes of their own.
+class QnnpackInt8Linear:
+    """QNNPACK's int8 GEMM, for ARM: as ``Int8Linear``, but activation and residual are passes of their own.
 
     Args:
         weight: (N, K) on the CPU, in any precision.
-        bias, activation, dtype: as in ``Int8Product``.
+        bias, activation, dtype: as in ``Int8Linear``.
     """
 
     name = "int8"
@@ -213,7 +213,7 @@ class QnnpackInt8Product:
         zeros = torch.zeros(len(weight), dtype=torch.int64)
         channels = torch._make_per_channel_quantized_tensor(quantised, scale.double(), zeros, 0)
         with _QNNPACK:
-            # packed for the engine of this moment, and run by it ever after
+            # packed for the engine that is set now, and always run by it
             engine = torch.backends.quantized.engine
             torch.backends.quantized.engine = "qnnpack"
             try:
@@ -224,7 +224,7 @@ class QnnpackInt8Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.float().contiguous()
-        # its bytes would hide what is not finite
+        # quantised rows would hide what is not finite
         spoilt = rows.new_full((), float("nan")) if not rows.isfinite().all() else None
         result: Tensor = torch.ops.quantized.linear_dynamic(rows if spoilt is None else rows.nan_to_num(), self.packed)
         return (result if spoilt is None else result.fill_(spoilt)).to(self.dtype)
@@ -236,17 +236,17 @@ class QnnpackInt8Product:
         return stream.add_(self(x))
 
 
-class Float8Product:
+class Float8Linear:
     """``torch._scaled_mm`` with a scale for each row of both sides, on Hopper and newer.
 
-    ``multiply`` takes rows that a norm or an activation has quantised on its way, all else quantises them itself.
+    ``multiply`` takes rows that the kernel of a norm or an activation has quantised; the other methods quantise them.
 
     Args:
         weight: (N, K) on the GPU, in any precision.
-        bias, activation: as in ``PlainProduct``.
+        bias, activation: as in ``PlainLinear``.
         dtype: of the rows and the results.
-        fast: sum within the tensor cores, which keep fewer bits than float32, instead of moving their sums to float32
-            registers every few steps.
+        fast: accumulate in the tensor cores, which keep fewer bits than float32, instead of adding their partial sums
+            in float32 registers every few steps.
     """
 
     name = "float8_e4m3fn"
@@ -292,7 +292,7 @@ def int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 def int8_rows(x: Tensor, steps: int = EIGHT_BITS) -> tuple[Tensor, float, int]:
     """Float32 or bfloat16 rows on the CPU as bytes, scale and zero point: ``x = scale * (bytes - zero)``.
 
-    ``steps`` lie between the smallest number and the largest. A NaN or an infinity spoils all of them.
+    ``steps`` lie between the smallest number and the largest. A NaN or an infinity makes all of them NaN.
     """
     if _extension.refusal() is None:
         return torch.ops.xclip_fast_native.int8_rows(x.contiguous(), steps)
@@ -310,58 +310,58 @@ def int8_rows(x: Tensor, steps: int = EIGHT_BITS) -> tuple[Tensor, float, int]:
     return rows.view(torch.uint8).bitwise_xor_(128), scale, zero
 
 
-def cpu_product(weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Product:
-    """The fastest product on this processor of rows in float32 or, where it multiplies them natively, half precision.
+def cpu_linear(weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Linear:
+    """The fastest linear layer on this processor for rows in float32 or, where it has such GEMMs, half precision.
 
     Args:
         weight: (N, K) on the CPU in the dtype that it is kept in.
         bias: (N,) in the dtype of the rows, or None.
-        activation: as in ``PlainProduct``.
+        activation: as in ``PlainLinear``.
         dtype: of rows and results: the weight's, or float32.
     """
-    # oneDNN is ahead where it has AVX-512, and behind or equal where it has AVX2 alone
-    ahead = weight.dtype is not dtype or "avx512" not in processor.onednn_features()
-    if dtype is torch.float32 and ahead and _extension.linear_refusal() is None:
-        return PackedProduct(weight, bias, activation)
+    # oneDNN is faster where it has AVX-512, and slower or equal where it has AVX2 alone
+    extension = weight.dtype is not dtype or "avx512" not in processor.onednn_features()
+    if dtype is torch.float32 and extension and _extension.linear_refusal() is None:
+        return PackedLinear(weight, bias, activation)
     if weight.dtype is not dtype:
-        return WidenedProduct(weight, bias, activation)
-    return OneDnnProduct(weight, bias, activation) if onednn_packs(dtype) else PlainProduct(weight, bias, activation)
+        return WidenedLinear(weight, bias, activation)
+    return OneDnnLinear(weight, bias, activation) if onednn_packs(dtype) else PlainLinear(weight, bias, activation)
 
 
 @cache
 def onednn_packs(dtype: torch.dtype) -> bool:
-    """Whether this processor and this PyTorch run ``OneDnnProduct`` in a dtype; found out by running a small one."""
+    """Whether this processor and this PyTorch run ``OneDnnLinear`` in a dtype; found by running a small one."""
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     x = torch.arange(32.0).view(4, 8).to(dtype) / 8
     weight = torch.arange(-64.0, 64.0).view(16, 8).to(dtype) / 64
-    return _agrees(OneDnnProduct, PlainProduct(weight, torch.arange(16.0).to(dtype)), x)
+    return _agrees(OneDnnLinear, PlainLinear(weight, torch.arange(16.0).to(dtype)), x)
 
 
 @cache
-def int8_product() -> type[Int8Product] | type[QnnpackInt8Product] | None:
-    """The product of bytes that this processor and this PyTorch run rightly; found out by running it on large sums."""
+def int8_linear() -> type[Int8Linear] | type[QnnpackInt8Linear] | None:
+    """The int8 layer that this processor and PyTorch compute correctly, found by running large sums; else None."""
     # the largest sums there are, and some of no pattern
     x = torch.ones(64, 64) - torch.arange(64.0).remainder(7)[:, None] / 8
     weight = torch.ones(64, 64) - torch.eye(64).cumsum(0) / 2
-    plain = PlainProduct(weight, torch.ones(64))
+    plain = PlainLinear(weight, torch.ones(64))
     # on ARM oneDNN is right, and a thousand times slower
-    kinds: tuple[Any, ...] = (Int8Product,) if processor.X86 else (QnnpackInt8Product,)
+    kinds: tuple[Any, ...] = (Int8Linear,) if processor.X86 else (QnnpackInt8Linear,)
     return next((kind for kind in kinds if _agrees(partial(kind, dtype=torch.float32), plain, x)), None)
 
 
-def _agrees(make: Callable[..., Product], plain: PlainProduct, x: Tensor) -> bool:
-    """Whether another product does what the plain one does; not if it cannot run."""
+def _agrees(make: Callable[..., Linear], plain: PlainLinear, x: Tensor) -> bool:
+    """Whether another layer agrees with the plain one; False if it cannot run."""
     weight, bias = plain.weight, plain.bias
     stream = torch.ones_like(plain(x))
     for activation in ("silu", "gelu"):
         plain.activation = activation
         wanted = plain(x), plain.activated(x), plain.add(stream.clone(), x)
         try:
-            product = make(weight, bias, activation=activation)
-            found = product(x), product.activated(x), product.add(stream.clone(), x)
+            linear = make(weight, bias, activation=activation)
+            found = linear(x), linear.activated(x), linear.add(stream.clone(), x)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
             return False
         for one, other in zip(found, wanted, strict=True):
