@@ -13,7 +13,7 @@ _CLASSES = in_room(
 )
 
 REWRITES, CONTRACT = "tests/engine/test_engine_rewrites.py", "tests/engine/test_engine_contract.py"
-PRECISION, PRODUCTS = "tests/engine/test_engine_precision.py", "tests/engine/test_engine_products.py"
+PRECISION, LINEARS = "tests/engine/test_engine_precision.py", "tests/engine/test_engine_linears.py"
 TEXTS, GRAPHS = "tests/engine/test_engine_texts.py", "tests/engine/test_engine_graphs.py"
 SETS, FLOAT8 = "tests/engine/test_engine_class_graphs.py", "tests/engine/test_engine_float8.py"
 ATTENTION, KERNELS = "tests/engine/test_engine_attention.py", "tests/engine/test_engine_kernels.py"
@@ -39,7 +39,14 @@ EPS = [
         "-k",
         _SOME,
     ),
-    ENGINE("eps of the patches' mean ignored", "constant=lag, eps=norm.eps)", "constant=lag)", REWRITES, "-k", _SOME),
+    ENGINE(
+        "eps of the patches' mean ignored",
+        "constant=missing_bias, eps=norm.eps)",
+        "constant=missing_bias)",
+        REWRITES,
+        "-k",
+        _SOME,
+    ),
     ENGINE(
         "eps of MIT's blocks ignored",
         '"heads": block.attn.heads, "eps": block.ln_1.eps}',
@@ -50,8 +57,8 @@ EPS = [
     ),
     ENGINE(
         "eps of ln_post ignored on CUDA",
-        "constant=self.lag, eps=self.eps_post)",
-        "constant=self.lag)",
+        "constant=self.missing_bias, eps=self.eps_post)",
+        "constant=self.missing_bias)",
         REWRITES,
         "-k",
         _SOME,
@@ -59,24 +66,24 @@ EPS = [
     ENGINE("eps of ln_pre ignored on CUDA", "eps=self.eps_pre,", "", REWRITES, "-k", _SOME),
     ENGINE(
         "eps of ln_1 ignored on CUDA",
-        "layer_norm(rows, weight, bias, residual=branch, constant=lag, eps=self.eps)",
-        "layer_norm(rows, weight, bias, residual=branch, constant=lag)",
+        "layer_norm(rows, weight, bias, residual=branch, constant=missing_bias, eps=self.eps)",
+        "layer_norm(rows, weight, bias, residual=branch, constant=missing_bias)",
         REWRITES,
         "-k",
         _SOME,
     ),
     ENGINE(
         "eps of ln_2 ignored on CUDA",
-        "constant=self.lag_2, eps=self.eps)",
-        "constant=self.lag_2)",
+        "constant=self.missing_bias_2, eps=self.eps)",
+        "constant=self.missing_bias_2)",
         REWRITES,
         "-k",
         _SOME,
     ),
     ENGINE(
         "eps of float8 rows ignored",
-        "rows, weight=weight, bias=bias, residual=branch, constant=lag, eps=self.eps",
-        "rows, weight=weight, bias=bias, residual=branch, constant=lag",
+        "rows, weight=weight, bias=bias, residual=branch, constant=missing_bias, eps=self.eps",
+        "rows, weight=weight, bias=bias, residual=branch, constant=missing_bias",
         FLOAT8,
     ),
     ENGINE(
@@ -228,17 +235,20 @@ WEIGHTS = [
     ),
     ENGINE("slope left out of the first bias", "(SLOPE * weight, SLOPE * bias)", "(SLOPE * weight, bias)", REWRITES),
     ENGINE(
-        "bias of the message without what the stream lacks",
-        "fc_bias = fc_bias + exact(block.message_fc.weight) @ lag",
-        "fc_bias = fc_bias + lag",
+        "bias of the message without the missing bias",
+        "fc_bias = fc_bias + exact(block.message_fc.weight) @ missing_bias",
+        "fc_bias = fc_bias + missing_bias",
         REWRITES,
     ),
     ENGINE(
-        "last bias never reaches the stream", "lag = lag + out_bias + projection_bias", "lag = lag + out_bias", REWRITES
+        "last bias never reaches the residual stream",
+        "missing_bias = missing_bias + out_bias + projection_bias",
+        "missing_bias = missing_bias + out_bias",
+        REWRITES,
     ),
     ENGINE(
-        "patch mean without what the tokens lack",
-        "patches, norm.weight, norm.bias, constant=lag",
+        "patch mean without the missing bias",
+        "patches, norm.weight, norm.bias, constant=missing_bias",
         "patches, norm.weight, norm.bias, constant=None",
         REWRITES,
     ),
@@ -286,7 +296,7 @@ CHUNKS = [
         "widened weights take the first biases",
         "bias = None if self.bias is None else self.bias[some]",
         "bias = None if self.bias is None else self.bias[: len(self.weight[some])]",
-        PRODUCTS,
+        LINEARS,
     ),
     _CLASSES(
         "last class of a part left out",
@@ -319,42 +329,42 @@ LOW_PRECISION = [
         "torch.stack(errors).min()",
         PRECISION,
     ),
-    ENGINE("one of a perceptron's products falls back alone", 'broken |= {"fc", "projection"}', "pass", PRECISION),
+    ENGINE("one of an MLP's GEMMs falls back alone", 'over |= {"fc", "projection"}', "pass", PRECISION),
     ENGINE("float8 at the first block", "index in (0, len(resblocks) - 1)", "index == len(resblocks) - 1", FLOAT8),
-    ENGINE("bytes of a weight in 128 steps", "largest / 127", "largest / 128", PRODUCTS),
+    ENGINE("bytes of a weight in 128 steps", "largest / 127", "largest / 128", LINEARS),
     ENGINE(
         "zero point one step off",
         "round(-low / scale) + 1",
         "round(-low / scale)",
-        PRODUCTS,
+        LINEARS,
         equivalent="the step is room for the rounding of float32, which reaches the next byte at no number that was found",
     ),
     ENGINE(
-        "range of bytes without zero", "low, high = min(low, 0.0), max(high, 0.0)", "low, high = low, high", PRODUCTS
+        "range of bytes without zero", "low, high = min(low, 0.0), max(high, 0.0)", "low, high = low, high", LINEARS
     ),
     ENGINE(
         "eight bits where pairs saturate",
         "SEVEN_BITS if processor.sums_bytes_in_16_bits() else EIGHT_BITS",
         "EIGHT_BITS",
-        PRODUCTS,
+        LINEARS,
     ),
     ENGINE(
-        "bias of plain products lost in the stream",
+        "bias of plain linear layers lost in the residual stream",
         "return stream if self.bias is None else stream.add_(self.bias)",
         "return stream",
-        PRODUCTS,
+        LINEARS,
     ),
     ENGINE(
         "what is no number hides in QNNPACK's bytes",
         "result if spoilt is None else result.fill_(spoilt)",
         "result",
-        PRODUCTS,
+        LINEARS,
     ),
     ENGINE(
-        "detection of products takes any answer",
+        "detection of GEMMs takes any answer",
         "<= 0.02 * other.float().norm()",
         "<= 20 * other.float().norm()",
-        PRODUCTS,
+        LINEARS,
     ),
     ENGINE(
         "prompts in half precision on the CPU",

@@ -231,8 +231,8 @@ FAULTS: list[Fault] = [
     ),
     _message(
         "message_key_value's gradient ignores eps",
-        "torch.ops.xclip_fast.layer_norm(messages, norm_weight, norm_bias, None, None, eps)",
-        "torch.ops.xclip_fast.layer_norm(messages, norm_weight, norm_bias, None, None, 1e-5)",
+        "layer_norm_op(messages, norm_weight, norm_bias, None, None, eps)",
+        "layer_norm_op(messages, norm_weight, norm_bias, None, None, 1e-5)",
     ),
     _message(
         "message_attention's first bias has no gradient",

@@ -77,8 +77,8 @@ KERNELS: list[Fault] = [
     _attention("frame_attention's log-sum-exp is natural", "highest + tl.log2(total)", "highest + tl.log(total)"),
     _attention(
         "frame_attention's last block of queries is one short",
-        "return Tiles(block, body, tail) if tail < block",
-        "return Tiles(block, body, tail) if tail <= block",
+        "return Side(block, body, tail) if tail < block",
+        "return Side(block, body, tail) if tail <= block",
         equivalent="a tail as large as a block computes the same rows in one masked tile more",
     ),
     _head(
@@ -205,8 +205,8 @@ KERNELS: list[Fault] = [
 ]
 
 _CSRC = "tests/csrc/test_sanitized_cpu_code.py"
-_bytes = in_room("csrc/int8_rows_cpu.cpp", "tests/engine/test_engine_products.py", _CSRC)
-_linear = in_room("csrc/linear_kernel.h", "tests/engine/test_engine_products.py", _CSRC)
+_bytes = in_room("csrc/int8_rows_cpu.cpp", "tests/engine/test_engine_linears.py", _CSRC)
+_linear = in_room("csrc/linear_kernel.h", "tests/engine/test_engine_linears.py", _CSRC)
 _heads = in_room(
     "csrc/frame_attention_cpu.cpp",
     "tests/engine/test_engine_attention.py",
@@ -222,15 +222,15 @@ EXTENSION: list[Fault] = [
         "return spoilt == 0.0f ? Range{low, high} : Range{nan, nan};",
         "return Range{low, high};",
     ),
-    _linear("a packed product forgets its stream", "if (!finish.first || finish.add)", "if (!finish.first)"),
+    _linear("a packed linear forgets its stream", "if (!finish.first || finish.add)", "if (!finish.first)"),
     _linear(
-        "a packed product starts anew at each block",
+        "a packed linear starts anew at each block",
         "const Finish finish{from == 0, work.add,",
         "const Finish finish{true, work.add,",
     ),
-    _linear("a packed product adds its bias to each block", "last && work.bias ? bias", "work.bias ? bias"),
+    _linear("a packed linear adds its bias to each block", "last && work.bias ? bias", "work.bias ? bias"),
     _linear(
-        "exponents of a packed product's SiLU are not bounded",
+        "exponents of a packed linear's SiLU are not bounded",
         "x = minimum(broadcast(128.0f), maximum(broadcast(-127.0f), x));",
         "x = minimum(broadcast(64.0f), maximum(broadcast(-127.0f), x));",
     ),

@@ -8,6 +8,7 @@ from numerics import assert_parity, poisoned_memory, relative_error
 from torch import Tensor
 
 from xclip_fast import _extension
+from xclip_fast.engine import cpu
 from xclip_fast.engine.cpu import frame_attention
 
 DTYPES = [torch.float32, torch.bfloat16]

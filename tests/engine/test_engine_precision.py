@@ -17,9 +17,9 @@ from torch.nn.functional import cosine_similarity, linear
 from xclip_fast.demo.clips import CLASSES, FRAMES, HELD_OUT, SAMPLED, make_clip
 from xclip_fast.demo.models import load_trained
 from xclip_fast.engine import Engine, budget, cpu
-from xclip_fast.engine.budget import BUDGETS
+from xclip_fast.engine.budget import BUDGETS, check_gemms
 from xclip_fast.engine.cpu import CpuTower
-from xclip_fast.engine.linears import int8_linear
+from xclip_fast.engine.linears import PlainLinear, int8_linear
 from xclip_fast.engine.packing import CPU_REWRITES, Packing
 from xclip_fast.reference import XCLIP
 from xclip_fast.reference.model import VideoFeatures
