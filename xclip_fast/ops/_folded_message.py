@@ -142,7 +142,7 @@ def _flops(class_shape: Any, *_: object, **kwargs: object) -> int:
     return math.prod(class_shape[:-1]) * (18 * width**2 + 4 * frames * width)
 
 
-@fused_op("folded_message", launcher="folded_message.folded_message_fwd", fake=_fake, flops=_flops)
+@fused_op("folded_message", launcher="xclip_fast.kernels.folded_message.folded_message_fwd", fake=_fake, flops=_flops)
 def folded_message_op(
     class_tokens: Tensor,
     weight: Tensor,

@@ -139,7 +139,9 @@ def _fake(
     return quantized, scale, x.new_empty(0 if residual is None else x.shape)
 
 
-@fused_op("quantize_rows", launcher="quantize_rows.quantize_rows_fwd", fake=_fake, refusal=_float8_refusal)
+@fused_op(
+    "quantize_rows", launcher="xclip_fast.kernels.quantize_rows.quantize_rows_fwd", fake=_fake, refusal=_float8_refusal
+)
 def quantize_rows_op(
     x: Tensor,
     weight: Tensor | None,

@@ -42,8 +42,8 @@ def fused_op(
 
     Args:
         name: of the op.
-        launcher: ``module.function`` in ``xclip_fast.kernels``, of the same signature; or a function that calls some;
-            or None where all its kernels are PyTorch's.
+        launcher: full name of a function in ``xclip_fast.kernels``, of the same signature; or a function that calls
+            some; or None where all its kernels are PyTorch's.
         fake: empty outputs, as a fake kernel of ``torch.library`` gives them.
         save, backward: ``setup_context`` and ``backward`` of ``torch.library.register_autograd``. A backward pass calls
             ops of its own, made here too.
@@ -133,9 +133,9 @@ def picked(function: Callable[..., Any], names: list[str]) -> Callable[[tuple[An
 
 @cache
 def _launcher(path: str) -> Callable[..., Any]:
-    module, function = path.split(".")
+    module, _, function = path.rpartition(".")
     # Triton is imported by the first call, not with the package
-    found: Callable[..., Any] = getattr(import_module(f"xclip_fast.kernels.{module}"), function)
+    found: Callable[..., Any] = getattr(import_module(module), function)
     return found
 
 

@@ -121,7 +121,7 @@ def _flops(video_shape: Any, text_shape: Any, prompts_shape: Any, *args: object,
 
 @fused_op(
     "clip_logits",
-    launcher="clip_logits.clip_logits_fwd",
+    launcher="xclip_fast.kernels.clip_logits.clip_logits_fwd",
     fake=_fake,
     save=_save,
     backward=_backward,
@@ -159,7 +159,12 @@ def _backward_flops(
     return 4 * torch.Size(prompts_shape).numel()
 
 
-@fused_op("clip_logits_backward", launcher="clip_logits.clip_logits_bwd", fake=_backward_fake, flops=_backward_flops)
+@fused_op(
+    "clip_logits_backward",
+    launcher="xclip_fast.kernels.clip_logits.clip_logits_bwd",
+    fake=_backward_fake,
+    flops=_backward_flops,
+)
 def clip_logits_backward_op(
     grad: Tensor,
     video: Tensor,

@@ -171,7 +171,7 @@ def _backward_flops(grad_shape: torch.Size, qkv_shape: torch.Size, *args: object
 
 @fused_op(
     "frame_attention_backward",
-    launcher="frame_attention_bwd.frame_attention_bwd",
+    launcher="xclip_fast.kernels.frame_attention_bwd.frame_attention_bwd",
     fake=_backward_fake,
     flops=_backward_flops,
     refusal=size_refusal,

@@ -128,7 +128,9 @@ def size_refusal(x: Tensor) -> str | None:
     return f"its rows hold up to {MAX_WIDTH} numbers, found {x.shape[-1]}" if x.shape[-1] > MAX_WIDTH else None
 
 
-@fused_op("layer_norm", launcher="layer_norm.layer_norm_fwd", fake=_fake, save=_save, backward=_backward)
+@fused_op(
+    "layer_norm", launcher="xclip_fast.kernels.layer_norm.layer_norm_fwd", fake=_fake, save=_save, backward=_backward
+)
 def layer_norm_op(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, constant: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,7 +154,7 @@ def _backward_fake(
     return stream.new_empty(stream.shape), mean.new_empty(3, weight.shape[0])
 
 
-@fused_op("layer_norm_backward", launcher="layer_norm.layer_norm_bwd", fake=_backward_fake)
+@fused_op("layer_norm_backward", launcher="xclip_fast.kernels.layer_norm.layer_norm_bwd", fake=_backward_fake)
 def layer_norm_backward_op(
     grad_normed: Tensor,
     grad_stream: Tensor | None,

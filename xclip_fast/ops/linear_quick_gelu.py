@@ -165,7 +165,7 @@ def _linear_flops(x_shape: Any, weight_shape: Any, *args: object, **kwargs: obje
 
 @fused_op(
     "linear_quick_gelu",
-    launcher="linear_quick_gelu.linear_quick_gelu_fwd",
+    launcher="xclip_fast.kernels.linear_quick_gelu.linear_quick_gelu_fwd",
     fake=_linear_fake,
     save=_save_linear,
     backward=_backward_linear,
@@ -181,7 +181,7 @@ def _activation_fake(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Ten
     return torch.empty_like(pre), pre.new_empty(pre.shape if write_hidden else 0)
 
 
-@fused_op("quick_gelu_backward", launcher="linear_quick_gelu.quick_gelu_bwd", fake=_activation_fake)
+@fused_op("quick_gelu_backward", launcher="xclip_fast.kernels.linear_quick_gelu.quick_gelu_bwd", fake=_activation_fake)
 def quick_gelu_backward_op(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
     """The gradient of the pre-activation, and the activation computed again if it is wanted."""
     sigmoid = torch.sigmoid(SLOPE * pre)

@@ -106,7 +106,7 @@ def _backward(ctx: Any, grad: Tensor) -> Any:
 
 @fused_op(
     "mean_norm_over_frames",
-    launcher="mean_norm_over_frames.mean_norm_over_frames_fwd",
+    launcher="xclip_fast.kernels.mean_norm_over_frames.mean_norm_over_frames_fwd",
     fake=_fake,
     save=_save,
     backward=_backward,
@@ -126,7 +126,7 @@ def _backward_fake(
 
 @fused_op(
     "mean_norm_over_frames_backward",
-    launcher="mean_norm_over_frames.mean_norm_over_frames_bwd",
+    launcher="xclip_fast.kernels.mean_norm_over_frames.mean_norm_over_frames_bwd",
     fake=_backward_fake,
 )
 def mean_norm_over_frames_backward_op(

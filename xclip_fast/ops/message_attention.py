@@ -166,7 +166,7 @@ def _flops(class_shape: Any, *arguments: Any, **kwargs: object) -> int:
 
 @fused_op(
     "message_attention",
-    launcher="message_attention.message_attention_fwd",
+    launcher="xclip_fast.kernels.message_attention.message_attention_fwd",
     fake=_fake,
     save=_save,
     backward=_backward,
@@ -327,7 +327,7 @@ def _key_value_flops(message_shape: Any, *arguments: Any, **kwargs: object) -> i
 
 @fused_op(
     "message_key_value",
-    launcher="message_attention.message_key_value_fwd",
+    launcher="xclip_fast.kernels.message_attention.message_key_value_fwd",
     fake=_key_value_fake,
     save=_save_key_value,
     backward=_key_value_backward,

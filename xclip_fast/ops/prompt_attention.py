@@ -104,7 +104,7 @@ def _flops(query_shape: Any, key_shape: Any, *args: object, **kwargs: object) ->
 
 @fused_op(
     "prompt_attention",
-    launcher="prompt_attention.prompt_attention_fwd",
+    launcher="xclip_fast.kernels.prompt_attention.prompt_attention_fwd",
     fake=_fake,
     save=_save,
     backward=_backward,
@@ -132,7 +132,7 @@ def _backward_flops(grad_shape: Any, query_shape: Any, key_shape: Any, *args: ob
 
 @fused_op(
     "prompt_attention_backward",
-    launcher="prompt_attention.prompt_attention_bwd",
+    launcher="xclip_fast.kernels.prompt_attention.prompt_attention_bwd",
     fake=_backward_fake,
     flops=_backward_flops,
     refusal=_size_refusal,

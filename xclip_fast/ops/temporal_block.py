@@ -219,7 +219,7 @@ def _flops(x_shape: Any, *arguments: Any, **kwargs: object) -> int:
 
 @fused_op(
     "temporal_block",
-    launcher="temporal_block.temporal_block_fwd",
+    launcher="xclip_fast.kernels.temporal_block.temporal_block_fwd",
     fake=_fake,
     save=_save,
     backward=_backward,
