@@ -330,8 +330,8 @@ def test_explains_what_the_kernels_cannot_take(monkeypatch: pytest.MonkeyPatch) 
     assert "float64" in explain("quantize_rows", x.double())["triton"]
     with pytest.raises(ValueError, match="up to 8192 numbers, found 9000"):
         quantize_rows(torch.empty(1, 9000, device=DEVICE), backend="triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    on_ampere = type("Rows", (), {"device": torch.device("cuda")})()
+    monkeypatch.setattr(_quantize_rows, "compute_capability", lambda index: (8, 0))
+    on_ampere = type("Rows", (), {"device": torch.device("cuda"), "get_device": lambda self: 0})()
     assert "needs compute capability 8.9" in _quantize_rows._float8_refusal(on_ampere)
 
 
