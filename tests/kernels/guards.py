@@ -24,7 +24,7 @@ STEP = 2**20
 
 
 class GuardedMemory(TorchFunctionMode):
-    """Hands out tensors between guards while it is active: poisoned ones for ``torch.empty``, and inputs by ``make``.
+    """Hands out tensors between guards while it is active: poisoned ones for what is made empty, and inputs by ``make``.
 
     The inputs' rows have gaps of NaN between them, which spoil what reads them.
     """
@@ -38,10 +38,12 @@ class GuardedMemory(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in (torch.empty, torch.empty_like, torch.zeros):
+        if func not in (torch.empty, torch.empty_like, Tensor.new_empty, torch.zeros):
             return result
         guarded = self._guarded(result.numel(), result.dtype).view(result.shape)
-        guarded.fill_(0.0 if func is torch.zeros else float("nan"))
+        # bytes have no poison
+        poison = float("nan") if result.is_floating_point() else 255
+        guarded.fill_(0.0 if func is torch.zeros else poison)
         self.outputs.append(guarded)
         return guarded
 
