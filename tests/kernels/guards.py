@@ -24,7 +24,7 @@ STEP = 2**20
 
 
 class GuardedMemory(TorchFunctionMode):
-    """Hands out tensors between guards while it is active: poisoned ones for what is made empty, and inputs by ``make``.
+    """Hands out tensors between guards while it is active: poisoned ones for empty ones, and inputs by ``make``.
 
     The inputs' rows have gaps of NaN between them, which spoil what reads them.
     """

@@ -11,9 +11,9 @@ from numerics import EXACT, assert_within
 from test_dtypes import ALL
 from test_folded_message import parameters
 
-from xclip_fast.bench.inputs import Draw
 from xclip_fast.ops import message_attention, message_key_value
 from xclip_fast.ops._folded_message import fold, folded_message
+from xclip_fast.ops.inputs import Draw
 
 WITH_EPS = [name for name, case in ALL.items() if "eps" in inspect.signature(case.op).parameters]
 
