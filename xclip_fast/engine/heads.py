@@ -72,7 +72,7 @@ class Heads:
         self.patch_projection = packing.linear(exact(model.prompts_visual_proj).t(), None)
         if packing.device.type == "cpu":
             # half precision in the prompts is most of what logits err, and on the CPU it saves little
-            packing = replace(packing, dtype=exact_dtype(packing.dtype))
+            packing = replace(packing, dtype=exact_dtype(packing.dtype), stored=None)
         missing_bias: Tensor | None = None
         if "stream" in packing.rewrites:
             missing_bias = torch.zeros(model.config.embed_dim, dtype=torch.float64)
