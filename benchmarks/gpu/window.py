@@ -38,6 +38,7 @@ LANES = {
     "figures": (
         *("B/16 x8", "B/32 x1", "L/14 x8", "B/16 x1", "B/32 x8"),
         *("kernels", "train: B/16 x8", "train layers: B/16 x8", "B/16 x32", "B/32 x32", "L/14 x1", "L/14 x32"),
+        "L/14-336 x8",
     ),
 }
 TINY = {
