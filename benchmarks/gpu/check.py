@@ -33,12 +33,13 @@ from xclip_fast.ops.linear_quick_gelu import SLOPE
 CLASSES = 400
 REPEATS = 20
 FACTORS = (0.5, -2.0)  # other numbers for a replay
-# variant, batch, gradients, dtype: one of each tile first, then the shapes that differ
+# variant, batch, gradients, dtype: one of each tile first, then the shapes that differ, then the other dtypes
 OP_SHAPES = (
     ("B/16", 2, True, torch.bfloat16),
-    ("B/32", 1, False, torch.bfloat16),
-    ("L/14", 1, False, torch.bfloat16),
-    ("B/16", 1, False, torch.float16),
+    ("B/32", 1, True, torch.bfloat16),
+    ("L/14", 1, True, torch.bfloat16),
+    ("B/16", 1, True, torch.float16),
+    ("B/32", 1, True, torch.float32),
 )
 TINY_SHAPES = (("tiny", 1, True, torch.bfloat16),)
 FIGURES = {"B/16": 8, "B/32": 1, "L/14": 8, "tiny": 1}  # batch of the first figures
