@@ -61,13 +61,21 @@ def backward_tile(dtype: torch.dtype) -> Tile:
     return Tile(columns=1024)
 
 
-# one program a multiprocessor, which holds four steps of operands and a quarter of the result
-PERSISTENT = Tile(128, 256, 64, 8, 4)
+# two programs share a multiprocessor: each has room for three steps of operands and a quarter of the result, and one
+# multiplies while the other activates and stores
+PERSISTENT = Tile(128, 128, 64, 4, 3)
+SHARING = 2
 
 
 def tiles(rows: int, hidden: int) -> int:
     """How many the persistent kernel cuts a result into."""
     return cdiv(rows, PERSISTENT.rows) * cdiv(hidden, PERSISTENT.columns)
+
+
+def persistent_programs(rows: int, hidden: int, multiprocessors: int) -> int:
+    """Programs of the persistent kernel on a GPU of so many multiprocessors; 0 where there is not a tile for each."""
+    programs = SHARING * multiprocessors
+    return programs if tiles(rows, hidden) >= programs else 0
 
 
 @triton.jit
@@ -220,8 +228,8 @@ def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: boo
     weight = as_rows(weight)
     rows, width = flat.shape
     hidden_width = weight.shape[0]
-    if not save_pre and _persists(flat, weight):
-        hidden = linear_quick_gelu_persistent_fwd(flat, weight, bias, multiprocessors(x.get_device()))
+    if not save_pre and (programs := _persistent(flat, weight)):
+        hidden = linear_quick_gelu_persistent_fwd(flat, weight, bias, programs)
         return hidden.view(*x.shape[:-1], hidden_width), x.new_empty(0)
     hidden = x.new_empty(*x.shape[:-1], hidden_width)
     pre = torch.empty_like(hidden) if save_pre else x.new_empty(0)
@@ -251,16 +259,15 @@ def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: boo
     return hidden, pre
 
 
-def _persists(x: Tensor, weight: Tensor) -> bool:
-    """Whether the persistent kernel takes a launch: on Hopper, a tile or more a multiprocessor, rows it can copy."""
+def _persistent(x: Tensor, weight: Tensor) -> int:
+    """Programs of the persistent kernel; 0 where another launches: not on Hopper, few tiles, rows it cannot copy."""
     if x.dtype == torch.float32 or not x.is_cuda or compute_capability(x.get_device())[0] != 9:
-        return False
-    if tiles(len(x), len(weight)) < multiprocessors(x.get_device()):
-        return False
+        return 0
+    programs = persistent_programs(len(x), len(weight), multiprocessors(x.get_device()))
     sizes = x.stride(0), weight.stride(0), weight.shape[0]
     # a descriptor takes rows of whole 16 bytes, one behind another
     aligned = all(size % 8 == 0 for size in sizes) and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
-    return aligned and x.stride(0) >= x.shape[1] <= weight.stride(0)
+    return programs if aligned and x.stride(0) >= x.shape[1] <= weight.stride(0) else 0
 
 
 def linear_quick_gelu_persistent_fwd(x: Tensor, weight: Tensor, bias: Tensor, programs: int) -> Tensor:
@@ -288,7 +295,7 @@ def linear_quick_gelu_persistent_fwd(x: Tensor, weight: Tensor, bias: Tensor, pr
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             BLOCK_K=tile.depth,
-            GROUP=8,
+            GROUP=16,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

@@ -14,7 +14,7 @@ from benchmarks.compile_gate import calls
 from benchmarks.compile_gate.capture import Launch, captured_launches
 from xclip_fast.config import VARIANTS
 from xclip_fast.kernels.frame_attention import KEPT_TOKENS
-from xclip_fast.kernels.linear_quick_gelu import tiles
+from xclip_fast.kernels.linear_quick_gelu import persistent_programs
 from xclip_fast.ops.cases import OPS, Load, Sizes
 from xclip_fast.ops.inputs import Draw
 
@@ -59,10 +59,10 @@ def _model(draw: Draw, shape: str, load: Load) -> Iterator[Case]:
         yield Case(f"{shape} {part} residual", partial(norm, residual=True))
         yield Case(f"{shape} {part}", partial(gemm, training=False))
         yield Case(f"{shape} {part} training", partial(gemm, training=True))
-        # on Hopper, where every program has a tile
-        if tiles(rows, 4 * width) >= MULTIPROCESSORS:
+        # on Hopper
+        if programs := persistent_programs(rows, 4 * width, MULTIPROCESSORS):
             persistent = partial(calls.linear_quick_gelu_persistent, draw, rows, width, 4 * width)
-            yield Case(f"{shape} {part} persistent", partial(persistent, programs=MULTIPROCESSORS))
+            yield Case(f"{shape} {part} persistent", partial(persistent, programs=programs))
     norm = partial(calls.layer_norm, draw, rows=images * tokens, width=wide)
     yield Case(f"{shape} constant", partial(norm, constant=True))
     yield Case(f"{shape} both", partial(norm, residual=True, constant=True))

@@ -64,9 +64,8 @@ def test_parity(size: tuple[int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [(1, 16, 16), (37, 72, 264), (129, 64, 256), (300, 48, 520), (260, 8, 1032)], ids=str)
 def test_persistent_parity(size: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("xclip_fast.kernels.linear_quick_gelu")
-    monkeypatch.setattr(kernels, "_persists", lambda *tensors: True)
     # three programs: some take several tiles, and one fewer than the others
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(kernels, "_persistent", lambda *tensors: 3)
     check_op(linear_quick_gelu, arguments(*size, dtype), what="linear_quick_gelu", gradients=False, ceiling=1e-2)
 
 
@@ -121,8 +120,7 @@ def test_extreme_activations_as_torch(value: float) -> None:
 @pytest.mark.parametrize("persists", [True, False])
 def test_what_is_bad_stays_where_it_is(persists: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("xclip_fast.kernels.linear_quick_gelu")
-    monkeypatch.setattr(kernels, "_persists", lambda *tensors: persists)
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(kernels, "_persistent", lambda *tensors: int(persists))
     nan, inf = float("nan"), float("inf")
     # the persistent kernel divides once for two columns: each value beside many others
     values = [0.5, inf, -20.0, 1e4, nan, -inf, 1.0, -1e30, 30.0, 1e30, -3.0, -1e4, -36.0]

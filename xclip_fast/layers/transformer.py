@@ -35,11 +35,12 @@ class SelfAttention(reference.transformer.SelfAttention):
     def attend(self, x: Tensor, **options: Any) -> Tensor:
         """``forward`` with options of ``scaled_dot_product_attention``."""
         packed = linear(x, self.in_proj_weight, self.in_proj_bias)
-        # (..., L, 3, heads, head_dim) to three of (..., heads, L, head_dim)
-        parts = packed.view(*x.shape[:-1], 3, self.heads, -1).transpose(-4, -2)
-        query, key, value = parts.unbind(-3)
-        mixed = scaled_dot_product_attention(query, key, value, **options)
-        return self.out_proj(mixed.transpose(-3, -2).flatten(-2))
+        # PyTorch's fast attention takes four dimensions, for five it writes down the scores:
+        # (..., L, 3 D) to three of (N, heads, L, head_dim)
+        length, width = x.shape[-2:]
+        parts = packed.view(x.shape[:-2].numel(), length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(*parts.unbind(0), **options)
+        return self.out_proj(mixed.transpose(1, 2).reshape(x.shape))
 
 
 MLP = Plain(nn.Sequential, c_fc=LINEAR, gelu=QUICK_GELU, c_proj=LINEAR)
