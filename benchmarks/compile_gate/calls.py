@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xclip_fast.kernels.clip_logits import clip_logits_bwd, clip_logits_fwd
+from xclip_fast.kernels.column_sums import column_sums as column_sums_of
 from xclip_fast.kernels.folded_message import folded_message_fwd
 from xclip_fast.kernels.frame_attention import frame_attention_fwd
 from xclip_fast.kernels.frame_attention_bwd import frame_attention_bwd
@@ -60,6 +61,11 @@ def linear_quick_gelu(draw: Draw, *, training: bool = True, **sizes: Any) -> lis
         return [activated]
     grad = draw(*activated.shape)
     return [activated, pre, *quick_gelu_bwd(grad, pre, False)[:1], *quick_gelu_bwd(grad, pre, True)]
+
+
+def column_sums(draw: Draw, *, rows: int, width: int) -> list[Tensor]:
+    """Of a gradient: no op's forward pass has them."""
+    return [column_sums_of(draw(rows, width))]
 
 
 def linear_quick_gelu_persistent(

@@ -59,6 +59,9 @@ def _model(draw: Draw, shape: str, load: Load) -> Iterator[Case]:
         yield Case(f"{shape} {part} residual", partial(norm, residual=True))
         yield Case(f"{shape} {part}", partial(gemm, training=False))
         yield Case(f"{shape} {part} training", partial(gemm, training=True))
+        sums = partial(calls.column_sums, draw, rows=rows)
+        for columns in (width, 3 * width, 4 * width):
+            yield Case(f"{shape} {part} gradient of {columns}", partial(sums, width=columns))
         # on Hopper
         if programs := persistent_programs(rows, 4 * width, MULTIPROCESSORS):
             persistent = partial(calls.linear_quick_gelu_persistent, draw, rows, width, 4 * width)

@@ -73,8 +73,10 @@ def whole():
     return model.logits(model.encode_video(video), texts)
 
 few = kernels_of(whole)
-_backends.HOST_BOUND = 1
+_backends.HOST_BOUND = _backends.HOST_BOUND_WITH_GRADIENT = 1
 print("large", kernels_of(lambda: block(tokens)) > 0, kernels_of(whole) > few)
+_backends.HOST_BOUND_WITH_GRADIENT = 1 << 25
+print("between", kernels_of(lambda: block(tokens)), kernels_of(lambda: torch.no_grad()(block)(tokens)) > 0)
 """,
     "optimize": """
 with torch.device("cuda"):
@@ -82,7 +84,7 @@ with torch.device("cuda"):
 optimize(theirs)
 seen = lambda: theirs.vision_model(pixel_values=video.flatten(0, 1))
 print(kernels_of(seen))
-_backends.HOST_BOUND = 1
+_backends.HOST_BOUND = _backends.HOST_BOUND_WITH_GRADIENT = 1
 print(kernels_of(seen) > 0)
 """,
     "checkpointed": """
@@ -112,7 +114,7 @@ for name in (None, "triton"):
 @pytest.fixture(scope="module")
 def printed(library: Path) -> dict[str, list[str]]:  # noqa: F811
     """The lines of each script."""
-    bound = "_backends.HOST_BOUND = 1 << 25\nkernel.remembered.clear()\n"
+    bound = "_backends.HOST_BOUND = _backends.HOST_BOUND_WITH_GRADIENT = 1 << 25\nkernel.remembered.clear()\n"
     runs = [f"print({name!r})\n{bound}exec({script!r}, dict(globals()))\n" for name, script in SCRIPTS.items()]
     found: dict[str, list[str]] = {}
     for line in rehearse(library, COMMON + "".join(runs)):
@@ -136,7 +138,7 @@ def test_an_override_of_a_tile_is_another_launch(printed: dict[str, list[str]]) 
 
 
 def test_small_eager_batches_run_as_plain_modules(printed: dict[str, list[str]]) -> None:
-    assert printed["small batches"] == ["eager 0 0", "asked True", "large True True"]
+    assert printed["small batches"] == ["eager 0 0", "asked True", "large True True", "between 0 True"]
 
 
 def test_optimize_leaves_small_batches_to_the_model(printed: dict[str, list[str]]) -> None:

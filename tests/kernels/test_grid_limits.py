@@ -25,6 +25,8 @@ LARGEST: dict[str, Sizes] = {
     "quantize_rows": {"rows": 2**28, "width": 32, "norm": True, "residual": True, "constant": True},
     "linear_quick_gelu rows": {"rows": 2**27, "width": 64, "hidden": 64},
     "linear_quick_gelu columns": {"rows": 2**13, "width": 64, "hidden": 2**20},
+    "column_sums rows": {"rows": 2**28, "width": 32},
+    "column_sums columns": {"rows": 2**3, "width": 2**30},
     "linear_quick_gelu_persistent": {"rows": 2**27, "width": 8, "hidden": 64, "programs": 2**31},
     "mean_norm_over_frames": {"batch": 2**13, "frames": 8, "patches": 2**12, "width": 32},
     "mean_norm_over_frames videos": {"batch": 2**28, "frames": 1, "patches": 1, "width": 32},

@@ -39,7 +39,8 @@ class SelfAttention(reference.transformer.SelfAttention):
         # (..., L, 3 D) to three of (N, heads, L, head_dim)
         length, width = x.shape[-2:]
         parts = packed.view(x.shape[:-2].numel(), length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(*parts.unbind(0), **options)
+        query, key, value = parts.unbind(0)
+        mixed = scaled_dot_product_attention(query, key, value, **options)
         return self.out_proj(mixed.transpose(1, 2).reshape(x.shape))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from xclip_fast import reference
 from xclip_fast.layers.transformer import (
@@ -21,6 +20,7 @@ from xclip_fast.layers.transformer import (
 )
 from xclip_fast.ops import frame_attention, message_attention, message_key_value, patch_embed
 from xclip_fast.ops._backends import host_bound
+from xclip_fast.ops._linear import linear
 from xclip_fast.ops._patch_contract import channels_last, pixel_statistics
 from xclip_fast.plain import LINEAR, NORM, Plain, is_plain
 from xclip_fast.reference.positions import spatial_positions
@@ -98,7 +98,7 @@ def _attend_within_frame(
         eps=norm.eps,
     )
     mixed = frame_attention(packed.flatten(0, 1), message_kv.flatten(0, 1), attention.heads)
-    return stream, attention.out_proj(mixed).view(stream.shape)
+    return stream, linear(mixed, attention.out_proj.weight, attention.out_proj.bias).view(stream.shape)
 
 
 class PatchEmbed(reference.PatchEmbed):

@@ -22,9 +22,10 @@ BACKENDS = ("reference", "torch", "triton", "extension")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED_DTYPES = (torch.float16, torch.float32)  # Triton's interpreter keeps bfloat16 as integers
 
-# numbers in the tokens of a batch below which a GPU waits for the host: an H200 takes about 2 ms for a block of these,
-# and the host beside it as long to call our kernels; PyTorch's own operators take half of that
-HOST_BOUND = 1 << 25
+# numbers in the tokens of a batch below which a GPU waits for the host, and PyTorch's own operators are faster. On an
+# H100 both took as long between 2^23 and 2^24 in inference, between 2^24 and 2^25 in a training step
+HOST_BOUND = 1 << 24
+HOST_BOUND_WITH_GRADIENT = 1 << 25
 
 NO_EXTENSION = "this op has no part in the compiled extension"
 _TRANSFORMED = "torch.func and forward-mode derivatives know plain torch alone"
@@ -139,9 +140,10 @@ def host_bound(tokens: Tensor) -> bool:
     no calls. Captured it costs none either, but what is captured has to be what ran before: enter
     ``backend("triton")`` around both, for who asks for a backend gets it.
     """
-    if not tokens.is_cuda or tokens.numel() >= HOST_BOUND or torch.compiler.is_compiling():
+    if not tokens.is_cuda or torch.compiler.is_compiling():
         return False
-    return asked_backend() is None
+    limit = HOST_BOUND_WITH_GRADIENT if torch.is_grad_enabled() else HOST_BOUND
+    return tokens.numel() < limit and asked_backend() is None
 
 
 def asked_backend() -> str | None:

@@ -10,6 +10,7 @@ from torch.nn.functional import linear, silu
 
 from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_gemm
+from xclip_fast.ops._linear import column_sums_op, linear_gradients
 from xclip_fast.ops._register import fused_op
 
 SLOPE = 1.702  # QuickGELU is x * sigmoid(SLOPE * x)
@@ -131,12 +132,6 @@ def _feed_forward_with_gradient(
     return linear(hidden, proj_weight, proj_bias * SLOPE) / SLOPE
 
 
-def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``weight`` and ``bias`` of a linear layer."""
-    rows = grad.reshape(-1, grad.shape[-1])
-    return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0).to(bias.dtype)
-
-
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape if save_pre else 0)
@@ -155,7 +150,7 @@ def _backward_linear(ctx: Any, grad: Tensor | None, _: None) -> Any:
         return None, None, None, None
     pre = linear(x, weight, bias.to(x.dtype)) if pre is None else pre
     grad_pre, _ = quick_gelu_backward_op(grad, pre, False)
-    return *_linear_gradients(grad_pre, x, weight, bias), None
+    return *linear_gradients(grad_pre, x, weight, bias.dtype), None
 
 
 def _linear_flops(x_shape: Any, weight_shape: Any, *args: object, **kwargs: object) -> int:
@@ -220,8 +215,8 @@ def _backward_feed_forward(ctx: Any, grad: Tensor | None, _: None) -> Any:
     grad_pre, hidden = quick_gelu_backward_op(grad @ proj_weight, pre, True)
     rows = grad.reshape(-1, grad.shape[-1])
     grad_proj_weight = rows.T @ hidden.reshape(-1, hidden.shape[-1])
-    grad_proj_bias = rows.sum(0).to(proj_bias.dtype)
-    return *_linear_gradients(grad_pre, x, fc_weight, fc_bias), grad_proj_weight, grad_proj_bias, None
+    grad_proj_bias = column_sums_op(rows).to(proj_bias.dtype)
+    return *linear_gradients(grad_pre, x, fc_weight, fc_bias.dtype), grad_proj_weight, grad_proj_bias, None
 
 
 def _feed_forward_flops(

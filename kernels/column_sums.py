@@ -1,0 +1,78 @@
+"""Sums over the rows of a matrix: the gradient of a bias, read once, at the rate of a copy."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from xclip_fast.kernels._launch import as_rows, cdiv, kernel, on_device_of
+from xclip_fast.tuning import Tile
+
+# of a matrix of activations; of partial sums, whose few rows are read by few programs, narrower
+TILE = Tile(64, 128)
+PARTIAL_TILE = Tile(32, 32)
+# of a matrix, whichever GPU it is: the order of the sums is the same everywhere
+PROGRAMS = 512
+
+
+@kernel
+def _column_sums_bwd_kernel(
+    x_ptr,
+    out_ptr,
+    rows,
+    x_stride,
+    part_rows,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    columns: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    part = (program // columns).to(tl.int64)
+    column = program % columns * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_width = column < WIDTH
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, part_rows, BLOCK_ROWS):
+        row = part * part_rows + start + tl.arange(0, BLOCK_ROWS)
+        inside = (row < rows)[:, None] & in_width[None, :]
+        # [BLOCK_ROWS, BLOCK_COLUMNS]
+        acc += tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    sums = tl.sum(acc, axis=0)
+    tl.store(out_ptr + part * WIDTH + column, sums.to(out_ptr.dtype.element_ty), mask=in_width)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Launch the sums over the rows of x (M, N): (N,) in the dtype of x, summed in float32.
+
+    Many rows are summed in parts first, whose sums are added up in a fixed order: no atomics.
+    """
+    rows = as_rows(x)
+    parts = min(PROGRAMS // cdiv(x.shape[1], TILE.columns), cdiv(len(rows), TILE.rows))
+    if parts <= 1:
+        return _sum_parts(rows, TILE, 1, x.dtype)[0]
+    partial = _sum_parts(rows, TILE, parts, torch.float32)
+    return _sum_parts(partial, PARTIAL_TILE, 1, x.dtype)[0]
+
+
+def _sum_parts(x: Tensor, tile: Tile, parts: int, dtype: torch.dtype) -> Tensor:
+    """Sums (P, N) of about as many parts of the rows of x (M, N), each of whole blocks."""
+    rows, width = x.shape
+    part_rows = max(1, cdiv(cdiv(rows, parts), tile.rows)) * tile.rows
+    parts = max(1, cdiv(rows, part_rows))
+    out = x.new_empty(parts, width, dtype=dtype)
+    if width:
+        with on_device_of(x):
+            _column_sums_bwd_kernel[(parts * cdiv(width, tile.columns),)](
+                x_ptr=x,
+                out_ptr=out,
+                rows=rows,
+                x_stride=x.stride(0),
+                part_rows=part_rows,
+                WIDTH=width,
+                BLOCK_ROWS=tile.rows,
+                BLOCK_COLUMNS=tile.columns,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
+    return out
