@@ -143,13 +143,18 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _store_activated(left, right, bias_ptr, hidden, row, first, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr):
+def _store_activated(
+    left, right, bias_ptr, hidden, pre, row, first, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, SAVE_PRE: tl.constexpr
+):
     """Bias and QuickGELU of two neighbours with one division for both: reciprocals and powers bound this part."""
     column = first + tl.arange(0, COLUMNS)
     # [rows, COLUMNS]
     left += tl.load(bias_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
     column += COLUMNS
     right += tl.load(bias_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
+    if SAVE_PRE:
+        pre.store([row, first], left.to(pre.dtype))
+        pre.store([row, first + COLUMNS], right.to(pre.dtype))
     # the smaller of NaN and a number is the number: what is bad in one neighbour stays there
     a = 1.0 + tl.exp2(tl.minimum(left * EXPONENT, LARGEST_EXPONENT))
     b = 1.0 + tl.exp2(tl.minimum(right * EXPONENT, LARGEST_EXPONENT))
@@ -166,6 +171,7 @@ def _linear_quick_gelu_persistent_fwd_kernel(
     x,
     weight,
     hidden,
+    pre,
     bias_ptr,
     rows,
     programs,
@@ -175,6 +181,7 @@ def _linear_quick_gelu_persistent_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    SAVE_PRE: tl.constexpr,
 ):
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
@@ -195,8 +202,9 @@ def _linear_quick_gelu_persistent_fwd_kernel(
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
         third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
-        _store_activated(first, second, bias_ptr, hidden, row, column, HIDDEN, BLOCK_N // 4)
-        _store_activated(third, fourth, bias_ptr, hidden, row, column + BLOCK_N // 2, HIDDEN, BLOCK_N // 4)
+        _store_activated(first, second, bias_ptr, hidden, pre, row, column, HIDDEN, BLOCK_N // 4, SAVE_PRE)
+        column += BLOCK_N // 2
+        _store_activated(third, fourth, bias_ptr, hidden, pre, row, column, HIDDEN, BLOCK_N // 4, SAVE_PRE)
 
 
 @kernel
@@ -228,9 +236,10 @@ def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: boo
     weight = as_rows(weight)
     rows, width = flat.shape
     hidden_width = weight.shape[0]
-    if not save_pre and (programs := _persistent(flat, weight)):
-        hidden = linear_quick_gelu_persistent_fwd(flat, weight, bias, programs)
-        return hidden.view(*x.shape[:-1], hidden_width), x.new_empty(0)
+    if programs := _persistent(flat, weight):
+        hidden, pre = linear_quick_gelu_persistent_fwd(flat, weight, bias, save_pre, programs)
+        shape = *x.shape[:-1], hidden_width
+        return hidden.view(shape), pre.view(shape) if save_pre else pre
     hidden = x.new_empty(*x.shape[:-1], hidden_width)
     pre = torch.empty_like(hidden) if save_pre else x.new_empty(0)
     tile = forward_tile(rows, width, x.dtype)
@@ -270,8 +279,12 @@ def _persistent(x: Tensor, weight: Tensor) -> int:
     return programs if aligned and x.stride(0) >= x.shape[1] <= weight.stride(0) else 0
 
 
-def linear_quick_gelu_persistent_fwd(x: Tensor, weight: Tensor, bias: Tensor, programs: int) -> Tensor:
-    """Launch the persistent GEMM by so many programs, or one a tile where there are fewer: activated (M, N).
+def linear_quick_gelu_persistent_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool, programs: int
+) -> tuple[Tensor, Tensor]:
+    """Launch the persistent GEMM by so many programs, or one a tile where there are fewer.
+
+    Activated (M, N), and the pre-activation of the same shape, empty unless asked for.
 
     Of x (M, K), weight (N, K) and bias (N,), none of them empty; a row of x, of the weight and of the result begins at
     a multiple of 16 bytes, and rows have unit stride. Only Hopper has the shared memory and the copies it is made for.
@@ -281,12 +294,14 @@ def linear_quick_gelu_persistent_fwd(x: Tensor, weight: Tensor, bias: Tensor, pr
     """
     tile = PERSISTENT
     hidden = x.new_empty(len(x), len(weight))
+    pre = torch.empty_like(hidden) if save_pre else x.new_empty(0)
     programs = min(tiles(len(x), len(weight)), programs)
     with on_device_of(x):
         _linear_quick_gelu_persistent_fwd_kernel[(programs,)](
             x=TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
             weight=TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
             hidden=TensorDescriptor.from_tensor(hidden, [tile.rows, tile.columns // QUARTERS]),
+            pre=TensorDescriptor.from_tensor(pre if save_pre else hidden, [tile.rows, tile.columns // QUARTERS]),
             bias_ptr=bias.contiguous(),
             rows=len(x),
             programs=programs,
@@ -296,10 +311,11 @@ def linear_quick_gelu_persistent_fwd(x: Tensor, weight: Tensor, bias: Tensor, pr
             BLOCK_N=tile.columns,
             BLOCK_K=tile.depth,
             GROUP=16,
+            SAVE_PRE=save_pre,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    return hidden
+    return hidden, pre
 
 
 def quick_gelu_bwd(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:

@@ -69,11 +69,19 @@ def column_sums(draw: Draw, *, rows: int, width: int) -> list[Tensor]:
 
 
 def linear_quick_gelu_persistent(
-    draw: Draw, rows: int, width: int, hidden: int, *, programs: int, dtype: torch.dtype | None = None
+    draw: Draw,
+    rows: int,
+    width: int,
+    hidden: int,
+    *,
+    programs: int,
+    training: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Forward alone; width and hidden are multiples of 8, so that rows begin where a descriptor takes them."""
     x, weight, bias = draw(rows, width, dtype=dtype), draw(hidden, width, dtype=dtype), draw(hidden, dtype=dtype)
-    return [linear_quick_gelu_persistent_fwd(x, weight, bias, programs)]
+    activated, pre = linear_quick_gelu_persistent_fwd(x, weight, bias, training, programs)
+    return [activated, pre] if training else [activated]
 
 
 def mean_norm_over_frames(draw: Draw, **sizes: Any) -> list[Tensor]:

@@ -64,8 +64,9 @@ def _model(draw: Draw, shape: str, load: Load) -> Iterator[Case]:
             yield Case(f"{shape} {part} gradient of {columns}", partial(sums, width=columns))
         # on Hopper
         if programs := persistent_programs(rows, 4 * width, MULTIPROCESSORS):
-            persistent = partial(calls.linear_quick_gelu_persistent, draw, rows, width, 4 * width)
-            yield Case(f"{shape} {part} persistent", partial(persistent, programs=programs))
+            persistent = partial(calls.linear_quick_gelu_persistent, draw, rows, width, 4 * width, programs=programs)
+            yield Case(f"{shape} {part} persistent", persistent)
+            yield Case(f"{shape} {part} persistent training", partial(persistent, training=True))
     norm = partial(calls.layer_norm, draw, rows=images * tokens, width=wide)
     yield Case(f"{shape} constant", partial(norm, constant=True))
     yield Case(f"{shape} both", partial(norm, residual=True, constant=True))

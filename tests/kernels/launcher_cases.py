@@ -36,6 +36,9 @@ CASES: dict[str, Callable[..., Any]] = {
     "linear_quick_gelu_persistent tiles": partial(
         calls.linear_quick_gelu_persistent, rows=384, width=64, hidden=256, programs=5, dtype=HALF
     ),
+    "linear_quick_gelu_persistent training": partial(
+        calls.linear_quick_gelu_persistent, rows=300, width=64, hidden=200, programs=3, training=True, dtype=HALF
+    ),
     "clip_logits engine": partial(
         calls.clip_logits, batch=2, classes=5, width=40, residual=True, text_dtype=torch.float32
     ),
@@ -77,7 +80,8 @@ def random_cases(launcher: str, count: int, longest: int) -> Iterator[Callable[.
                 "rows": size(),
                 "width": -(-size() // 8) * 8,
                 "hidden": -(-size() // 8) * 8,
-                "programs": draw.randint(1, 132),
+                "programs": draw.randint(1, 264),
+                "training": flag(),
             },
             "mean_norm_over_frames": {
                 "batch": draw.randint(1, 3),

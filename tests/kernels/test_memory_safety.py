@@ -128,8 +128,8 @@ LONG = {
         repeated(count, 16), repeated(64, 16).contiguous(), VECTORS[64], False
     )[0],
     "linear_quick_gelu_persistent": lambda count: linear_quick_gelu_persistent_fwd(
-        repeated(count, 16), repeated(64, 16).contiguous(), VECTORS[64], FAR
-    ),
+        repeated(count, 16), repeated(64, 16).contiguous(), VECTORS[64], False, FAR
+    )[0],
     "quick_gelu": quick_gelu_of_tail,
     "mean_norm_over_frames": lambda count: mean_norm_over_frames_fwd(
         repeated(count, 1, 2, 32), VECTORS[32], VECTORS[32], None, None, EPS
