@@ -24,7 +24,6 @@ COMPILED = "hf-compile-max-cublas"
 TRAINED = {"train": (("hf-sdpa", "layers"), COMPILED), "train layers": (("hf-sdpa",), "layers-compile")}
 STRONGEST = "hf-compile-max-flash"
 AS_USED = ("B/16 x8", "B/32 x1", "tiny x1")  # timed as a user sees it too, and from bytes
-STRONGEST_OF = ("B/16 x8", "tiny x1")  # compiled with all there is, when nothing else is left to do
 MACHINE, CEILINGS = "machine", "ceilings"
 ASKED: tuple[tuple[Callable[..., Rows], str, int], ...] = (
     *((ask, variant, 8) for ask in (questions.fc1, questions.ifa) for variant in ("B/16", "L/14")),
@@ -42,6 +41,8 @@ def tasks(lane: str, desk: Desk) -> dict[str, Task]:
     kind, _, sizes = lane.rpartition(": ")
     variant, _, batch = sizes.partition(" x")
     used = sizes in AS_USED
+    if kind == "max-autotune":
+        return _strongest_tasks(desk, case_of(variant, int(batch)))
     if kind:
         return _training_tasks(desk, kind, case_of(variant, int(batch), direction="train"))
     methods = ("graph", "wall") if used else ("graph",)
@@ -49,9 +50,17 @@ def tasks(lane: str, desk: Desk) -> dict[str, Task]:
     found = {f"build {name_of(case)}": Task(90, partial(_build, desk, case, OURS)) for case in cases}
     found[f"compile {name_of(cases[0])}"] = Task(150, partial(_build, desk, cases[0], (COMPILED,)))
     found |= {name_of(case): Task(90, partial(contest.measure, desk, case, OURS, methods)) for case in cases}
-    if sizes in STRONGEST_OF:
-        found[f"{name_of(cases[0])} {STRONGEST}"] = Task(390, partial(_strongest, desk, cases[0], methods))
     return found
+
+
+def _strongest_tasks(desk: Desk, case: Case) -> dict[str, Task]:
+    name = f"{name_of(case)} {STRONGEST}"
+    return {
+        f"build {name}": Task(90, partial(_build, desk, case, OURS)),
+        # nobody measures before it has ended
+        f"compile {name}": Task(180, partial(_compile_strongest, desk, case)),
+        name: Task(90, partial(contest.measure, desk, case, OURS, ("graph", "wall"))),
+    }
 
 
 def _training_tasks(desk: Desk, kind: str, case: Case) -> dict[str, Task]:
@@ -75,21 +84,16 @@ def _build(desk: Desk, case: Case, providers: tuple[str, ...]) -> Found:
     return found
 
 
-def _strongest(desk: Desk, case: Case, methods: tuple[str, ...]) -> Found:
-    """Every GEMM template tried when no other lane has anything left to do; then all of them again."""
-    desk.wait_while(lambda name: True)
-    # what was tuned beside others at work is not taken over, and nobody else needs a core
-    cores = os.cpu_count() or 1
+def _compile_strongest(desk: Desk, case: Case) -> Found:
+    """Every GEMM template tried; what other lanes tuned is not taken over."""
+    workers = max(2, (os.cpu_count() or 1) // 2)
     os.environ |= {
-        "TORCHINDUCTOR_CACHE_DIR": str(desk.folder / "alone"),
-        "TORCHINDUCTOR_COMPILE_THREADS": str(cores),
+        "TORCHINDUCTOR_CACHE_DIR": str(desk.folder / "strongest"),
+        "TORCHINDUCTOR_COMPILE_THREADS": str(workers),
     }
     shutdown_compile_workers()
-    config.compile_threads = cores
-    built = contest.build(desk, case, (STRONGEST,))
-    found = contest.measure(desk, case, OURS, methods)
-    right = built["status"] in (PASSED, RAN)
-    return found | {"checks": built["checks"], "status": found["status"] if right else built["status"]}
+    config.compile_threads = workers
+    return _build(desk, case, (STRONGEST,))
 
 
 def _kernel_tasks(desk: Desk) -> dict[str, Task]:

@@ -45,7 +45,8 @@ def test_texts_encoded_once_in_float32_meet_videos_under_autocast(
 ) -> None:
     model, other = models
     generator = torch.Generator().manual_seed(0)
-    video = torch.randn(2, SMALL.frames, 3, SMALL.image_size, SMALL.image_size, generator=generator).to(DEVICE)
+    # of two videos the gradients of some biases nearly cancel: what is left of them is rounding
+    video = torch.randn(4, SMALL.frames, 3, SMALL.image_size, SMALL.image_size, generator=generator).to(DEVICE)
     tokens = torch.randint(1, SMALL.vocab_size, (5, 8), generator=generator).to(DEVICE)
     with torch.no_grad():
         text = other.encode_text(tokens)

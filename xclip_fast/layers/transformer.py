@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class SelfAttention(reference.transformer.SelfAttention):
         # PyTorch's fast attention takes four dimensions, for five it writes down the scores:
         # (..., L, 3 D) to three of (N, heads, L, head_dim)
         length, width = x.shape[-2:]
-        parts = packed.view(x.shape[:-2].numel(), length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        parts = packed.view(prod(x.shape[:-2]), length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         query, key, value = parts.unbind(0)
         mixed = scaled_dot_product_attention(query, key, value, **options)
         return self.out_proj(mixed.transpose(1, 2).reshape(x.shape))
