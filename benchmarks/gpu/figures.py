@@ -12,7 +12,7 @@ from torch._inductor.async_compile import shutdown_compile_workers
 
 from benchmarks.gpu import contest, questions
 from benchmarks.gpu.contest import case_of, name_of
-from benchmarks.gpu.lane import FAILED, IMPORTS, PASSED, RAN, Desk, Found, Task
+from benchmarks.gpu.lane import FAILED, IMPORTS, Desk, Found, Task
 from benchmarks.gpu.questions import Bench, Rows
 from xclip_fast.bench.machine import ceilings, facts
 from xclip_fast.bench.record import Case

@@ -28,7 +28,7 @@ from xclip_fast.ops.inputs import Draw
 
 LOAD = Load(TINY, 2, 5)
 # registered ops that no user calls: backward passes, and what the ops themselves are made of
-WITHIN = ("_backward", "patch_rows", "column_sums", "linear")
+WITHIN = ("_backward", "patch_rows", "column_sums", "linear", "norm_feed_forward")
 
 
 class Registered(TorchDispatchMode):

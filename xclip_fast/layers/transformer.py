@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from xclip_fast import reference
 from xclip_fast.ops import backend, feed_forward, layer_norm
 from xclip_fast.ops._backends import asked_backend, host_bound, is_transformed
+from xclip_fast.ops._norm_linear import norm_feed_forward
 from xclip_fast.plain import LINEAR, NORM, QUICK_GELU, Plain, is_plain
 from xclip_fast.reference.transformer import causal_mask
 
@@ -83,6 +84,17 @@ def run_mlp(owner: Any, x: Tensor, kind: Plain = MLP) -> Tensor:
     return feed_forward(x, fc.weight, fc.bias, proj.weight, proj.bias)
 
 
+def add_norm_mlp(owner: Any, stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """``branch`` added to the residual stream, and the MLP of what ``ln_2`` makes of it: the stream, and its result."""
+    norm, mlp = owner.ln_2, owner.mlp
+    if not is_plain(owner, ln_2=NORM, mlp=MLP):
+        normed, stream = add_norm(owner, "ln_2", stream, branch)
+        return stream, run_mlp(owner, normed)
+    weights = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
+    out, stream = norm_feed_forward(branch.to(stream.dtype), stream, (norm.weight, norm.bias), weights, norm.eps)
+    return stream, out
+
+
 class Block(reference.transformer.Block):
     """The pre-norm block of the text transformer and of MIT on the fused ops.
 
@@ -109,8 +121,7 @@ class Block(reference.transformer.Block):
             branch = self.attn.attend(normed, is_causal=True)
         else:
             branch = self.attn(normed, mask)
-        normed, stream = add_norm(self, "ln_2", stream, branch)
-        return stream, run_mlp(self, normed)
+        return add_norm_mlp(self, stream, branch)
 
 
 def run_blocks(

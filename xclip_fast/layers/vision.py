@@ -13,14 +13,15 @@ from xclip_fast.layers.transformer import (
     ATTENTION,
     SelfAttention,
     add_norm,
+    add_norm_mlp,
     add_pending,
     modules_do,
     run_blocks,
-    run_mlp,
 )
 from xclip_fast.ops import frame_attention, message_attention, message_key_value, patch_embed
 from xclip_fast.ops._backends import host_bound
 from xclip_fast.ops._linear import linear
+from xclip_fast.ops._norm_linear import norm_linear
 from xclip_fast.ops._patch_contract import channels_last, pixel_statistics
 from xclip_fast.plain import LINEAR, NORM, Plain, is_plain
 from xclip_fast.reference.positions import spatial_positions
@@ -86,9 +87,11 @@ def _attend_within_frame(
         stream = add_pending(stream, pending)
         extended = torch.cat([stream, message(stream[:, :, 0]).unsqueeze(-2).to(stream.dtype)], dim=-2)
         return stream, attention(norm(extended))[..., :-1, :]
-    normed, stream = add_norm(owner, "ln_1", stream, pending)
+    # autocast leaves branches in half precision beside a float32 residual stream
+    x, residual = (stream, None) if pending is None else (pending.to(stream.dtype), stream)
+    in_proj = attention.in_proj_weight, attention.in_proj_bias
+    packed, stream = norm_linear(x, residual, (norm.weight, norm.bias), *in_proj, norm.eps)
     width = stream.shape[-1]
-    packed = linear(normed, attention.in_proj_weight, attention.in_proj_bias)
     message_kv = message_key_value(
         message(stream[:, :, 0]),
         norm.weight,
@@ -235,8 +238,8 @@ class CrossFrameBlock(reference.CrossFrameBlock):
             The residual stream, and the output of this block's MLP, not yet added.
         """
         stream, branch = _attend_within_frame(self, stream, pending, self._message)
-        normed, stream = add_norm(self, "ln_2", stream, self._drop(branch))
-        return stream, self._drop(run_mlp(self, normed))
+        stream, branch = add_norm_mlp(self, stream, self._drop(branch))
+        return stream, self._drop(branch)
 
     def _message(self, class_tokens: Tensor) -> Tensor:
         if not (self.training and self.drop_path):

@@ -1,0 +1,120 @@
+"""A norm with what multiplies its rows, in training: results and gradients as of the two apart, in less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from harness import DEVICE, kernel_dtypes, random
+from torch import Tensor
+from torch.nn import functional
+
+from xclip_fast.numerics import allowance, parity_error
+from xclip_fast.ops import backend
+from xclip_fast.ops._norm_linear import norm_feed_forward, norm_linear
+
+WIDTH, HIDDEN, EPS = 24, 40, 1e-5
+SHAPES = {"norm_linear": [(HIDDEN, WIDTH), (HIDDEN,)]}
+SHAPES["norm_feed_forward"] = [*SHAPES["norm_linear"], (WIDTH, HIDDEN), (WIDTH,)]
+Call = Callable[..., tuple[Tensor, ...]]
+
+
+def fused(name: str) -> Call:
+    def call(x: Tensor, residual: Tensor | None, *rest: Tensor) -> tuple[Tensor, ...]:
+        norm, weights = rest[:2], rest[2:]
+        if name == "norm_linear":
+            return norm_linear(x, residual, norm, *weights, EPS)  # type: ignore[arg-type, misc]
+        return norm_feed_forward(x, residual, norm, weights, EPS)  # type: ignore[arg-type]
+
+    return call
+
+
+def plain(name: str) -> Call:
+    def call(x: Tensor, residual: Tensor | None, *rest: Tensor) -> tuple[Tensor, ...]:
+        stream = x if residual is None else x + residual
+        out = functional.linear(functional.layer_norm(stream, (WIDTH,), *rest[:2], EPS), *rest[2:4])
+        if name == "norm_feed_forward":
+            out = functional.linear(out * torch.sigmoid(1.702 * out), *rest[4:])
+        return out, stream
+
+    return call
+
+
+def tensors(name: str, dtype: torch.dtype, shape: tuple[int, ...] = (3, 7, WIDTH)) -> list[Tensor]:
+    vectors = [random(WIDTH, dtype=dtype, mean=1.0), random(WIDTH, dtype=dtype)]
+    weights = [random(*sizes, dtype=dtype) / (sizes[-1] ** 0.5 if len(sizes) > 1 else 1) for sizes in SHAPES[name]]
+    return [random(*shape, dtype=dtype), random(*shape, dtype=dtype, mean=0.5), *vectors, *weights]
+
+
+def step(call: Call, given: list[Tensor | None], streams: bool) -> list[Tensor]:
+    """Results, and gradients of a sum of both in which every number has a weight of its own."""
+    leaves = [None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in given]
+    out, stream = call(*leaves)
+    grads = [
+        torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).bfloat16().to(y.dtype) for y in (out, stream)
+    ]
+    outputs, grads = ([out, stream], grads) if streams else ([out], grads[:1])
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    return [out.detach(), stream.detach(), *torch.autograd.grad(outputs, wanted, grads)]
+
+
+@kernel_dtypes
+@pytest.mark.parametrize("added", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_are_those_of_the_two_apart(name: str, added: bool, dtype: torch.dtype) -> None:
+    given: list[Tensor | None] = [*tensors(name, dtype)]
+    if not added:
+        given[1] = None
+    with backend("triton"):
+        found = step(fused(name), given, streams=added)
+    near = step(plain(name), given, streams=added)
+    exact = step(plain(name), [None if tensor is None else tensor.double() for tensor in given], streams=added)
+    for one, other, truth in zip(found, near, exact, strict=True):
+        assert one.dtype == dtype
+        ceiling = 4e-6 if dtype == torch.float32 else 4e-2
+        assert parity_error(one, truth) <= allowance(parity_error(other, truth), dtype, 64, ceiling, distance=2.0)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_gradient_of_the_stream_alone(name: str) -> None:
+    x, residual, *rest = (tensor.requires_grad_() for tensor in tensors(name, torch.float32))
+    with backend("triton"):
+        _, stream = fused(name)(x, residual, *rest)
+    stream.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]
+    assert torch.equal(residual.grad, torch.ones_like(x))  # type: ignore[arg-type]
+    assert rest[0].grad is None
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_normed_rows_are_not_kept(name: str) -> None:
+    given = [tensor.requires_grad_() for tensor in tensors(name, torch.float32, (64, WIDTH))]
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with backend("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _, stream = fused(name)(*given)
+    own = {tensor.data_ptr() for tensor in given}
+    rows = [tensor for tensor in kept if tensor.shape == (64, WIDTH) and tensor.data_ptr() not in own]
+    assert [tensor.data_ptr() for tensor in rows] == [stream.data_ptr()]
+
+
+@pytest.mark.parametrize("case", ["no gradient", "autocast", "two dtypes", "torch"])
+def test_what_is_left_to_the_ops_apart(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in SHAPES:
+        monkeypatch.setattr(f"xclip_fast.ops._norm_linear.{name}_op", lambda *_: called.append("op"))
+    for name in SHAPES:
+        given = tensors(name, torch.float16)
+        if case == "two dtypes":
+            given[2], given[3] = given[2].float(), given[3].float()
+        given = [tensor.requires_grad_(case != "no gradient") for tensor in given]
+        autocast = torch.autocast(DEVICE, torch.float16, enabled=case == "autocast")
+        with backend("torch" if case == "torch" else "triton"), autocast:
+            out, stream = fused(name)(*given)
+        assert out.shape[:-1] == stream.shape[:-1]
+    assert not called

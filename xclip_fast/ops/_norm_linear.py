@@ -1,0 +1,219 @@
+"""A norm and what multiplies the normed rows, in training: the rows are made again in the backward pass, not kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xclip_fast.ops._backends import choose
+from xclip_fast.ops._dtypes import autocast_dtype, exact_dtype
+from xclip_fast.ops._linear import column_sums_op, linear, linear_gradients, linear_op
+from xclip_fast.ops._register import fused_op
+from xclip_fast.ops.layer_norm import layer_norm, layer_norm_backward_op, layer_norm_op, size_refusal
+from xclip_fast.ops.linear_quick_gelu import feed_forward, feed_forward_op, quick_gelu_backward_op
+
+
+def norm_linear(
+    x: Tensor, residual: Tensor | None, norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``linear`` of ``layer_norm``, and the residual stream; ``norm`` is the weight and bias of the norm."""
+    if _keeps_no_rows(x, residual, *norm, weight, bias):
+        out, stream, _, _ = norm_linear_op(x, residual, *norm, weight, bias, eps)
+        return out, x if residual is None else stream
+    normed, stream = layer_norm(x, *norm, residual=residual, eps=eps)
+    return linear(normed, weight, bias), stream
+
+
+def norm_feed_forward(
+    x: Tensor, residual: Tensor | None, norm: tuple[Tensor, Tensor], mlp: tuple[Tensor, ...], eps: float
+) -> tuple[Tensor, Tensor]:
+    """``feed_forward`` of ``layer_norm``, and the residual stream; ``mlp`` is its two weights, each before its bias."""
+    if _keeps_no_rows(x, residual, *norm, *mlp):
+        out, _, stream, _, _ = norm_feed_forward_op(x, residual, *norm, *mlp, eps)
+        return out, x if residual is None else stream
+    normed, stream = layer_norm(x, *norm, residual=residual, eps=eps)
+    return feed_forward(normed, *mlp), stream
+
+
+def _keeps_no_rows(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether gradients are recorded of what the kernels take in one dtype; compilers choose by themselves."""
+    present = [x, *(tensor for tensor in others if tensor is not None)]
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast_dtype(x.device.type) is not None:
+        return False
+    if not all(tensor.dtype == x.dtype for tensor in present) or not any(tensor.requires_grad for tensor in present):
+        return False
+    return size_refusal(x) is None and choose("norm_linear", None, *present) == "triton"
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], normed: tuple[Tensor, ...], *rest: Tensor) -> None:
+    x, residual, norm_weight, norm_bias, *_, eps = inputs
+    stream, mean, rstd = normed
+    ctx.save_for_backward(x if residual is None else stream, norm_weight, norm_bias, mean, rstd, *rest)
+    ctx.eps, ctx.has_residual = eps, residual is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _normed_again(ctx: Any) -> Tensor:
+    stream, weight, bias, *_ = ctx.saved_tensors
+    normed: Tensor = layer_norm_op(stream, weight, bias, None, None, ctx.eps)[0]
+    return normed
+
+
+def _through_norm(ctx: Any, grad_normed: Tensor | None, grad_stream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the residual, and the weight and bias of the norm."""
+    stream, weight, _, mean, rstd, *_ = ctx.saved_tensors
+    if not ctx.has_residual:
+        grad_stream = None
+    if grad_normed is None:
+        return grad_stream, grad_stream, None, None
+    grad_x, vectors = layer_norm_backward_op(grad_normed, grad_stream, stream, weight, None, mean, rstd)
+    grad_weight, grad_bias, _ = vectors.to(weight.dtype).unbind(0)
+    return grad_x, grad_x if ctx.has_residual else None, grad_weight, grad_bias
+
+
+def _norm_fakes(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.numel() // x.shape[-1], dtype=exact_dtype(x.dtype))
+    return x.new_empty(0 if residual is None else x.shape), statistics, torch.empty_like(statistics)
+
+
+def _launch_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normed, stream, mean, rstd = layer_norm_op(x, norm_weight, norm_bias, residual, None, eps)
+    return linear_op(normed, weight, bias), stream, mean, rstd
+
+
+def _linear_fake(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *rest: object
+) -> tuple[Tensor, ...]:
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), *_norm_fakes(x, residual)
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, weight, bias, _ = inputs
+    _save_norm(ctx, inputs, output[1:], weight)
+    ctx.bias_dtype = bias.dtype
+
+
+def _backward_linear(ctx: Any, grad: Tensor | None, grad_stream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return *_through_norm(ctx, None, grad_stream), None, None, None
+    weight = ctx.saved_tensors[-1]
+    grad_normed, *grads = linear_gradients(grad, _normed_again(ctx), weight, ctx.bias_dtype)
+    return *_through_norm(ctx, grad_normed, grad_stream), *grads, None
+
+
+def _linear_flops(x_shape: Any, residual: Any, norm: Any, norm_bias: Any, weight: Any, *a: object, **k: object) -> int:
+    """One GEMM."""
+    return 2 * torch.Size(x_shape).numel() * weight[0]
+
+
+@fused_op(
+    "norm_linear",
+    launcher=_launch_linear,
+    fake=_linear_fake,
+    save=_save_linear,
+    backward=_backward_linear,
+    flops=_linear_flops,
+)
+def norm_linear_op(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The linear layer's rows, the stream (empty without a residual), mean and 1 / deviation of each row."""
+    return _launch_linear(x, residual, norm_weight, norm_bias, weight, bias, eps)
+
+
+def _launch_feed_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    normed, stream, mean, rstd = layer_norm_op(x, norm_weight, norm_bias, residual, None, eps)
+    out, pre = feed_forward_op(normed, fc_weight, fc_bias, proj_weight, proj_bias, True)
+    return out, pre, stream, mean, rstd
+
+
+def _feed_forward_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    *rest: object,
+) -> tuple[Tensor, ...]:
+    out, pre = (x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in (proj_weight, fc_weight))
+    return out, pre, *_norm_fakes(x, residual)
+
+
+def _save_feed_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    fc_weight, _, proj_weight, *_ = inputs[4:]
+    _, pre, *normed = output
+    _save_norm(ctx, inputs, tuple(normed), fc_weight, proj_weight, pre)
+    ctx.mark_non_differentiable(pre, *normed[1:])
+
+
+def _backward_feed_forward(
+    ctx: Any, grad: Tensor | None, grad_pre: None, grad_stream: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return *_through_norm(ctx, None, grad_stream), None, None, None, None, None
+    *_, fc_weight, proj_weight, pre = ctx.saved_tensors
+    grad_hidden, hidden = quick_gelu_backward_op(grad @ proj_weight, pre, True)
+    rows = grad.reshape(-1, grad.shape[-1])
+    proj_grads = rows.T @ hidden.reshape(-1, hidden.shape[-1]), column_sums_op(rows)
+    del hidden
+    grad_normed, *fc_grads = linear_gradients(grad_hidden, _normed_again(ctx), fc_weight, fc_weight.dtype)
+    return *_through_norm(ctx, grad_normed, grad_stream), *fc_grads, *proj_grads, None
+
+
+def _feed_forward_flops(
+    x_shape: Any, residual: Any, norm: Any, norm_bias: Any, fc: Any, fc_bias: Any, proj: Any, *a: object, **k: object
+) -> int:
+    """Two GEMMs."""
+    return 2 * torch.Size(x_shape[:-1]).numel() * (fc[0] * fc[1] + proj[0] * proj[1])
+
+
+@fused_op(
+    "norm_feed_forward",
+    launcher=_launch_feed_forward,
+    fake=_feed_forward_fake,
+    save=_save_feed_forward,
+    backward=_backward_feed_forward,
+    flops=_feed_forward_flops,
+)
+def norm_feed_forward_op(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The MLP's rows, its pre-activation, the stream (empty without a residual), mean and 1 / deviation of each row."""
+    return _launch_feed_forward(x, residual, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias, eps)
