@@ -48,18 +48,31 @@ def column_sums(x: Tensor) -> Tensor:
     Many rows are summed in parts first, whose sums are added up in a fixed order: no atomics.
     """
     rows = as_rows(x)
-    parts = min(PROGRAMS // cdiv(x.shape[1], TILE.columns), cdiv(len(rows), TILE.rows))
-    if parts <= 1:
-        return _sum_parts(rows, TILE, 1, x.dtype)[0]
-    partial = _sum_parts(rows, TILE, parts, torch.float32)
-    return _sum_parts(partial, PARTIAL_TILE, 1, x.dtype)[0]
+    parts = parts_of(*rows.shape, TILE)
+    if parts == 1:
+        return _sums_of(rows, TILE, len(rows), x.dtype)[0]
+    return sum_of_parts(_sums_of(rows, TILE, rows_of_part(len(rows), parts, TILE), torch.float32), x.dtype)
 
 
-def _sum_parts(x: Tensor, tile: Tile, parts: int, dtype: torch.dtype) -> Tensor:
-    """Sums (P, N) of about as many parts of the rows of x (M, N), each of whole blocks."""
+def parts_of(rows: int, width: int, tile: Tile) -> int:
+    """How many parts to sum so many rows in, at least one."""
+    return max(1, min(PROGRAMS // cdiv(width, tile.columns), cdiv(rows, tile.rows)))
+
+
+def rows_of_part(rows: int, parts: int, tile: Tile) -> int:
+    """Rows of each part, whole blocks; the last may have fewer, and there may be fewer parts."""
+    return max(1, cdiv(cdiv(rows, parts), tile.rows)) * tile.rows
+
+
+def sum_of_parts(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sums (N,) of partial sums (P, N)."""
+    return _sums_of(partial, PARTIAL_TILE, len(partial), dtype)[0]
+
+
+def _sums_of(x: Tensor, tile: Tile, part_rows: int, dtype: torch.dtype) -> Tensor:
+    """Sums (P, N) of so many rows of x (M, N) each."""
     rows, width = x.shape
-    part_rows = max(1, cdiv(cdiv(rows, parts), tile.rows)) * tile.rows
-    parts = max(1, cdiv(rows, part_rows))
+    parts = max(1, cdiv(rows, max(1, part_rows)))
     out = x.new_empty(parts, width, dtype=dtype)
     if width:
         with on_device_of(x):

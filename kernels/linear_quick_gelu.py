@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from xclip_fast.devices import compute_capability, multiprocessors
 from xclip_fast.kernels._launch import as_rows, cdiv, kernel, next_power_of_2, on_device_of
 from xclip_fast.kernels._tensors import dot_precision
+from xclip_fast.kernels.column_sums import parts_of, rows_of_part, sum_of_parts
 from xclip_fast.tuning import Tile, every, listed, tunable
 
 # x * sigmoid(1.702 x) = x / (1 + 2^(-1.702 log2(e) x)): one exp2 and one division, where tl.sigmoid takes 13 operations
@@ -54,11 +55,11 @@ def forward_tile(rows: int, width: int, dtype: torch.dtype) -> Tile:
     "quick_gelu_bwd",
     op="linear_quick_gelu",
     backward=True,
-    candidates=every(columns=(1024, 512, 2048), num_warps=(4, 8)),
+    candidates=every(columns=(128, 256), rows=(32, 16, 64), num_warps=(4,)),
 )
 def backward_tile(dtype: torch.dtype) -> Tile:
-    """Elements of a program of the activation's backward pass, the same for every shape and dtype."""
-    return Tile(columns=1024)
+    """Rows and columns that a program of the activation's backward pass has at a time, the same for every shape."""
+    return Tile(32, 128)
 
 
 # two programs share a multiprocessor: each has room for three steps of operands and a quarter of the result, and one
@@ -213,21 +214,35 @@ def _quick_gelu_bwd_kernel(
     pre_ptr,
     grad_pre_ptr,
     hidden_ptr,
-    count,
-    BLOCK: tl.constexpr,
+    partial_ptr,
+    rows,
+    part_rows,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
     WRITE_HIDDEN: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < count
-    # [BLOCK]
-    pre = tl.load(pre_ptr + index, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp2(pre * EXPONENT))
-    slope = sigmoid + 1.702 * pre * sigmoid * (1.0 - sigmoid)
-    tl.store(grad_pre_ptr + index, (grad * slope).to(grad_pre_ptr.dtype.element_ty), mask=inside)
-    if WRITE_HIDDEN:
-        # computed again here, so that the forward pass need not keep it
-        tl.store(hidden_ptr + index, (pre * sigmoid).to(hidden_ptr.dtype.element_ty), mask=inside)
+    columns: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0)
+    part = (program // columns).to(tl.int64)
+    column = program % columns * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_width = column < WIDTH
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, part_rows, BLOCK_ROWS):
+        row = part * part_rows + start + tl.arange(0, BLOCK_ROWS)
+        inside = (row < rows)[:, None] & in_width[None, :]
+        index = row[:, None] * WIDTH + column[None, :]
+        # [BLOCK_ROWS, BLOCK_COLUMNS]
+        pre = tl.load(pre_ptr + index, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp2(pre * EXPONENT))
+        grad *= sigmoid + 1.702 * pre * sigmoid * (1.0 - sigmoid)
+        sums += grad
+        tl.store(grad_pre_ptr + index, grad.to(grad_pre_ptr.dtype.element_ty), mask=inside)
+        if WRITE_HIDDEN:
+            # computed again here, so that the forward pass need not keep it
+            tl.store(hidden_ptr + index, (pre * sigmoid).to(hidden_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + part * WIDTH + column, tl.sum(sums, axis=0), mask=in_width)
 
 
 def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
@@ -318,23 +333,36 @@ def linear_quick_gelu_persistent_fwd(
     return hidden, pre
 
 
-def quick_gelu_bwd(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
-    """Launch the activation's backward pass: gradient of the pre-activation, and the activation or an empty tensor."""
-    grad, pre = grad.contiguous(), pre.contiguous()
+def quick_gelu_bwd(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the activation's backward pass.
+
+    The gradient of the pre-activation (..., N), the activation or an empty tensor, and the sums (N,) of the gradient
+    over all rows, which are the gradient of the bias.
+    """
+    shape = pre.shape
+    grad, pre = as_rows(grad.contiguous()), as_rows(pre.contiguous())
     grad_pre = torch.empty_like(pre)
     hidden = torch.empty_like(pre) if write_hidden else pre.new_empty(0)
     tile = backward_tile(pre.dtype)
-    if pre.numel():
+    rows, width = pre.shape
+    part_rows = rows_of_part(rows, parts_of(rows, width, tile), tile)
+    parts = max(1, cdiv(rows, part_rows))
+    partial = pre.new_empty(parts, width, dtype=torch.float32)
+    if width:
         with on_device_of(pre):
-            _quick_gelu_bwd_kernel[(cdiv(pre.numel(), tile.columns),)](
+            _quick_gelu_bwd_kernel[(parts * cdiv(width, tile.columns),)](
                 grad_ptr=grad,
                 pre_ptr=pre,
                 grad_pre_ptr=grad_pre,
                 hidden_ptr=hidden,
-                count=pre.numel(),
-                BLOCK=tile.columns,
+                partial_ptr=partial,
+                rows=rows,
+                part_rows=part_rows,
+                WIDTH=width,
+                BLOCK_ROWS=tile.rows,
+                BLOCK_COLUMNS=tile.columns,
                 WRITE_HIDDEN=write_hidden,
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
-    return grad_pre, hidden
+    return grad_pre.view(shape), hidden.view(shape) if write_hidden else hidden, sum_of_parts(partial, pre.dtype)

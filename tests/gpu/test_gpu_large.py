@@ -122,7 +122,7 @@ def test_linear_quick_gelu() -> None:
 
 def test_quick_gelu_backward() -> None:
     need(24)
-    compare(lambda grad, pre: quick_gelu_bwd(grad, pre, True), made(PART, 3072), made(PART, 3072), largest=3072)
+    compare(lambda grad, pre: quick_gelu_bwd(grad, pre, True)[:2], made(PART, 3072), made(PART, 3072), largest=3072)
 
 
 def test_frame_attention_forward_and_backward() -> None:

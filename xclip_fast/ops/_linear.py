@@ -26,15 +26,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype, needed: tuple[bool, ...] = (True, True, True)
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the input, the weight and the bias of a linear layer, those that are needed."""
+    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, ...] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the input and the weight of a linear layer, those that are needed."""
     rows = grad.reshape(-1, grad.shape[-1])
-    return (
-        grad @ weight if needed[0] else None,
-        rows.T @ x.reshape(-1, x.shape[-1]) if needed[1] else None,
-        column_sums_op(rows).to(bias_dtype) if needed[2] else None,
-    )
+    grad_weight = rows.T @ x.reshape(-1, x.shape[-1]) if needed[1] else None
+    return grad @ weight if needed[0] else None, grad_weight
+
+
+def sums_of_rows(x: Tensor) -> Tensor:
+    """Sums (N,) over the rows of x (M, N) in its dtype, summed in float32."""
+    return x.sum(0, dtype=exact_dtype(x.dtype)).to(x.dtype)
 
 
 def _column_sums_fake(x: Tensor) -> Tensor:
@@ -43,8 +45,8 @@ def _column_sums_fake(x: Tensor) -> Tensor:
 
 @fused_op("column_sums", launcher="xclip_fast.kernels.column_sums.column_sums", fake=_column_sums_fake)
 def column_sums_op(x: Tensor) -> Tensor:
-    """Sums (N,) over the rows of x (M, N) in its dtype."""
-    return x.sum(0, dtype=exact_dtype(x.dtype)).to(x.dtype)
+    """``sums_of_rows``."""
+    return sums_of_rows(x)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -59,7 +61,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    return linear_gradients(grad, x, weight, ctx.bias_dtype, ctx.needs_input_grad)
+    needed = ctx.needs_input_grad
+    sums = column_sums_op(grad.reshape(-1, grad.shape[-1])).to(ctx.bias_dtype) if needed[2] else None
+    return *linear_gradients(grad, x, weight, needed), sums
 
 
 def _flops(x_shape: Any, weight_shape: Any, *args: object, **kwargs: object) -> int:

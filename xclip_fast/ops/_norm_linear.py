@@ -99,17 +99,17 @@ def _linear_fake(
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, weight, bias, _ = inputs
+    *_, weight, _, _ = inputs
     _save_norm(ctx, inputs, output[1:], weight)
-    ctx.bias_dtype = bias.dtype
 
 
 def _backward_linear(ctx: Any, grad: Tensor | None, grad_stream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return *_through_norm(ctx, None, grad_stream), None, None, None
     weight = ctx.saved_tensors[-1]
-    grad_normed, *grads = linear_gradients(grad, _normed_again(ctx), weight, ctx.bias_dtype)
-    return *_through_norm(ctx, grad_normed, grad_stream), *grads, None
+    grad_normed, grad_weight = linear_gradients(grad, _normed_again(ctx), weight)
+    grad_bias = column_sums_op(grad.reshape(-1, grad.shape[-1]))
+    return *_through_norm(ctx, grad_normed, grad_stream), grad_weight, grad_bias, None
 
 
 def _linear_flops(x_shape: Any, residual: Any, norm: Any, norm_bias: Any, weight: Any, *a: object, **k: object) -> int:
@@ -181,12 +181,12 @@ def _backward_feed_forward(
     if grad is None:
         return *_through_norm(ctx, None, grad_stream), None, None, None, None, None
     *_, fc_weight, proj_weight, pre = ctx.saved_tensors
-    grad_hidden, hidden = quick_gelu_backward_op(grad @ proj_weight, pre, True)
+    grad_hidden, hidden, grad_fc_bias = quick_gelu_backward_op(grad @ proj_weight, pre, True)
     rows = grad.reshape(-1, grad.shape[-1])
     proj_grads = rows.T @ hidden.reshape(-1, hidden.shape[-1]), column_sums_op(rows)
     del hidden
-    grad_normed, *fc_grads = linear_gradients(grad_hidden, _normed_again(ctx), fc_weight, fc_weight.dtype)
-    return *_through_norm(ctx, grad_normed, grad_stream), *fc_grads, *proj_grads, None
+    grad_normed, grad_fc_weight = linear_gradients(grad_hidden, _normed_again(ctx), fc_weight)
+    return *_through_norm(ctx, grad_normed, grad_stream), grad_fc_weight, grad_fc_bias, *proj_grads, None
 
 
 def _feed_forward_flops(

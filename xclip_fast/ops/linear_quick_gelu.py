@@ -10,7 +10,7 @@ from torch.nn.functional import linear, silu
 
 from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_gemm
-from xclip_fast.ops._linear import column_sums_op, linear_gradients
+from xclip_fast.ops._linear import column_sums_op, linear_gradients, sums_of_rows
 from xclip_fast.ops._register import fused_op
 
 SLOPE = 1.702  # QuickGELU is x * sigmoid(SLOPE * x)
@@ -149,8 +149,8 @@ def _backward_linear(ctx: Any, grad: Tensor | None, _: None) -> Any:
     if grad is None:
         return None, None, None, None
     pre = linear(x, weight, bias.to(x.dtype)) if pre is None else pre
-    grad_pre, _ = quick_gelu_backward_op(grad, pre, False)
-    return *linear_gradients(grad_pre, x, weight, bias.dtype), None
+    grad_pre, _, grad_bias = quick_gelu_backward_op(grad, pre, False)
+    return *linear_gradients(grad_pre, x, weight), grad_bias.to(bias.dtype), None
 
 
 def _linear_flops(x_shape: Any, weight_shape: Any, *args: object, **kwargs: object) -> int:
@@ -172,16 +172,17 @@ def linear_quick_gelu_op(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool
     return pre * torch.sigmoid(SLOPE * pre), pre if save_pre else x.new_empty(0)
 
 
-def _activation_fake(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(pre), pre.new_empty(pre.shape if write_hidden else 0)
+def _activation_fake(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(pre), pre.new_empty(pre.shape if write_hidden else 0), pre.new_empty(pre.shape[-1])
 
 
 @fused_op("quick_gelu_backward", launcher="xclip_fast.kernels.linear_quick_gelu.quick_gelu_bwd", fake=_activation_fake)
-def quick_gelu_backward_op(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor]:
-    """The gradient of the pre-activation, and the activation computed again if it is wanted."""
+def quick_gelu_backward_op(grad: Tensor, pre: Tensor, write_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the pre-activation, the activation again if it is wanted, and the gradient of the bias."""
     sigmoid = torch.sigmoid(SLOPE * pre)
     grad_pre = grad.contiguous() * (sigmoid + SLOPE * pre * sigmoid * (1 - sigmoid))
-    return grad_pre, pre * sigmoid if write_hidden else pre.new_empty(0)
+    hidden = pre * sigmoid if write_hidden else pre.new_empty(0)
+    return grad_pre, hidden, sums_of_rows(grad_pre.flatten(0, -2))
 
 
 def _launch_feed_forward(
@@ -212,11 +213,12 @@ def _backward_feed_forward(ctx: Any, grad: Tensor | None, _: None) -> Any:
     if grad is None:
         return None, None, None, None, None, None
     pre = linear(x, fc_weight, fc_bias) if pre is None else pre
-    grad_pre, hidden = quick_gelu_backward_op(grad @ proj_weight, pre, True)
+    grad_pre, hidden, grad_bias = quick_gelu_backward_op(grad @ proj_weight, pre, True)
     rows = grad.reshape(-1, grad.shape[-1])
     grad_proj_weight = rows.T @ hidden.reshape(-1, hidden.shape[-1])
     grad_proj_bias = column_sums_op(rows).to(proj_bias.dtype)
-    return *linear_gradients(grad_pre, x, fc_weight, fc_bias.dtype), grad_proj_weight, grad_proj_bias, None
+    fc_grads = *linear_gradients(grad_pre, x, fc_weight), grad_bias.to(fc_bias.dtype)
+    return *fc_grads, grad_proj_weight, grad_proj_bias, None
 
 
 def _feed_forward_flops(

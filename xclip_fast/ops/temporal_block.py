@@ -294,12 +294,12 @@ def temporal_block_backward_op(
     middle = frames_attention_torch(rows, *attention, out_bias, *clips)
     normed, _, mean, rstd = layer_norm_op(middle, norm2_weight, norm2_bias, None, None, eps)
     pre = torch.addmm(fc_bias, normed, fc_weight.t())
-    grad_pre, hidden = quick_gelu_backward_op(grad @ proj_weight, pre, True)
+    grad_pre, hidden, grad_fc_bias = quick_gelu_backward_op(grad @ proj_weight, pre, True)
     grad_middle, norm2_grads = layer_norm_backward_op(
         grad_pre @ fc_weight, grad, middle, norm2_weight, None, mean, rstd
     )
     grad_rows, *attention_grads = frames_attention_backward(grad_middle, rows, *attention, *clips)
-    mlp_grads = grad_pre.t() @ normed, grad_pre.sum(0), grad.t() @ hidden, grad.sum(0)
+    mlp_grads = grad_pre.t() @ normed, grad_fc_bias, grad.t() @ hidden, grad.sum(0)
     return [grad_rows.view(x.shape), *attention_grads, norm2_grads, *mlp_grads]
 
 
