@@ -59,9 +59,8 @@ def _model(draw: Draw, shape: str, load: Load) -> Iterator[Case]:
         yield Case(f"{shape} {part} residual", partial(norm, residual=True))
         yield Case(f"{shape} {part}", partial(gemm, training=False))
         yield Case(f"{shape} {part} training", partial(gemm, training=True))
-        sums = partial(calls.column_sums, draw, rows=rows)
-        for columns in (width, 3 * width, 4 * width):
-            yield Case(f"{shape} {part} gradient of {columns}", partial(sums, width=columns))
+        for columns in {"vision": (width, 3 * width), "prompts": (width,)}.get(part, ()):
+            yield Case(f"{shape} {part} gradient", partial(calls.column_sums, draw, rows=rows, width=columns))
         # on Hopper
         if programs := persistent_programs(rows, 4 * width, MULTIPROCESSORS):
             persistent = partial(calls.linear_quick_gelu_persistent, draw, rows, width, 4 * width, programs=programs)
@@ -71,6 +70,8 @@ def _model(draw: Draw, shape: str, load: Load) -> Iterator[Case]:
     yield Case(f"{shape} constant", partial(norm, constant=True))
     yield Case(f"{shape} both", partial(norm, residual=True, constant=True))
     yield Case(f"{shape} autocast", partial(norm, norm_dtype=torch.float32))
+    # an H100's table
+    yield Case(f"{shape} tall tiles", partial(norm, residual=True, tile={"rows": 4}))
     quantized = partial(calls.quantize_rows, draw, rows=images * tokens)
     for name, residual in (("norm", False), ("norm residual", True)):
         normed = partial(quantized, width=wide, norm=True, residual=residual, constant=True)
@@ -89,9 +90,9 @@ def _model(draw: Draw, shape: str, load: Load) -> Iterator[Case]:
     yield Case(shape, partial(attention, training=False))
     yield Case(f"{shape} training", partial(attention, training=True))
     if tokens in KEPT_TOKENS:
-        # a GPU's table takes one or the other
-        for name, keys in (("streamed", 64), ("kept", 0)):
-            tile = {"rows": 64, "columns": keys, "num_warps": 4, "num_stages": 2}
+        # a GPU's table takes one of them
+        for name, keys, stages in (("streamed", 64, 2), ("narrow", 32, 3), ("kept", 0, 2)):
+            tile = {"rows": 64, "columns": keys, "num_warps": 4, "num_stages": stages}
             for training in (False, True):
                 chosen = partial(attention, training=training, tile=tile)
                 yield Case(f"{shape} keys {name}{' training' * training}", chosen)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.tune import table_of
 from xclip_fast import tuning
 from xclip_fast.kernels import frame_attention, frame_attention_bwd, layer_norm, linear_quick_gelu, message_attention
 from xclip_fast.ops import _backends
@@ -183,6 +184,11 @@ def test_the_table_of_the_h200_says_what_its_sweep_found(use: Any) -> None:
     found = use(frame_attention.forward_tile, tuning.read(path))
     assert found(197, 64, 2) == Tile(rows=64, columns=0, num_warps=4, num_stages=2)
     assert found(257, 64, 2) == found.default(257, 64, 2)
+
+
+def test_the_table_of_the_h100_is_what_tune_makes_of_its_sweep() -> None:
+    sweep = json.loads((ROOT / "benchmarks" / "results" / "windows" / "h100-sweep-ecf2132.json").read_text())
+    assert table_of(sweep) == tuning.read(tuning.path_of("NVIDIA H100 80GB HBM3"))
 
 
 def test_results_are_kept_and_not_without_end(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
