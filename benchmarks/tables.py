@@ -54,6 +54,8 @@ def table(name: str) -> str:
         return _rivals({path.stem.partition("-")[2]: Run.load(path) for path in sorted(RESULTS.glob("rivals-*.json"))})
     if name == "host":
         return _host(json.loads((RESULTS / "host" / "standin.json").read_text(encoding="utf-8")))
+    if name == "eager":
+        return _eager(json.loads((RESULTS / "windows" / "h100-eager-ecf2132.json").read_text(encoding="utf-8")))
     file, _, part = name.partition("/")
     run = Run.load(RESULTS / f"{file}.json")
     return {"models": _models, "gpu": _gpu, "ops": _ops}[part](run)
@@ -105,6 +107,21 @@ def _host(found: dict[str, Any]) -> str:
     versions = f"torch {machine['torch']}, Triton {machine['triton']}, {machine['commit'][:7]}"
     lines += ["", f"CPU time on {machine['processor']}, {versions}."]
     return "\n".join(lines)
+
+
+def _eager(found: dict[str, Any]) -> str:
+    """Calls in eager mode on a GPU: by kernels, by plain modules, and Hugging Face's."""
+    steps = {"forward": "forward", "train": "training step"}
+    lines = [
+        "| model | batch | | kernels, ms | plain modules, ms | Hugging Face, ms |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        times = " | ".join(f"{row[how]:.1f}" for how in ("kernels", "modules", "hf"))
+        lines.append(f"| {row['variant']} | {row['batch']} | {steps[row['direction']]} | {times} |")
+    facts = found["facts"]
+    origin = f"Wall clock on {facts['gpu']}, torch {facts['torch']}, Triton {facts['triton']}, {facts['commit']}."
+    return "\n".join([*lines, "", origin])
 
 
 def _headline() -> str:

@@ -55,11 +55,11 @@ def forward_tile(rows: int, width: int, dtype: torch.dtype) -> Tile:
     "quick_gelu_bwd",
     op="linear_quick_gelu",
     backward=True,
-    candidates=every(columns=(128, 256), rows=(32, 16, 64), num_warps=(4,)),
+    candidates=every(columns=(128, 256), rows=(16, 8, 32)),
 )
 def backward_tile(dtype: torch.dtype) -> Tile:
     """Rows and columns that a program of the activation's backward pass has at a time, the same for every shape."""
-    return Tile(32, 128)
+    return Tile(16, 128)
 
 
 # two programs share a multiprocessor: each has room for three steps of operands and a quarter of the result, and one

@@ -25,6 +25,7 @@ _message, _block, _patches = (
     _op("temporal_block"),
     _op("patch_embed", "tests/ops/test_patch_embed_contract.py"),
 )
+_linear = in_room("xclip_fast/ops/_norm_linear.py", "tests/ops/test_norm_linear.py")
 _folded, _rows = _op("_folded_message"), _op("_quantize_rows")
 _frames = in_room(
     "xclip_fast/ops/_frames.py", "tests/ops/test_message_attention.py", "tests/ops/test_temporal_block.py", *_COMMON
@@ -178,13 +179,23 @@ FAULTS: list[Fault] = [
     ),
     _gelu(
         "bias of a linear layer has no gradient",
-        "rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0).to(bias.dtype)",
-        "rows.T @ x.reshape(-1, x.shape[-1]), torch.zeros_like(bias)",
+        "linear_gradients(grad_pre, x, weight), grad_bias.to(bias.dtype), None",
+        "linear_gradients(grad_pre, x, weight), torch.zeros_like(bias), None",
     ),
     _gelu(
         "bias of the second layer has the gradient of one row",
-        "grad_proj_bias = rows.sum(0).to(proj_bias.dtype)",
-        "grad_proj_bias = rows[:1].sum(0).to(proj_bias.dtype)",
+        "grad_proj_bias = column_sums_op(rows).to(proj_bias.dtype)",
+        "grad_proj_bias = column_sums_op(rows[:1]).to(proj_bias.dtype)",
+    ),
+    _linear(
+        "norms made again have another eps",
+        "layer_norm_op(stream, weight, bias, None, None, ctx.eps)[0]",
+        "layer_norm_op(stream, weight, bias, None, None, 1e-3)[0]",
+    ),
+    _linear(
+        "a stream's gradient is lost where the branch has none",
+        "return grad_stream, grad_stream, None, None",
+        "return None, None, None, None",
     ),
     _gelu(
         "linear_quick_gelu's torch form has GELU's slope",

@@ -128,8 +128,13 @@ KERNELS: list[Fault] = [
     ),
     _gelu(
         "QuickGELU's kernel has GELU's slope in its gradient",
-        "slope = sigmoid + 1.702 * pre",
-        "slope = sigmoid + 1.7 * pre",
+        "grad *= sigmoid + 1.702 * pre",
+        "grad *= sigmoid + 1.7 * pre",
+    ),
+    _gelu(
+        "QuickGELU's kernel leaves rows out of the sums of its gradient",
+        "sums += grad",
+        "sums = grad",
     ),
     _gelu(
         "linear_quick_gelu's last step reads past the row",

@@ -88,16 +88,23 @@ def test_a_gradient_of_the_stream_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_normed_rows_are_not_kept(name: str) -> None:
+def test_normed_rows_are_not_kept_and_the_others_read_once(name: str) -> None:
     given = [tensor.requires_grad_() for tensor in tensors(name, torch.float32, (64, WIDTH))]
     kept: list[Tensor] = []
+    read: list[int] = []
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
+    def keep(tensor: Tensor) -> int:
+        kept.append(tensor.detach())
+        return len(kept) - 1
 
-    with backend("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _, stream = fused(name)(*given)
+    def give(place: int) -> Tensor:
+        read.append(place)
+        return kept[place]
+
+    with backend("triton"), torch.autograd.graph.saved_tensors_hooks(keep, give):
+        out, stream = fused(name)(*given)
+    (out.sum() + stream.sum()).backward()
+    assert sorted(read) == list(range(len(kept)))
     own = {tensor.data_ptr() for tensor in given}
     rows = [tensor for tensor in kept if tensor.shape == (64, WIDTH) and tensor.data_ptr() not in own]
     assert [tensor.data_ptr() for tensor in rows] == [stream.data_ptr()]

@@ -88,6 +88,28 @@ def norm_inputs(**options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.rand(*shape, device=DEVICE, **options) for shape in ((3, 8), (8,), (8,)))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_what_is_saved_is_read_once(name: str) -> None:
+    """Checkpoints compute it again at a reading, and refuse a second; offloaded tensors are copied at each."""
+    kept: list[Tensor] = []
+    read: list[int] = []
+
+    def keep(tensor: Tensor) -> int:
+        kept.append(tensor.detach())
+        return len(kept) - 1
+
+    def give(place: int) -> Tensor:
+        read.append(place)
+        return kept[place]
+
+    inputs = leaves_of(example(name))
+    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+        result = first(find_op(name)(**inputs, backend="triton"))
+    result.sum().backward()
+    assert read
+    assert len(read) == len(set(read))
+
+
 def test_gradients_are_those_of_the_registered_op() -> None:
     inputs = [x.requires_grad_() for x in norm_inputs()]
     direct = torch.autograd.grad(layer_norm(*inputs, backend="triton")[0].square().sum(), inputs)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xclip_fast.ops._backends import choose
 from xclip_fast.ops._dtypes import autocast_dtype, exact_dtype
-from xclip_fast.ops._linear import column_sums_op, linear, linear_gradients, linear_op
+from xclip_fast.ops._linear import column_sums_op, linear, linear_gradients
 from xclip_fast.ops._register import fused_op
 from xclip_fast.ops.layer_norm import layer_norm, layer_norm_backward_op, layer_norm_op, size_refusal
 from xclip_fast.ops.linear_quick_gelu import feed_forward, feed_forward_op, quick_gelu_backward_op
@@ -56,15 +58,16 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], normed: tuple[Tensor, ...], *r
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _normed_again(ctx: Any) -> Tensor:
-    stream, weight, bias, *_ = ctx.saved_tensors
+def _normed_again(ctx: Any, stream: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     normed: Tensor = layer_norm_op(stream, weight, bias, None, None, ctx.eps)[0]
     return normed
 
 
-def _through_norm(ctx: Any, grad_normed: Tensor | None, grad_stream: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of x, the residual, and the weight and bias of the norm."""
-    stream, weight, _, mean, rstd, *_ = ctx.saved_tensors
+def _through_norm(
+    ctx: Any, grad_normed: Tensor | None, grad_stream: Tensor | None, norm: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the residual, and the weight and bias of the norm; ``norm`` is what ``_save_norm`` saved."""
+    stream, weight, _, mean, rstd = norm
     if not ctx.has_residual:
         grad_stream = None
     if grad_normed is None:
@@ -88,8 +91,10 @@ def _launch_linear(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normed, stream, mean, rstd = layer_norm_op(x, norm_weight, norm_bias, residual, None, eps)
-    return linear_op(normed, weight, bias), stream, mean, rstd
+    from xclip_fast.kernels.layer_norm import layer_norm_fwd
+
+    normed, stream, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, residual, None, eps)
+    return functional.linear(normed, weight, bias), stream, mean, rstd
 
 
 def _linear_fake(
@@ -104,12 +109,13 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _backward_linear(ctx: Any, grad: Tensor | None, grad_stream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    # read once: whoever computes them again, or brings them back, does so at each reading
+    *norm, weight = ctx.saved_tensors
     if grad is None:
-        return *_through_norm(ctx, None, grad_stream), None, None, None
-    weight = ctx.saved_tensors[-1]
-    grad_normed, grad_weight = linear_gradients(grad, _normed_again(ctx), weight)
+        return *_through_norm(ctx, None, grad_stream, norm), None, None, None
+    grad_normed, grad_weight = linear_gradients(grad, _normed_again(ctx, *norm[:3]), weight)
     grad_bias = column_sums_op(grad.reshape(-1, grad.shape[-1]))
-    return *_through_norm(ctx, grad_normed, grad_stream), grad_weight, grad_bias, None
+    return *_through_norm(ctx, grad_normed, grad_stream, norm), grad_weight, grad_bias, None
 
 
 def _linear_flops(x_shape: Any, residual: Any, norm: Any, norm_bias: Any, weight: Any, *a: object, **k: object) -> int:
@@ -135,7 +141,8 @@ def norm_linear_op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The linear layer's rows, the stream (empty without a residual), mean and 1 / deviation of each row."""
-    return _launch_linear(x, residual, norm_weight, norm_bias, weight, bias, eps)
+    normed, stream, mean, rstd = layer_norm_op(x, norm_weight, norm_bias, residual, None, eps)
+    return functional.linear(normed, weight, bias), stream, mean, rstd
 
 
 def _launch_feed_forward(
@@ -149,9 +156,12 @@ def _launch_feed_forward(
     proj_bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    normed, stream, mean, rstd = layer_norm_op(x, norm_weight, norm_bias, residual, None, eps)
-    out, pre = feed_forward_op(normed, fc_weight, fc_bias, proj_weight, proj_bias, True)
-    return out, pre, stream, mean, rstd
+    from xclip_fast.kernels.layer_norm import layer_norm_fwd
+    from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd
+
+    normed, stream, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, residual, None, eps)
+    hidden, pre = linear_quick_gelu_fwd(normed, fc_weight, fc_bias, True)
+    return functional.linear(hidden, proj_weight, proj_bias), pre, stream, mean, rstd
 
 
 def _feed_forward_fake(
@@ -178,15 +188,15 @@ def _save_feed_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward_feed_forward(
     ctx: Any, grad: Tensor | None, grad_pre: None, grad_stream: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
+    *norm, fc_weight, proj_weight, pre = ctx.saved_tensors
     if grad is None:
-        return *_through_norm(ctx, None, grad_stream), None, None, None, None, None
-    *_, fc_weight, proj_weight, pre = ctx.saved_tensors
+        return *_through_norm(ctx, None, grad_stream, norm), None, None, None, None, None
     grad_hidden, hidden, grad_fc_bias = quick_gelu_backward_op(grad @ proj_weight, pre, True)
     rows = grad.reshape(-1, grad.shape[-1])
     proj_grads = rows.T @ hidden.reshape(-1, hidden.shape[-1]), column_sums_op(rows)
     del hidden
-    grad_normed, grad_fc_weight = linear_gradients(grad_hidden, _normed_again(ctx), fc_weight)
-    return *_through_norm(ctx, grad_normed, grad_stream), grad_fc_weight, grad_fc_bias, *proj_grads, None
+    grad_normed, grad_fc_weight = linear_gradients(grad_hidden, _normed_again(ctx, *norm[:3]), fc_weight)
+    return *_through_norm(ctx, grad_normed, grad_stream, norm), grad_fc_weight, grad_fc_bias, *proj_grads, None
 
 
 def _feed_forward_flops(
@@ -216,4 +226,6 @@ def norm_feed_forward_op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The MLP's rows, its pre-activation, the stream (empty without a residual), mean and 1 / deviation of each row."""
-    return _launch_feed_forward(x, residual, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias, eps)
+    normed, stream, mean, rstd = layer_norm_op(x, norm_weight, norm_bias, residual, None, eps)
+    out, pre = feed_forward_op(normed, fc_weight, fc_bias, proj_weight, proj_bias, True)
+    return out, pre, stream, mean, rstd

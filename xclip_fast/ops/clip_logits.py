@@ -97,8 +97,9 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
-    video, _, _, alpha, logit_scale, residual = ctx.saved_tensors
-    grad_unit, grad_text, grad_prompts, grad_alpha, grad_scale = clip_logits_backward_op(grad, *ctx.saved_tensors)
+    saved = ctx.saved_tensors
+    video, _, _, alpha, logit_scale, residual = saved
+    grad_unit, grad_text, grad_prompts, grad_alpha, grad_scale = clip_logits_backward_op(grad, *saved)
     # through the normalisation of the videos: B rows, left to torch
     exact = video.to(grad_unit.dtype)
     length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).clamp_min(1e-12)

@@ -85,9 +85,9 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
     if grad is None:
         return None, None, None, None
-    query = ctx.saved_tensors[0]
-    grad_query, grad_key, grad_value = prompt_attention_backward_op(grad, *ctx.saved_tensors, ctx.heads)
-    if query.shape[0] != grad_query.shape[0]:
+    saved = ctx.saved_tensors
+    grad_query, grad_key, grad_value = prompt_attention_backward_op(grad, *saved, ctx.heads)
+    if saved[0].shape[0] != grad_query.shape[0]:
         grad_query = grad_query.sum(0, keepdim=True)
     return grad_query, grad_key, grad_value, None
 
