@@ -56,7 +56,7 @@ def column_sums(x: Tensor) -> Tensor:
 
 def parts_of(rows: int, width: int, tile: Tile) -> int:
     """How many parts to sum so many rows in, at least one."""
-    return max(1, min(PROGRAMS // cdiv(width, tile.columns), cdiv(rows, tile.rows)))
+    return max(1, min(PROGRAMS // max(1, cdiv(width, tile.columns)), cdiv(rows, tile.rows)))
 
 
 def rows_of_part(rows: int, parts: int, tile: Tile) -> int:

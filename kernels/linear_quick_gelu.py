@@ -252,9 +252,7 @@ def linear_quick_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, save_pre: boo
     rows, width = flat.shape
     hidden_width = weight.shape[0]
     if programs := _persistent(flat, weight):
-        hidden, pre = linear_quick_gelu_persistent_fwd(flat, weight, bias, save_pre, programs)
-        shape = *x.shape[:-1], hidden_width
-        return hidden.view(shape), pre.view(shape) if save_pre else pre
+        return linear_quick_gelu_persistent_fwd(x, weight, bias, save_pre, programs)
     hidden = x.new_empty(*x.shape[:-1], hidden_width)
     pre = torch.empty_like(hidden) if save_pre else x.new_empty(0)
     tile = forward_tile(rows, width, x.dtype)
@@ -299,29 +297,34 @@ def linear_quick_gelu_persistent_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Launch the persistent GEMM by so many programs, or one a tile where there are fewer.
 
-    Activated (M, N), and the pre-activation of the same shape, empty unless asked for.
+    Activated (..., N), and the pre-activation of the same shape, empty unless asked for.
 
-    Of x (M, K), weight (N, K) and bias (N,), none of them empty; a row of x, of the weight and of the result begins at
-    a multiple of 16 bytes, and rows have unit stride. Only Hopper has the shared memory and the copies it is made for.
+    Of x (..., K), weight (N, K) and bias (N,), none of them empty; a row of x, of the weight and of the result begins
+    at a multiple of 16 bytes, and rows have unit stride. Only Hopper has the shared memory and the copies it is made
+    for.
 
     Raises:
         AssertionError: rows begin elsewhere.
     """
     tile = PERSISTENT
-    hidden = x.new_empty(len(x), len(weight))
+    hidden_width = len(weight)
+    # whoever gets them may change them in place, which autograd forbids for views
+    hidden = x.new_empty(*x.shape[:-1], hidden_width)
     pre = torch.empty_like(hidden) if save_pre else x.new_empty(0)
-    programs = min(tiles(len(x), len(weight)), programs)
+    x, out = as_rows(x), hidden.view(-1, hidden_width)
+    pre_out = pre.view(-1, hidden_width) if save_pre else out
+    programs = min(tiles(len(x), hidden_width), programs)
     with on_device_of(x):
         _linear_quick_gelu_persistent_fwd_kernel[(programs,)](
             x=TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
             weight=TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
-            hidden=TensorDescriptor.from_tensor(hidden, [tile.rows, tile.columns // QUARTERS]),
-            pre=TensorDescriptor.from_tensor(pre if save_pre else hidden, [tile.rows, tile.columns // QUARTERS]),
+            hidden=TensorDescriptor.from_tensor(out, [tile.rows, tile.columns // QUARTERS]),
+            pre=TensorDescriptor.from_tensor(pre_out, [tile.rows, tile.columns // QUARTERS]),
             bias_ptr=bias.contiguous(),
             rows=len(x),
             programs=programs,
             WIDTH=x.shape[1],
-            HIDDEN=len(weight),
+            HIDDEN=hidden_width,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             BLOCK_K=tile.depth,

@@ -37,20 +37,14 @@ EPS = 1e-5
 AFFINE = [[0.02] * 3, [-1.5] * 3]
 
 
-def layer_norm(draw: Draw, *, tile: Sizes | None = None, **sizes: Any) -> list[Tensor]:
-    """With the stream's gradient where there is a residual; ``tile`` is one of the backward pass as a table has it."""
+def layer_norm(draw: Draw, **sizes: Any) -> list[Tensor]:
+    """With the stream's gradient where there is a residual."""
     given = inputs.layer_norm(draw, **sizes)
     x, weight, residual, constant = given["x"], given["weight"], given.get("residual"), given.get("constant")
     normed, stream, mean, rstd = layer_norm_fwd(x, weight, given["bias"], residual, constant, EPS)
     grads = [draw(*x.shape) if wanted else None for wanted in (residual is not None, True)]
     stream_or_x = x if residual is None else stream
-    with _tuned("layer_norm_bwd", tile):
-        gradients = layer_norm_bwd(grads[1], grads[0], stream_or_x, weight, constant, mean, rstd)
-    return [normed, stream, mean, rstd, *gradients]
-
-
-def _tuned(name: str, tile: Sizes | None) -> AbstractContextManager[object]:
-    return override(name, **tile) if tile else nullcontext()
+    return [normed, stream, mean, rstd, *layer_norm_bwd(grads[1], grads[0], stream_or_x, weight, constant, mean, rstd)]
 
 
 def quantize_rows(draw: Draw, **sizes: Any) -> list[Tensor]:
@@ -134,7 +128,8 @@ def frame_attention(
 ) -> list[Tensor]:
     """Only training keeps the log-sum-exp and has a backward pass; ``tile`` is one as a table has it."""
     qkv, message_kv, heads = inputs.frame_attention(draw, **sizes, dtype=dtype).values()
-    with _tuned("frame_attention", tile):
+    tuned: AbstractContextManager[object] = override("frame_attention", **tile) if tile else nullcontext()
+    with tuned:
         out, lse = frame_attention_fwd(qkv, message_kv, heads, training)
     if not training:
         return [out]

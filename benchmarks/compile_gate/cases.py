@@ -70,8 +70,6 @@ def _model(draw: Draw, shape: str, load: Load) -> Iterator[Case]:
     yield Case(f"{shape} constant", partial(norm, constant=True))
     yield Case(f"{shape} both", partial(norm, residual=True, constant=True))
     yield Case(f"{shape} autocast", partial(norm, norm_dtype=torch.float32))
-    # an H100's table
-    yield Case(f"{shape} tall tiles", partial(norm, residual=True, tile={"rows": 4}))
     quantized = partial(calls.quantize_rows, draw, rows=images * tokens)
     for name, residual in (("norm", False), ("norm residual", True)):
         normed = partial(quantized, width=wide, norm=True, residual=residual, constant=True)

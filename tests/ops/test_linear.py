@@ -39,6 +39,19 @@ def test_no_rows_sum_to_zero() -> None:
     assert torch.equal(column_sums(x), torch.zeros(70, device=x.device))
 
 
+def test_no_columns_have_no_sums() -> None:
+    assert column_sums(random(5, 0, dtype=torch.float32)).shape == (0,)
+
+
+def test_a_bias_gradient_has_a_gradient() -> None:
+    x, weight, bias = (random(*shape, dtype=torch.float32).requires_grad_() for shape in ((5, 8), (6, 8), (6,)))
+    with backend("triton"):
+        out = linear(x, weight, bias)
+        (grad,) = torch.autograd.grad(out.square().sum(), bias, create_graph=True)
+        grad.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * weight.sum(0).expand(5, 8), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "every second row", "part of the columns"])
 def test_sums_of_rows_as_they_lie(layout: str) -> None:
     x = random(140, 60, dtype=torch.float32)

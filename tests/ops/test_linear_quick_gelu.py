@@ -132,6 +132,17 @@ def test_what_is_bad_stays_where_it_is(persists: bool, monkeypatch: pytest.Monke
     assert torch.allclose(found.float(), expected, rtol=2**-8, atol=1e-9, equal_nan=True)
 
 
+@copies_of_hopper
+@pytest.mark.parametrize("programs", [0, 3])
+def test_results_may_be_changed_in_place(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("xclip_fast.kernels.linear_quick_gelu")
+    monkeypatch.setattr(kernels, "_persistent", lambda *tensors: programs)
+    x = random(2, 3, 16, dtype=torch.float16).requires_grad_()
+    weight, bias = random(24, 16, dtype=torch.float16), random(24, dtype=torch.float16)
+    linear_quick_gelu(x, weight, bias, backend="triton").mul_(2).sum().backward()
+    assert x.grad is not None
+
+
 def test_backward_keeps_input_and_one_hidden_tensor() -> None:
     inputs = {name: x.requires_grad_() for name, x in perceptron(40, 32, 128, torch.float32).items()}
     weights = {x.data_ptr() for name, x in inputs.items() if name != "x"}

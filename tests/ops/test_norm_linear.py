@@ -9,6 +9,7 @@ import torch
 from harness import DEVICE, kernel_dtypes, random
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from xclip_fast.numerics import allowance, parity_error
 from xclip_fast.ops import backend
@@ -125,3 +126,41 @@ def test_what_is_left_to_the_ops_apart(case: str, monkeypatch: pytest.MonkeyPatc
             out, stream = fused(name)(*given)
         assert out.shape[:-1] == stream.shape[:-1]
     assert not called
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("frozen", ["layers", "norm and rows"])
+def test_frozen_tensors_have_no_gradient_and_the_others_the_same(name: str, frozen: str) -> None:
+    grads, drawn = [], tensors(name, torch.float32)
+    for fixed in (range(0), range(4, 8) if frozen == "layers" else range(4)):
+        given = [tensor.clone().requires_grad_(place not in fixed) for place, tensor in enumerate(drawn)]
+        with backend("triton"):
+            out, _ = fused(name)(*given)
+        (out * torch.linspace(-1, 1, out.shape[-1], device=out.device)).sum().backward()
+        grads.append([tensor.grad for tensor in given])
+    for place, (all_of_them, some) in enumerate(zip(*grads, strict=True)):
+        if some is None:
+            assert place in (range(4, 8) if frozen == "layers" else range(4))
+        else:
+            assert torch.equal(some, all_of_them)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("place", range(1, 6))
+def test_shapes_that_do_not_fit_are_refused_in_training_too(name: str, place: int) -> None:
+    given = tensors(name, torch.float32)
+    shape = given[place].shape
+    given[place] = random(*shape[:-1], shape[-1] // 2, dtype=torch.float32)
+    with backend("triton"), pytest.raises((ValueError, RuntimeError)):
+        fused(name)(*(tensor.requires_grad_() for tensor in given))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", SHAPES)
+def test_checkpoints_compute_it_again(name: str, reentrant: bool) -> None:
+    given = [tensor.requires_grad_() for tensor in tensors(name, torch.float32)]
+    with backend("triton"):
+        wanted = torch.autograd.grad(fused(name)(*given)[0].square().sum(), given)
+        out, _ = checkpoint(fused(name), *given, use_reentrant=reentrant)
+        out.square().sum().backward()
+    assert all(map(torch.equal, wanted, [tensor.grad for tensor in given]))

@@ -43,7 +43,21 @@ def _column_sums_fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1])
 
 
-@fused_op("column_sums", launcher="xclip_fast.kernels.column_sums.column_sums", fake=_column_sums_fake)
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.rows = len(inputs[0])
+
+
+def _backward_sums(ctx: Any, grad: Tensor) -> Tensor:
+    return grad.expand(ctx.rows, -1)
+
+
+@fused_op(
+    "column_sums",
+    launcher="xclip_fast.kernels.column_sums.column_sums",
+    fake=_column_sums_fake,
+    save=_save_rows,
+    backward=_backward_sums,
+)
 def column_sums_op(x: Tensor) -> Tensor:
     """``sums_of_rows``."""
     return sums_of_rows(x)

@@ -21,7 +21,7 @@ def norm_linear(
     x: Tensor, residual: Tensor | None, norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """``linear`` of ``layer_norm``, and the residual stream; ``norm`` is the weight and bias of the norm."""
-    if _keeps_no_rows(x, residual, *norm, weight, bias):
+    if _keeps_no_rows(x, residual, norm, weight, bias):
         out, stream, _, _ = norm_linear_op(x, residual, *norm, weight, bias, eps)
         return out, x if residual is None else stream
     normed, stream = layer_norm(x, *norm, residual=residual, eps=eps)
@@ -32,21 +32,29 @@ def norm_feed_forward(
     x: Tensor, residual: Tensor | None, norm: tuple[Tensor, Tensor], mlp: tuple[Tensor, ...], eps: float
 ) -> tuple[Tensor, Tensor]:
     """``feed_forward`` of ``layer_norm``, and the residual stream; ``mlp`` is its two weights, each before its bias."""
-    if _keeps_no_rows(x, residual, *norm, *mlp):
+    if _keeps_no_rows(x, residual, norm, *mlp):
         out, _, stream, _, _ = norm_feed_forward_op(x, residual, *norm, *mlp, eps)
         return out, x if residual is None else stream
     normed, stream = layer_norm(x, *norm, residual=residual, eps=eps)
     return feed_forward(normed, *mlp), stream
 
 
-def _keeps_no_rows(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether gradients are recorded of what the kernels take in one dtype; compilers choose by themselves."""
-    present = [x, *(tensor for tensor in others if tensor is not None)]
+def _keeps_no_rows(x: Tensor, residual: Tensor | None, norm: tuple[Tensor, Tensor], *layers: Tensor) -> bool:
+    """Whether gradients are recorded of what the kernels take in one dtype; compilers choose by themselves.
+
+    What does not fit is left to the ops apart, which say so.
+    """
+    present = [x, *norm, *layers, *([] if residual is None else [residual])]
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast_dtype(x.device.type) is not None:
         return False
     if not all(tensor.dtype == x.dtype for tensor in present) or not any(tensor.requires_grad for tensor in present):
         return False
-    return size_refusal(x) is None and choose("norm_linear", None, *present) == "triton"
+    width = x.shape[-1:]
+    fits = norm[0].shape == norm[1].shape == width and (residual is None or residual.shape == x.shape)
+    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
+        fits = fits and weight.ndim == 2 and weight.shape[1:] == width and bias.shape == weight.shape[:1]
+        width = bias.shape
+    return fits and size_refusal(x) is None and choose("norm_linear", None, *present) == "triton"
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], normed: tuple[Tensor, ...], *rest: Tensor) -> None:
@@ -75,6 +83,17 @@ def _through_norm(
     grad_x, vectors = layer_norm_backward_op(grad_normed, grad_stream, stream, weight, None, mean, rstd)
     grad_weight, grad_bias, _ = vectors.to(weight.dtype).unbind(0)
     return grad_x, grad_x if ctx.has_residual else None, grad_weight, grad_bias
+
+
+def _first_gradients(
+    ctx: Any, grad: Tensor, weight: Tensor, norm: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the normed rows, and of the weight of the layer behind the norm: frozen ones cost nothing."""
+    needed = ctx.needs_input_grad
+    through, trained = any(needed[:4]), needed[4]
+    # the weight's gradient alone reads the normed rows
+    normed = _normed_again(ctx, *norm[:3]) if trained else grad
+    return linear_gradients(grad, normed, weight, (through, trained))
 
 
 def _norm_fakes(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,8 +132,8 @@ def _backward_linear(ctx: Any, grad: Tensor | None, grad_stream: Tensor | None, 
     *norm, weight = ctx.saved_tensors
     if grad is None:
         return *_through_norm(ctx, None, grad_stream, norm), None, None, None
-    grad_normed, grad_weight = linear_gradients(grad, _normed_again(ctx, *norm[:3]), weight)
-    grad_bias = column_sums_op(grad.reshape(-1, grad.shape[-1]))
+    grad_normed, grad_weight = _first_gradients(ctx, grad, weight, norm)
+    grad_bias = column_sums_op(grad.reshape(-1, grad.shape[-1])) if ctx.needs_input_grad[5] else None
     return *_through_norm(ctx, grad_normed, grad_stream, norm), grad_weight, grad_bias, None
 
 
@@ -192,10 +211,11 @@ def _backward_feed_forward(
     if grad is None:
         return *_through_norm(ctx, None, grad_stream, norm), None, None, None, None, None
     grad_hidden, hidden, grad_fc_bias = quick_gelu_backward_op(grad @ proj_weight, pre, True)
-    rows = grad.reshape(-1, grad.shape[-1])
-    proj_grads = rows.T @ hidden.reshape(-1, hidden.shape[-1]), column_sums_op(rows)
+    rows, needed = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+    grad_proj_weight = rows.T @ hidden.reshape(-1, hidden.shape[-1]) if needed[6] else None
+    proj_grads = grad_proj_weight, column_sums_op(rows) if needed[7] else None
     del hidden
-    grad_normed, grad_fc_weight = linear_gradients(grad_hidden, _normed_again(ctx, *norm[:3]), fc_weight)
+    grad_normed, grad_fc_weight = _first_gradients(ctx, grad_hidden, fc_weight, norm)
     return *_through_norm(ctx, grad_normed, grad_stream, norm), grad_fc_weight, grad_fc_bias, *proj_grads, None
 
 

@@ -182,7 +182,7 @@ def quick_gelu_backward_op(grad: Tensor, pre: Tensor, write_hidden: bool) -> tup
     sigmoid = torch.sigmoid(SLOPE * pre)
     grad_pre = grad.contiguous() * (sigmoid + SLOPE * pre * sigmoid * (1 - sigmoid))
     hidden = pre * sigmoid if write_hidden else pre.new_empty(0)
-    return grad_pre, hidden, sums_of_rows(grad_pre.flatten(0, -2))
+    return grad_pre, hidden, sums_of_rows(grad_pre.reshape(-1, grad_pre.shape[-1]))
 
 
 def _launch_feed_forward(
