@@ -49,7 +49,10 @@ QUANTISED = 0.04  # error of rows in e4m3, relative to the largest number: half 
 COSINE = 0.99  # of the features of a float8 engine and the model's
 REFUSED, MISSING = "Device not supported", 127  # what a sanitizer says on machines that it cannot look into
 SANITIZER = 60  # seconds of one of its runs
-SANITIZED = ("extension", "temporal_block", "frame_attention")
+SANITIZED = ("extension", "temporal_block", "frame_attention", "column_sums", "linear_quick_gelu")
+EXTENSION_TESTS = "tests/gpu/test_gpu_patch_extension.py"
+# of what training is made of beside the ops
+TRAINING_TESTS = ("tests/ops/test_linear.py", "tests/ops/test_norm_linear.py")
 
 
 def tasks(lane: str, desk: Desk) -> dict[str, Task]:
@@ -76,6 +79,8 @@ def _op_tasks(part: int, desk: Desk) -> dict[str, Task]:
     if part == 0:
         for mode in ("plain", "norm", "activation"):
             found[f"op quantize_rows {mode}"] = Task(20, partial(_check_float8, desk, mode))
+    if part == 1 and not desk.tiny:
+        found["op tests of training"] = Task(60, partial(_tests, desk, *TRAINING_TESTS))
     return found
 
 
@@ -161,7 +166,8 @@ def _extension_tasks(desk: Desk) -> dict[str, Task]:
                 )
     if not desk.tiny:
         # one-hot pixels by every read, large batches, graphs: as its tests have them
-        found["extension tests"] = Task(100, partial(_extension_tests, desk))
+        # a rehearsal compiles what these tests launch beside the extension
+        found["extension tests"] = Task(100, partial(_tests, desk, EXTENSION_TESTS, "-k", "not triton"))
     return found
 
 
@@ -171,14 +177,14 @@ def _extension_there(desk: Desk) -> Found:
     return _judged(desk, [check]) | {"reason": refusal, "architectures": _extension.architectures()}
 
 
-def _extension_tests(desk: Desk) -> Found:
+def _tests(desk: Desk, *arguments: str) -> Found:
+    """Some of the tests, in a process of their own."""
     from benchmarks.gpu.parity import read_junit
 
-    path = desk.folder / "extension.xml"
-    command = [sys.executable, "-m", "pytest", "tests/gpu/test_gpu_patch_extension.py", "-p", "no:cacheprovider"]
+    path = desk.folder / f"{desk.record.stem}.xml"
+    command = [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider", f"--junit-xml={path}"]
     with desk.turns.together():
-        # a rehearsal compiles what these tests launch beside the extension
-        done = run([*command, "-k", "not triton", f"--junit-xml={path}"], 95 if desk.judged else 900)
+        done = run(command, 95 if desk.judged else 900)
     tests, failures, rows = read_junit(path.read_text(encoding="utf-8") if path.exists() else "")
     # tests that were skipped have shown nothing
     passed = done["code"] == 0 and tests.get("passed", 0) > 0
