@@ -10,7 +10,7 @@ from typing import Any
 from torch._inductor import config
 from torch._inductor.async_compile import shutdown_compile_workers
 
-from benchmarks.gpu import contest, questions
+from benchmarks.gpu import contest, eager, questions
 from benchmarks.gpu.contest import case_of, name_of
 from benchmarks.gpu.lane import FAILED, IMPORTS, Desk, Found, Task
 from benchmarks.gpu.questions import Bench, Rows
@@ -38,6 +38,8 @@ def tasks(lane: str, desk: Desk) -> dict[str, Task]:
     """The cases of a lane."""
     if lane == "kernels":
         return _kernel_tasks(desk)
+    if lane == "eager":
+        return eager.tasks(desk)
     kind, _, sizes = lane.rpartition(": ")
     variant, _, batch = sizes.partition(" x")
     used = sizes in AS_USED

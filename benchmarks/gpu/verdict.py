@@ -125,6 +125,9 @@ def _figures(content: dict[str, Any]) -> Iterator[str]:
             elif "contender" in row and "median_ms" in row:
                 rates = " ".join(f"{row[key]:g} {key}" for key in ("tflops", "gbs") if key in row)
                 yield f"{name} {row['contender']}: {row['median_ms'] * 1e3:.1f} us {rates} {row['ratio']:.3f}"
+            elif "modules" in row:
+                times = ", ".join(f"{how} {row[how]:.1f}" for how in ("kernels", "modules", "hf"))
+                yield f"{name} x{row['batch']} {row['direction']}, ms as used: {times}"
 
 
 def _profiles(content: dict[str, Any]) -> Iterator[str]:

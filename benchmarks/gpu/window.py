@@ -38,12 +38,12 @@ LANES = {
     "figures": (
         *("B/16 x8", "B/32 x1", "L/14 x8", "B/16 x1", "B/32 x8"),
         *("kernels", "train: B/16 x8", "train layers: B/16 x8", "B/16 x32", "B/32 x32", "L/14 x1", "L/14 x32"),
-        *("max-autotune: B/16 x8", "L/14-336 x8"),
+        *("max-autotune: B/16 x8", "eager", "L/14-336 x8"),
     ),
 }
 TINY = {
     "check": ("tiny", "ops 1", "extension"),
-    "figures": ("tiny x1", "kernels", "train: tiny x1", "train layers: tiny x1", "max-autotune: tiny x1"),
+    "figures": ("tiny x1", "kernels", "train: tiny x1", "train layers: tiny x1", "max-autotune: tiny x1", "eager"),
 }
 RESTARTS = 8  # of one lane
 WIDTH = max(4, os.cpu_count() or 1)  # lanes at once: each has a core, and a machine of few has little memory too

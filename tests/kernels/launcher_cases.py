@@ -25,7 +25,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "layer_norm autocast": partial(calls.layer_norm, rows=5, width=64, constant=True, norm_dtype=torch.float32),
     "linear_quick_gelu inference": partial(calls.linear_quick_gelu, rows=70, width=40, hidden=72, training=False),
     # parts, the last of fewer rows, and none
-    "column_sums parts": partial(calls.column_sums, rows=333, width=200),
+    "column_sums parts": partial(calls.column_sums, rows=261, width=200),
     # several tiles a program, one fewer for the last; ends inside of tiles
     "linear_quick_gelu_persistent": partial(
         calls.linear_quick_gelu_persistent, rows=261, width=72, hidden=264, programs=4, dtype=HALF
