@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,23 @@ def test_what_is_bad_stays_where_it_is(persists: bool, monkeypatch: pytest.Monke
     found = linear_quick_gelu(x, weight, bias, backend="triton")
     expected = linear_quick_gelu(x.float(), weight.float(), bias.float(), backend="reference")
     assert torch.allclose(found.float(), expected, rtol=2**-8, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", [linear_quick_gelu, feed_forward])
+def test_frozen_tensors_have_no_gradient_and_the_others_the_same(op: Any) -> None:
+    drawn = (arguments if op is linear_quick_gelu else perceptron)(5, 24, 40, torch.float32)
+
+    def gradients(trained: str) -> dict[str, torch.Tensor | None]:
+        inputs = {name: x.detach().clone().requires_grad_(trained in (name, "all")) for name, x in drawn.items()}
+        out = op(**inputs, backend="triton")
+        (out * torch.linspace(-1, 1, out.shape[-1], device=out.device)).sum().backward()
+        return {name: x.grad for name, x in inputs.items()}
+
+    whole = gradients("all")
+    for name, grad in whole.items():
+        found = gradients(name)
+        assert torch.equal(found.pop(name), grad)  # type: ignore[arg-type]
+        assert not any(other is not None for other in found.values())
 
 
 @copies_of_hopper

@@ -210,8 +210,9 @@ def _backward_feed_forward(
     *norm, fc_weight, proj_weight, pre = ctx.saved_tensors
     if grad is None:
         return *_through_norm(ctx, None, grad_stream, norm), None, None, None, None, None
-    grad_hidden, hidden, grad_fc_bias = quick_gelu_backward_op(grad @ proj_weight, pre, True)
-    rows, needed = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+    needed = ctx.needs_input_grad
+    grad_hidden, hidden, grad_fc_bias = quick_gelu_backward_op(grad @ proj_weight, pre, needed[6])
+    rows = grad.reshape(-1, grad.shape[-1])
     grad_proj_weight = rows.T @ hidden.reshape(-1, hidden.shape[-1]) if needed[6] else None
     proj_grads = grad_proj_weight, column_sums_op(rows) if needed[7] else None
     del hidden

@@ -150,7 +150,7 @@ def _backward_linear(ctx: Any, grad: Tensor | None, _: None) -> Any:
         return None, None, None, None
     pre = linear(x, weight, bias.to(x.dtype)) if pre is None else pre
     grad_pre, _, grad_bias = quick_gelu_backward_op(grad, pre, False)
-    return *linear_gradients(grad_pre, x, weight), grad_bias.to(bias.dtype), None
+    return *linear_gradients(grad_pre, x, weight, ctx.needs_input_grad), grad_bias.to(bias.dtype), None
 
 
 def _linear_flops(x_shape: Any, weight_shape: Any, *args: object, **kwargs: object) -> int:
@@ -213,11 +213,12 @@ def _backward_feed_forward(ctx: Any, grad: Tensor | None, _: None) -> Any:
     if grad is None:
         return None, None, None, None, None, None
     pre = linear(x, fc_weight, fc_bias) if pre is None else pre
-    grad_pre, hidden, grad_bias = quick_gelu_backward_op(grad @ proj_weight, pre, True)
+    needed = ctx.needs_input_grad
+    grad_pre, hidden, grad_bias = quick_gelu_backward_op(grad @ proj_weight, pre, needed[3])
     rows = grad.reshape(-1, grad.shape[-1])
-    grad_proj_weight = rows.T @ hidden.reshape(-1, hidden.shape[-1])
-    grad_proj_bias = column_sums_op(rows).to(proj_bias.dtype)
-    fc_grads = *linear_gradients(grad_pre, x, fc_weight), grad_bias.to(fc_bias.dtype)
+    grad_proj_weight = rows.T @ hidden.reshape(-1, hidden.shape[-1]) if needed[3] else None
+    grad_proj_bias = column_sums_op(rows).to(proj_bias.dtype) if needed[4] else None
+    fc_grads = *linear_gradients(grad_pre, x, fc_weight, needed), grad_bias.to(fc_bias.dtype)
     return *fc_grads, grad_proj_weight, grad_proj_bias, None
 
 
