@@ -14,6 +14,7 @@ from gpu_cases import DEVICE, ON_GPU, check, inputs_of, needs_gpu
 from torch import Tensor
 
 from xclip_fast.kernels.clip_logits import clip_logits_bwd, clip_logits_fwd
+from xclip_fast.kernels.column_sums import column_sums
 from xclip_fast.kernels.frame_attention import frame_attention_fwd
 from xclip_fast.kernels.frame_attention_bwd import frame_attention_bwd
 from xclip_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
@@ -123,6 +124,15 @@ def test_linear_quick_gelu() -> None:
 def test_quick_gelu_backward() -> None:
     need(24)
     compare(lambda grad, pre: quick_gelu_bwd(grad, pre, True)[:2], made(PART, 3072), made(PART, 3072), largest=3072)
+
+
+def test_column_sums() -> None:
+    need(6)
+    rows = -(-ELEMENTS // 768)
+    x = torch.ones(rows, 768, device=DEVICE, dtype=torch.bfloat16)
+    # the last row counts, and whole numbers of this size are exact in float32
+    x[-1] = 1000
+    assert torch.equal(column_sums(x), torch.full((768,), rows + 999.0, device=DEVICE).bfloat16())
 
 
 def test_frame_attention_forward_and_backward() -> None:
