@@ -25,7 +25,7 @@ def fused(name: str) -> Call:
     def call(x: Tensor, residual: Tensor | None, *rest: Tensor) -> tuple[Tensor, ...]:
         norm, weights = rest[:2], rest[2:]
         if name == "norm_linear":
-            return norm_linear(x, residual, norm, *weights, EPS)  # type: ignore[arg-type, misc]
+            return norm_linear(x, residual, norm, *weights, EPS)[:2]  # type: ignore[arg-type, misc]
         return norm_feed_forward(x, residual, norm, weights, EPS)  # type: ignore[arg-type]
 
     return call
@@ -164,3 +164,32 @@ def test_checkpoints_compute_it_again(name: str, reentrant: bool) -> None:
         out, _ = checkpoint(fused(name), *given, use_reentrant=reentrant)
         out.square().sum().backward()
     assert all(map(torch.equal, wanted, [tensor.grad for tensor in given]))
+
+
+@pytest.mark.parametrize("used", ["first", "first and rows", "first and stream", "all"])
+@pytest.mark.parametrize("added", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_gradients_of_the_first_tokens(tokens: int, added: bool, used: str) -> None:
+    given: list[Tensor | None] = [*tensors("norm_linear", torch.float32, (3, 2, tokens, WIDTH))]
+    if not added:
+        given[1] = None
+
+    def run(ours: bool) -> list[Tensor]:
+        leaves = [None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in given]
+        if ours:
+            with backend("triton"):
+                out, stream, first = norm_linear(leaves[0], leaves[1], leaves[2:4], *leaves[4:], EPS)  # type: ignore[arg-type, misc]
+        else:
+            out, stream = plain("norm_linear")(*leaves)
+            first = stream[:, :, 0]
+        loss = (first * torch.linspace(-1, 1, first.numel(), device=first.device).view(first.shape)).sum()
+        if used in ("first and rows", "all"):
+            loss = loss + out.square().sum()
+        if used in ("first and stream", "all"):
+            loss = loss + stream.square().sum()
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        return [first.detach(), *grads]
+
+    for one, other in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

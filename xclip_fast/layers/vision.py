@@ -90,10 +90,10 @@ def _attend_within_frame(
     # autocast leaves branches in half precision beside a float32 residual stream
     x, residual = (stream, None) if pending is None else (pending.to(stream.dtype), stream)
     in_proj = attention.in_proj_weight, attention.in_proj_bias
-    packed, stream = norm_linear(x, residual, (norm.weight, norm.bias), *in_proj, norm.eps)
+    packed, stream, class_tokens = norm_linear(x, residual, (norm.weight, norm.bias), *in_proj, norm.eps)
     width = stream.shape[-1]
     message_kv = message_key_value(
-        message(stream[:, :, 0]),
+        message(class_tokens),
         norm.weight,
         norm.bias,
         attention.in_proj_weight[width:],

@@ -88,18 +88,18 @@ def frames_attention_backward(
     normed, _, mean, rstd = layer_norm_op(rows, norm_weight, norm_bias, None, None, eps)
     packed = torch.addmm(in_proj_bias, normed, in_proj_weight.t())
     clips = Clips.of(rows, cu_frames, longest)
-    query, key, value = clips.split(packed.to(mean.dtype), heads, 3)
+    query, key, value = clips.split(packed, heads, 3, mean.dtype)
     scale = query.shape[-1] ** -0.5
     scores = query @ key.transpose(-2, -1) * scale
     weights = (scores if clips.mask is None else scores.masked_fill(~clips.mask, float("-inf"))).softmax(-1)
     attended = clips.merge(weights @ value).to(rows.dtype)
-    (grad_attended,) = clips.split((grad @ out_weight).to(mean.dtype), heads, 1)
+    (grad_attended,) = clips.split(grad @ out_weight, heads, 1, mean.dtype)
     if clips.inside is not None:
         grad_attended = grad_attended.masked_fill(~clips.inside, 0.0)
     grad_weights = grad_attended @ value.transpose(-2, -1)
-    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * scale
+    grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype) * scale
     grads = (grad_scores @ key, grad_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ grad_attended)
-    grad_packed = torch.cat([clips.merge(part) for part in grads], -1).to(rows.dtype)
+    grad_packed = clips.merge(torch.cat(grads, 1)).to(rows.dtype)
     grad_rows, vectors = layer_norm_backward_op(grad_packed @ in_proj_weight, grad, rows, norm_weight, None, mean, rstd)
     return [
         grad_rows,
@@ -118,7 +118,10 @@ def empty_norm_grads(x: Tensor) -> Tensor:
 
 def split_norm_grads(vectors: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of a norm's weight and bias from the rows ``layer_norm_backward`` gave, rounded to their dtypes."""
-    return vectors[0].to(weight.dtype), vectors[1].to(bias.dtype)
+    if weight.dtype != bias.dtype:
+        return vectors[0].to(weight.dtype), vectors[1].to(bias.dtype)
+    grad_weight, grad_bias, _ = vectors.to(weight.dtype).unbind(0)
+    return grad_weight, grad_bias
 
 
 class Clips(NamedTuple):
@@ -170,16 +173,18 @@ class Clips(NamedTuple):
         inside = self.inside.transpose(-2, -1)
         return inside | (torch.arange(self.longest, device=inside.device) == 0)
 
-    def split(self, rows: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
-        """Rows (F, parts * D) to parts of (clips, heads, longest, head_dim)."""
+    def split(self, rows: Tensor, heads: int, parts: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Rows (F, parts * D) to parts of (clips, heads, longest, head_dim); with a dtype contiguous copies in that."""
         if self.row is None:
             batch = rows.reshape(rows.shape[0] // max(self.longest, 1), self.longest, rows.shape[1])
         else:
             batch = rows[self.row]
-        return batch.unflatten(-1, (parts, heads, rows.shape[1] // (parts * heads))).permute(2, 0, 3, 1, 4).unbind(0)
+        batch = batch.unflatten(-1, (parts, heads, rows.shape[1] // (parts * heads))).permute(2, 0, 3, 1, 4)
+        # what several GEMMs read is lined up and cast once, in one pass
+        return (batch if dtype is None else batch.new_empty(batch.shape, dtype=dtype).copy_(batch)).unbind(0)
 
     def merge(self, batch: Tensor) -> Tensor:
-        """(clips, heads, longest, head_dim) to rows (F, D); zero where a frame belongs to no clip."""
+        """(clips, heads, longest, head_dim), heads of several parts too, to rows; zero where a frame is of no clip."""
         rows = batch.transpose(1, 2).flatten(2).flatten(0, 1)
         return rows if self.place is None else rows[self.place].masked_fill(self.outside, 0.0)  # type: ignore[arg-type]
 

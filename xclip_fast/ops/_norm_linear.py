@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from xclip_fast.ops._backends import choose
 from xclip_fast.ops._dtypes import autocast_dtype, exact_dtype
+from xclip_fast.ops._frames import split_norm_grads
 from xclip_fast.ops._linear import column_sums_op, linear, linear_gradients
 from xclip_fast.ops._register import fused_op
 from xclip_fast.ops.layer_norm import layer_norm, layer_norm_backward_op, layer_norm_op, size_refusal
@@ -19,13 +20,16 @@ from xclip_fast.ops.linear_quick_gelu import feed_forward, feed_forward_op, quic
 
 def norm_linear(
     x: Tensor, residual: Tensor | None, norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """``linear`` of ``layer_norm``, and the residual stream; ``norm`` is the weight and bias of the norm."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``linear`` of ``layer_norm`` of tokens (..., S, D), the residual stream, and the first token (..., D) of each S.
+
+    ``norm`` is the weight and bias of the norm.
+    """
     if _keeps_no_rows(x, residual, norm, weight, bias):
-        out, stream, _, _ = norm_linear_op(x, residual, *norm, weight, bias, eps)
-        return out, x if residual is None else stream
+        out, stream, first, _, _ = norm_linear_op(x, residual, *norm, weight, bias, eps)
+        return out, x if residual is None else stream, first
     normed, stream = layer_norm(x, *norm, residual=residual, eps=eps)
-    return linear(normed, weight, bias), stream
+    return linear(normed, weight, bias), stream, stream.select(-2, 0)
 
 
 def norm_feed_forward(
@@ -81,8 +85,8 @@ def _through_norm(
     if grad_normed is None:
         return grad_stream, grad_stream, None, None
     grad_x, vectors = layer_norm_backward_op(grad_normed, grad_stream, stream, weight, None, mean, rstd)
-    grad_weight, grad_bias, _ = vectors.to(weight.dtype).unbind(0)
-    return grad_x, grad_x if ctx.has_residual else None, grad_weight, grad_bias
+    grads = split_norm_grads(vectors, weight, weight)
+    return grad_x, grad_x if ctx.has_residual else None, *grads
 
 
 def _first_gradients(
@@ -109,32 +113,48 @@ def _launch_linear(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from xclip_fast.kernels.layer_norm import layer_norm_fwd
 
     normed, stream, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, residual, None, eps)
-    return functional.linear(normed, weight, bias), stream, mean, rstd
+    return functional.linear(normed, weight, bias), stream, _first(x if residual is None else stream), mean, rstd
+
+
+def _first(tokens: Tensor) -> Tensor:
+    # a view would have a gradient of all tokens, zeros but for these
+    return tokens.select(-2, 0).clone(memory_format=torch.contiguous_format)
 
 
 def _linear_fake(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *rest: object
 ) -> tuple[Tensor, ...]:
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), *_norm_fakes(x, residual)
+    stream, mean, rstd = _norm_fakes(x, residual)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), stream, x.new_empty(*x.shape[:-2], x.shape[-1]), mean, rstd
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *_, weight, _, _ = inputs
-    _save_norm(ctx, inputs, output[1:], weight)
+    _, stream, _, mean, rstd = output
+    _save_norm(ctx, inputs, (stream, mean, rstd), weight)
 
 
-def _backward_linear(ctx: Any, grad: Tensor | None, grad_stream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward_linear(
+    ctx: Any, grad: Tensor | None, grad_stream: Tensor | None, grad_first: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     # read once: whoever computes them again, or brings them back, does so at each reading
     *norm, weight = ctx.saved_tensors
     if grad is None:
-        return *_through_norm(ctx, None, grad_stream, norm), None, None, None
+        if grad_first is not None:
+            grad_stream = torch.zeros_like(norm[0]) if grad_stream is None else grad_stream.clone()
+            grad_stream.select(-2, 0).add_(grad_first)
+        return grad_stream, grad_stream if ctx.has_residual else None, None, None, None, None, None
     grad_normed, grad_weight = _first_gradients(ctx, grad, weight, norm)
     grad_bias = column_sums_op(grad.reshape(-1, grad.shape[-1])) if ctx.needs_input_grad[5] else None
-    return *_through_norm(ctx, grad_normed, grad_stream, norm), grad_weight, grad_bias, None
+    grad_x, *grads = _through_norm(ctx, grad_normed, grad_stream, norm)
+    if grad_x is not None and grad_first is not None:
+        # its memory is this pass's own
+        grad_x.select(-2, 0).add_(grad_first)
+    return grad_x, *grads, grad_weight, grad_bias, None
 
 
 def _linear_flops(x_shape: Any, residual: Any, norm: Any, norm_bias: Any, weight: Any, *a: object, **k: object) -> int:
@@ -158,10 +178,10 @@ def norm_linear_op(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The linear layer's rows, the stream (empty without a residual), mean and 1 / deviation of each row."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The linear layer's rows, stream (empty without a residual), first tokens, mean and 1 / deviation of each row."""
     normed, stream, mean, rstd = layer_norm_op(x, norm_weight, norm_bias, residual, None, eps)
-    return functional.linear(normed, weight, bias), stream, mean, rstd
+    return functional.linear(normed, weight, bias), stream, _first(x if residual is None else stream), mean, rstd
 
 
 def _launch_feed_forward(
