@@ -36,8 +36,11 @@ def rehearse(library: Path, script: str, **options: Any) -> list[str]:
     """What a script prints on the stand-in."""
     settings = os.environ | standin.environment(library, **options)
     settings.pop("TRITON_INTERPRET", None)
+    begin = "from benchmarks.gpu import standin\nstandin.enter()\nimport torch\n"
+    # PyTorch's threads of a backward pass may outlive what they need, where Python puts it away: seen once, an abort
+    end = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
     done = subprocess.run(
-        [sys.executable, "-c", f"from benchmarks.gpu import standin\nstandin.enter()\nimport torch\n{script}"],
+        [sys.executable, "-c", begin + script + end],
         cwd=ROOT,
         env=settings,
         capture_output=True,
