@@ -1,4 +1,4 @@
-"""Sums over the rows of a matrix: the gradient of a bias, read once, at the rate of a copy."""
+"""Sums over the rows of a matrix, which is read once: the gradient of a bias."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Calls in eager mode as users make them: our layers by kernels and by plain modules, and Hugging Face's model.
 
 Small batches wait for the host, and cost the least as plain modules; from which size on they do not is
-``HOST_BOUND`` of ``xclip_fast.ops._backends``, chosen by these rows.
+``HOST_BOUND`` of ``xclip_fast.ops._backends``, which such rows decide.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from xclip_fast import VARIANTS, layers, ops
+from xclip_fast import VARIANTS, layers, ops, reference
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +54,15 @@ def test_a_block_keeps_at_most_six_tenths_of_eager(variant: str) -> None:
         ours = saved_bytes(lambda: block(meta), block)
     print(f"{variant}: {ours / theirs:.3f} of what eager keeps")
     assert 0.2 * theirs < ours <= 0.6 * theirs
+    # of the tokens: two residual streams, queries, keys and values, what attention mixed, and four times the
+    # pre-activation; the rest is of messages, statistics and the log-sum-exp
+    assert 10 <= ours / meta.nbytes < 10.2
+    with torch.no_grad():
+        block = layers.CrossFrameBlock(width, heads)
+    tokens_of_clip = torch.randn(1, 8, tokens, width, requires_grad=True)
+    plain = saved_bytes(lambda: reference.CrossFrameBlock.forward(block, tokens_of_clip), block)
+    # as docs/layers.md has it
+    assert round(plain / ours, 1) == 2.1
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -37,6 +38,24 @@ def covering(first: Sequence[Any], second: Sequence[Any], third: Sequence[Any]) 
 def random(*shape: int, dtype: torch.dtype, mean: float = 0.0, scale: float = 1.0) -> Tensor:
     """A normal tensor on the test device; drawn in float32, so that every dtype sees the same numbers, rounded."""
     return (torch.randn(*shape) * scale + mean).to(DEVICE, dtype)
+
+
+@contextmanager
+def saved_tensors() -> Iterator[tuple[list[Tensor], list[int]]]:
+    """What is saved for backward passes inside the context, and the places in that list that they read, in order."""
+    kept: list[Tensor] = []
+    read: list[int] = []
+
+    def keep(tensor: Tensor) -> int:
+        kept.append(tensor.detach())
+        return len(kept) - 1
+
+    def give(place: int) -> Tensor:
+        read.append(place)
+        return kept[place]
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+        yield kept, read
 
 
 def check_op(

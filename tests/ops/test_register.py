@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DEVICE
+from harness import DEVICE, saved_tensors
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -91,19 +91,8 @@ def norm_inputs(**options: Any) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("name", sorted(TRAINED))
 def test_what_is_saved_is_read_once(name: str) -> None:
     """Checkpoints compute it again at a reading, and refuse a second; offloaded tensors are copied at each."""
-    kept: list[Tensor] = []
-    read: list[int] = []
-
-    def keep(tensor: Tensor) -> int:
-        kept.append(tensor.detach())
-        return len(kept) - 1
-
-    def give(place: int) -> Tensor:
-        read.append(place)
-        return kept[place]
-
     inputs = leaves_of(example(name))
-    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+    with saved_tensors() as (_, read):
         result = first(find_op(name)(**inputs, backend="triton"))
     result.sum().backward()
     assert read

@@ -105,17 +105,10 @@ def _norm_fakes(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Ten
     return x.new_empty(0 if residual is None else x.shape), statistics, torch.empty_like(statistics)
 
 
-def _launch_linear(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _launch_linear(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from xclip_fast.kernels.layer_norm import layer_norm_fwd
 
+    norm_weight, norm_bias, weight, bias, eps = rest
     normed, stream, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, residual, None, eps)
     return functional.linear(normed, weight, bias), stream, _first(x if residual is None else stream), mean, rstd
 
@@ -185,19 +178,12 @@ def norm_linear_op(
 
 
 def _launch_feed_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    eps: float,
+    x: Tensor, residual: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from xclip_fast.kernels.layer_norm import layer_norm_fwd
     from xclip_fast.kernels.linear_quick_gelu import linear_quick_gelu_fwd
 
+    norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias, eps = rest
     normed, stream, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, residual, None, eps)
     hidden, pre = linear_quick_gelu_fwd(normed, fc_weight, fc_bias, True)
     return functional.linear(hidden, proj_weight, proj_bias), pre, stream, mean, rstd
