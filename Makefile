@@ -68,7 +68,7 @@ $(GPU_INSTALLED): pyproject.toml
 $(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "xclip_fast needs Python 3.10 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[bench,cli,dev,docs,openclip,video]'
+	$(BIN)/python -m pip install --quiet --editable '.[bench,cli,dev,docs,openclip,train,video]'
 	# pip builds without torch; this takes half a minute, and without a compiler it says so and goes on
 	-PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
