@@ -71,9 +71,9 @@ def read_dataset(
             - a list, a text file with a path and a class number on each line (the official ``train.txt``). A path may
               hold spaces, and name a member of an archive: ``shard.tar::0001.mp4``;
             - a folder with a folder for each class, its videos at any depth;
-            - tar archives in the layout of webdataset: one, several, ``shard-{000..009}.tar``, or a folder of them. Beside
-              each video, with the same name, its class stands in a file ``.cls`` (a number), ``.txt`` (a name) or ``.json``
-              (either, under "label"); all other files are left alone.
+            - tar archives in the layout of webdataset: one, several, ``shard-{000..009}.tar``, or a folder of them.
+              Beside each video, with the same name, its class stands in a file ``.cls`` (a number), ``.txt`` (a name)
+              or ``.json`` (either, under "label"); all other files are left alone.
         labels: the label list, a CSV with the header ``id,name``. Class numbers need it. Class names must be in it, but
             for case, underscores and spaces.
         root: folder, or tar archive, that the paths of a list are relative to; without it the folder of the list.
@@ -110,14 +110,14 @@ def _labelled(
     videos: str | Path | Sequence[str | Path], root: str | Path | None
 ) -> tuple[str, Labelled, list[str] | None]:
     """What messages call the data set, its videos with their labels as written, and the names of class folders."""
-    many = not isinstance(videos, str | os.PathLike)
-    paths = [os.fsdecode(path) for path in (videos if many else [videos])]  # type: ignore[union-attr, list-item]
+    paths = [os.fsdecode(videos)] if isinstance(videos, str | Path) else [os.fsdecode(path) for path in videos]
     if not paths:
         raise InputError("no videos were given: name a list, a folder or tar archives")
     where = display_name(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    if root is not None and (many or os.path.isdir(paths[0]) or is_tar(paths[0])):
+    archives = len(paths) > 1 or is_tar(paths[0])
+    if root is not None and (archives or os.path.isdir(paths[0])):
         raise InputError(f"{where}: root is for the paths of a list, and this is none: leave it out")
-    if many or is_tar(paths[0]):
+    if archives:
         other = next((path for path in paths if not is_tar(path)), None)
         if other is not None:
             raise InputError(f"{display_name(other)}: no tar archive (.tar); of lists and folders give one at a time")
@@ -162,7 +162,7 @@ class _Places:
             InputError: it is not among them.
         """
         if isinstance(label, int):
-            if label < len(self.names):
+            if 0 <= label < len(self.names):
                 return label
             found = f"label {label} is not in the label list, which has 0 to {len(self.names) - 1}"
         else:
@@ -181,12 +181,11 @@ def _check_no_empty_class(where: str, samples: Iterable[Sample], names: Sequence
     counts = Counter(sample.label for sample in samples)
     empty = [name for place, name in enumerate(names) if not counts[place]]
     if empty:
-        named = ", ".join(map(ascii, empty[:_NAMED])) + (
-            f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
-        )
+        named = ", ".join(map(ascii, empty[:_NAMED]))
+        named += f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
         raise InputError(
-            f"{where}: {len(empty)} of the {len(names)} classes have no video: {named}; add videos, or take them out of "
-            "the label list"
+            f"{where}: {len(empty)} of the {len(names)} classes have no video: {named}; add videos, or take the "
+            "classes out of the label list"
         )
 
 
@@ -211,9 +210,8 @@ def _class_folders(folder: str) -> Iterator[tuple[str, list[str]]]:
     for entry in classes:
         videos = sorted(_videos_below(entry.path))
         if not videos:
-            raise InputError(
-                f"{display_name(entry.path)}: a class without a video, by the endings {', '.join(sorted(VIDEO_SUFFIXES))}"
-            )
+            endings = ", ".join(sorted(VIDEO_SUFFIXES))
+            raise InputError(f"{display_name(entry.path)}: a class without a video, looked for files in {endings}")
         yield entry.name, videos
 
 

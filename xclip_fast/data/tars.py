@@ -1,8 +1,9 @@
 """Tar shards in the layout of webdataset, read where they lie.
 
-The library reads a shard as a stream: no place in an epoch can be asked for, so there is no true shuffle, no exact share
-of each process and no way to go on in the middle; its index of members (wids) is not in the wheel 1.0.2. So members are
-listed here, once, by the headers alone, and its conventions are kept: what belongs together, and how shards are named.
+The library reads a shard as a stream: no place in an epoch can be asked for, so there is no true shuffle, no exact
+share of each process and no way to go on in the middle; its index of members (wids) is not in the wheel 1.0.2. So
+members are listed here, once, by the headers alone, and its conventions are kept: what belongs together, and how shards
+are named.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from xclip_fast.errors import InputError, one_line
 from xclip_fast.files import parse_json
@@ -60,11 +62,11 @@ def expand_shards(path: str) -> list[str]:
     if os.path.exists(path) or "{" not in path:
         return [path]
     # webdataset's own ``expand_urls`` also reads "::" and "${NAME}", which are file names here
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         found = list(islice(braceexpand(path), _MAX_SHARDS + 1))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise InputError(f"{display_name(path)}: {one_line(error)}: write it as in shard-{{000..009}}.tar") from None
     if len(found) > _MAX_SHARDS:
         raise InputError(f"{display_name(path)}: more than {_MAX_SHARDS:,} archives: give fewer")
@@ -110,8 +112,12 @@ def group_members(path: str) -> dict[str, Entry]:
     Raises:
         InputError: as ``list_members``; a key has two videos, none, or no label.
     """
-    from webdataset.tariterators import base_plus_ext
-
+    try:
+        from webdataset.tariterators import base_plus_ext
+    except ImportError as error:
+        raise InputError(
+            f"tar shards need webdataset, found no {error.name}: pip install 'xclip-fast[train]'"
+        ) from None
     entries: dict[str, Entry] = {}
     for name, member in list_members(path).items():
         key, suffixes = base_plus_ext(name)
@@ -177,17 +183,19 @@ class _Headers(io.FileIO):
 
 
 def _headers(tar: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
+    # the list of members, which would grow, and the file are typed as missing
+    inner: Any = tar
     place = -1
     while (info := tar.next()) is not None:
         # a negative size would lead back to where it was
         if info.size < 0 or tar.offset <= place:
             raise tarfile.ReadError("a size below zero")
         place = tar.offset
-        tar.members.clear()
+        inner.members.clear()
         yield info
     # a damaged header ends the list as the end of the archive does: only there it is followed by nothing
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+    inner.fileobj.seek(tar.offset)
+    if inner.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError(f"a damaged header at byte {tar.offset:,}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -154,7 +155,14 @@ def _request(source: CheckedFile, indices: Sequence[int] | np.ndarray | None, sa
 
 def _sampled(source: CheckedFile, sample: Sampling, count: int) -> np.ndarray:
     if count < sample.frames:
-        log.warning("%s: %d of the %d frames of a clip, frames repeat", source.name, count, sample.frames)
+        # a short video is drawn again and again in training
+        log.log(
+            logging.WARNING if sample.generator is None else logging.DEBUG,
+            "%s: %d of the %d frames of a clip, frames repeat",
+            source.name,
+            count,
+            sample.frames,
+        )
     return sample.indices(count)
 
 
