@@ -9,7 +9,9 @@ are named.
 from __future__ import annotations
 
 import io
+import math
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from xclip_fast.video.source import display_name
 VIDEO_SUFFIXES = frozenset({"avi", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "ts", "webm"})
 LABEL_SUFFIXES = ("cls", "json", "txt")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_RANGE = re.compile(r"\{(-?\d{1,99})\.\.(-?\d{1,99})")
 _MAX_MEMBERS = 2_000_000
 _MAX_SHARDS = 100_000
 _MAX_HEADER = 64 << 10  # bytes: a path is 4 KiB at most
@@ -64,11 +67,13 @@ def expand_shards(path: str) -> list[str]:
     # webdataset's own ``expand_urls`` also reads "::" and "${NAME}", which are file names here
     from braceexpand import braceexpand
 
+    # it makes a whole range before the first name
+    ranges = [abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(path)]
     try:
-        found = list(islice(braceexpand(path), _MAX_SHARDS + 1))
+        found = list(islice(braceexpand(path), _MAX_SHARDS + 1)) if math.prod(ranges) <= _MAX_SHARDS else None
     except ValueError as error:
         raise InputError(f"{display_name(path)}: {one_line(error)}: write it as in shard-{{000..009}}.tar") from None
-    if len(found) > _MAX_SHARDS:
+    if found is None or len(found) > _MAX_SHARDS:
         raise InputError(f"{display_name(path)}: more than {_MAX_SHARDS:,} archives: give fewer")
     return found
 
