@@ -19,7 +19,7 @@ from made_clips import write
 from torch import Tensor
 
 from xclip_fast import InputError
-from xclip_fast.video import load_video, pool
+from xclip_fast.video import jobs, load_video, process
 from xclip_fast.video.pool import decode_files, default_workers
 
 OPTIONS = {"frames": 4, "size": 32, "clips": 2}
@@ -155,7 +155,7 @@ def test_a_decoder_that_dies_or_hangs_costs_its_file_alone(hostile) -> None:
 
 def test_slots_bound_how_far_it_runs_ahead_and_faults_are_not_hidden(hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 2 * 4 * 32 * 32 * 3
-    monkeypatch.setattr(pool, "AHEAD_BYTES", size)
+    monkeypatch.setattr(jobs, "AHEAD_BYTES", size)
     decoded = decode_files(hostile("a.mp4", "b.mp4", "c.mp4", "fault-1.mp4"), **OPTIONS, workers=2)
     seen = {(one.data_ptr(), one.untyped_storage().nbytes()) for one in itertools.islice(decoded, 3)}
     # one slot, whose views are all that is shared
@@ -172,8 +172,8 @@ def test_no_files() -> None:
 def test_processes_that_do_not_start_are_one_line(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for code, words in (("raise SystemExit(7)", "exit status 7"), ("import time; time.sleep(60)", "SIGKILL")):
         (tmp_path / "worker.py").write_text(code)
-        monkeypatch.setattr(pool, "_WORKER", tmp_path / "worker.py")
-        monkeypatch.setattr(pool, "_START_SECONDS", 1)
+        monkeypatch.setattr(process, "_WORKER", tmp_path / "worker.py")
+        monkeypatch.setattr(process, "_START_SECONDS", 1)
         with pytest.raises(InputError, match=words) as refused:
             kept(decode_files([str(clip)], **OPTIONS, workers=1))
         assert "\n" not in str(refused.value)

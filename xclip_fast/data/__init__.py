@@ -1,0 +1,14 @@
+"""Data sets: which videos there are, of which classes, and batches of them for training."""
+
+from xclip_fast.data.dataset import Dataset, Sample, read_dataset
+from xclip_fast.data.labels import normalise_names, read_labels
+from xclip_fast.data.lists import read_captions
+
+__all__ = [
+    "Dataset",
+    "Sample",
+    "normalise_names",
+    "read_captions",
+    "read_dataset",
+    "read_labels",
+]
