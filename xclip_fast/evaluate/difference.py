@@ -210,7 +210,7 @@ def order_of(names: Sequence[str], chosen: Sequence[str]) -> dict[int, int]:
         InputError: a chosen one is not among the names.
 
     Example:
-        >>> from xclip_fast.evaluate.new_classes import order_of
+        >>> from xclip_fast.evaluate.difference import order_of
         >>> order_of(["a", "b", "c"], ["c", "a"])
         {2: 0, 0: 1}
     """
