@@ -153,7 +153,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("figure", [lambda s, l: top_k(s, l, 1), confusion_matrix, calibration])
+@pytest.mark.parametrize("figure", [lambda scores, labels: top_k(scores, labels, 1), confusion_matrix, calibration])
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_scores_are_refused(kind: str, figure: Callable[[Any, Any], object]) -> None:
     with pytest.raises(ValueError, match=r"scores|labels"):

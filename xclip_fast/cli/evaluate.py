@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xclip_fast.cli.batch import FileProgress, open_model
-from xclip_fast.cli.console import BAD_INPUT, emit_json, note, safe, stdout, table
+from xclip_fast.cli.console import BAD_INPUT, emit_json, note, printable, safe, stdout, table
 from xclip_fast.cli.options import (
     DEMO,
     SECONDS,
@@ -36,7 +36,7 @@ from xclip_fast.files import replacing
 
 if TYPE_CHECKING:
     from xclip_fast.data import Dataset
-    from xclip_fast.evaluate import Classified, Retrieved
+    from xclip_fast.evaluate import Classified, Rate, Retrieved
 
 # protocol to views, as the paper tests
 PROTOCOLS = {"full": "4x3", "few-shot": "1x1", "zero-shot": "1x1", "base-novel": "1x1", "retrieval": "1x1"}
@@ -291,29 +291,45 @@ def _report(found: Sequence[Any], facts: dict[str, Any], out: Path | None, *, pr
 
 
 def _show(found: Sequence[Any], summed: dict[str, Any]) -> None:
-    from xclip_fast.evaluate import Classified
-    from xclip_fast.evaluate.page import percent, rate, spread_text
+    """A row for each figure, a column for each list: they fit a narrow terminal."""
+    from xclip_fast.evaluate.page import percent, spread_text
     from xclip_fast.evaluate.results import SUMMED
 
-    if isinstance(found[0], Classified):
-        columns = ("videos", "unusable", *(f"{name} %" for name, _ in SUMMED.values()))
-        shown = table("Shares in percent, with their 95 % intervals", "list", *columns, numbers=columns)
-        for one in found:
-            figures = rate(one.top1), rate(one.top5), percent(one.mean_class_accuracy), percent(one.calibration.ece)
-            shown.add_row(safe(one.name), str(one.files - len(one.failed)), str(len(one.failed)), *figures)
-        if set(summed) == set(SUMMED):
-            shown.add_section()
-            shown.add_row("mean ± std", "", "", *(spread_text(summed[key]) for key in SUMMED))
-    else:
-        columns = ("videos", "unusable", "captions", "R@1 %", "R@5 %", "R@10 %", "median rank")
-        shown = table("Shares in percent, with their 95 % intervals", "list", "way", *columns, numbers=columns)
-        for one in found:
-            counts = str(one.files - len(one.failed)), str(len(one.failed)), str(one.captions)
-            ways = {"text to video": one.figures.text_to_video, "video to text": one.figures.video_to_text}
-            for way, ranks in ways.items():
-                recalls = [rate(recall) for recall in ranks.recall.values()]
-                shown.add_row(safe(one.name), way, *counts, *recalls, f"{ranks.median:g}")
+    rows = [_figures(one) for one in found]
+    splits = summed if set(summed) == set(SUMMED) else {}
+    means = {f"{SUMMED[key][0]} %": spread_text(value) for key, value in splits.items()}
+    names = [one.name if len(found) == 1 else f"{number}" for number, one in enumerate(found, 1)]
+    shown = table(None, "", *map(printable, names), *["mean ± std"] * bool(means))
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for name, *cells in zip(rows[0], *(row.values() for row in rows), strict=True):
+        shown.add_row(name, *cells, *[means.get(name, "")] * bool(means), style="dim" if name.startswith(" ") else "")
+    for number, one in enumerate(found if len(found) > 1 else (), 1):
+        stdout.print(safe(f"{number}: {one.name}"), soft_wrap=True)
     stdout.print(shown)
     if "harmonic_mean" in summed:
         parts = ", ".join(f"{key.replace('_', ' ')} {percent(value)} %" for key, value in summed.items())
         stdout.print(f"top-1: {parts}")
+
+
+def _figures(one: Classified | Retrieved) -> dict[str, str]:
+    from xclip_fast.evaluate import Classified
+    from xclip_fast.evaluate.page import percent
+
+    rows = {"videos": str(one.files - len(one.failed)), "unusable": str(len(one.failed))}
+
+    def add(name: str, found: Rate) -> None:
+        rows[f"{name} %"] = percent(found.value)
+        rows[f"  {name}, 95 % interval"] = f"{percent(found.low)} to {percent(found.high)}"
+
+    if isinstance(one, Classified):
+        add("top-1", one.top1)
+        add("top-5", one.top5)
+        rows |= {"mean class %": percent(one.mean_class_accuracy), "ECE %": percent(one.calibration.ece)}
+        return rows
+    rows["captions"] = str(one.captions)
+    for way, ranks in (("text to video", one.figures.text_to_video), ("video to text", one.figures.video_to_text)):
+        for depth, recall in ranks.recall.items():
+            add(f"{way} R@{depth}", recall)
+        rows[f"{way} median rank"] = f"{ranks.median:g}"
+    return rows

@@ -52,7 +52,7 @@ def reliability_plot(found: Calibration) -> str:
         axes.bar(centres, [one.videos / total for one in used], width, color=COLOURS[6], alpha=0.35, label="videos")
         axes.plot([0, 1], [0, 1], "--", color=INK, lw=1, label="calibrated")
         sure, right = [one.confidence for one in used], [one.accuracy for one in used]
-        axes.plot(sure, right, "o-", color=COLOURS[0], label="accuracy")
+        axes.plot(sure, right, "o-", color=COLOURS[0], label="accuracy", clip_on=False)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         axes.set_xlabel("probability of the best class")

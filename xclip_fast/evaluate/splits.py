@@ -154,10 +154,10 @@ def list_text(samples: Sequence[Sample], root: str | os.PathLike[str] | None = N
         path = os.path.abspath(path) if root is None else os.path.relpath(path, root)
         if root is not None and path.startswith(os.pardir + os.sep):
             raise InputError(
-                f"{shown(str(sample.source))} is not below the root {shown(os.fspath(root))}: give another"
+                f"{str(sample.source)!a} is not below the root {os.fspath(root)!a}: give another"
             )
         if "\n" in path or path != path.strip():
-            raise InputError(f"{shown(path)} cannot stand in a list of one path a line: rename it")
+            raise InputError(f"{path!a} cannot stand in a list of one path a line: rename it")
         lines.append(f"{path} {sample.label}\n")
     return "".join(lines)
 
@@ -206,7 +206,7 @@ def write_lists(folder: str | os.PathLike[str], texts: Mapping[str, str], force:
     if there := [name for name in changed if os.path.lexists(target / name)]:
         if not force:
             raise InputError(
-                f"{shown(str(target / there[0]))} is there and holds something else: choose another folder, or --force"
+                f"{str(target / there[0])!a} is there and holds something else: choose another folder, or --force"
             )
         check_writable(target / there[0])
     try:
