@@ -216,6 +216,30 @@ def test_the_page_is_one_file_and_escapes_names(clips: Path, tmp_path: Path, cli
     assert stored["splits"][0]["classes"][0] == evil
 
 
+def documented(text: str, heading: str) -> set[str]:
+    """The keys that a table of the page names."""
+    table = text.partition(heading)[2].partition("| key | |")[2].partition("\n\n")[0]
+    return {key for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
+
+
+def test_the_page_names_each_key_of_the_json(clips: Path, cli: Cli) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "start" / "evaluate.md").read_text(encoding="utf-8")
+    arguments = ("evaluate", clips / "val.txt", "--labels", clips / "labels.csv", "--views", "1x1", "--json")
+    found = json.loads(cli(*arguments, "--predictions")[1])
+    assert set(found) == documented(text, "is one object")
+    assert set(found["splits"][0]) == documented(text, "A split of labelled videos has")
+    for key in ("calibration", "per_class", "predictions"):
+        part = found["splits"][0][key]
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{key}`"))
+        names = set(part[0]) if isinstance(part, list) else {*part, *part["bins"][0]}
+        assert names <= set(re.findall(r"`(\w+)`", row))
+    retrieved = json.loads(cli("evaluate", clips / "captions.txt", "--protocol", "retrieval", "--json")[1])["splits"][0]
+    said = text.partition("and one of captions ")[2].partition("\n\n")[0]
+    assert {*retrieved, *retrieved["figures"], *retrieved["figures"]["text_to_video"]} <= set(
+        re.findall(r"`(\w+)`", said)
+    )
+
+
 def environment(rank: int, count: int, port: int) -> dict[str, str]:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     found = {**os.environ, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
