@@ -1,7 +1,5 @@
 """Faults of evaluation: its figures, its lists, and the scores of files."""
 
-
-
 from __future__ import annotations
 
 from benchmarks.mutants.fault import Fault, in_room
@@ -51,7 +49,7 @@ FAULTS: list[Fault] = [
     _splits(
         "few shots are not nested",
         "sample for group in drawn for sample in group[:count]",
-        "sample for group in drawn for sample in group[-count:]",
+        "sample for group in drawn for sample in random.Random(count).sample(group, count)",
     ),
     _splits(
         "few shots depend on the order of the list",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -114,17 +115,29 @@ def shared(engine: Any, files: list[str], count: int, **options: Any) -> list[An
     ("count", "views", "batch_size"), [(2, {"clips": 1}, 2), (3, {"clips": 3}, 4), (9, {"clips": 1}, 3)]
 )
 def test_several_find_the_bits_of_one(
-    count: int, views: dict[str, int], batch_size: int, clips: Path, engine: Any
+    count: int, views: dict[str, int], batch_size: int, clips: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [str(clips / f"{place % 8}_{place // 8}.mp4") for place in range(11)]
     files[3] = str(clips / "none.mp4")
+    batches: list[bytes] = []
+    classify = engine.classify
+
+    def seen(batch: torch.Tensor, texts: Any) -> torch.Tensor:
+        batches.append(hashlib.sha256(batch.numpy().tobytes()).digest())
+        return classify(batch, texts)
+
+    monkeypatch.setattr(engine, "classify", seen)
     alone = score_files(engine, files, list(CLASSES), preset="hf", workers=0, batch_size=batch_size, **views)
     assert alone.places.tolist() == [0, 1, 2, *range(4, 11)]
     assert list(alone.failed) == [3]
+    by_one = sorted(batches)
+    batches.clear()
     for found in shared(engine, files, count, batch_size=batch_size, **views):
         assert np.array_equal(found.scores, alone.scores)
         assert np.array_equal(found.places, alone.places)
         assert found.failed == alone.failed
+    # a model so small rounds alike whatever shares a batch: a larger one does not
+    assert sorted(batches) == by_one
 
 
 def test_rows_are_those_of_their_files(clips: Path, engine: Any) -> None:
