@@ -73,7 +73,13 @@ def few_shot(dataset: Dataset, shots: Sequence[int] = SHOTS, seed: int = 0) -> d
 
 
 class Halves(NamedTuple):
-    """The class names of base-to-novel generalisation: trained on the base ones, tested on both."""
+    """The class names of base-to-novel generalisation: trained on the base ones, tested on both.
+
+    Example:
+        >>> from xclip_fast.evaluate import Halves
+        >>> Halves(base=("left",), novel=("right",)).novel
+        ('right',)
+    """
 
     base: tuple[str, ...]
     novel: tuple[str, ...]
