@@ -100,6 +100,7 @@ def train(
     """
     settings = config if isinstance(config, TrainConfig) else load_config(config)
     find_device(settings.run.device)
+    _check_trackers(settings.run.trackers)
     videos = open_videos(settings.data)
     folder = Path(os.fspath(out))
     kept = _open_folder(folder, resume)
@@ -157,9 +158,12 @@ class _Run:
         if self.settings.run.engine == "fsdp2" and self.processes > 1:
             from torch.distributed.device_mesh import init_device_mesh
 
-            from xclip_fast.parallel import fully_shard
+            from xclip_fast.parallel import average_gradient, fully_shard
 
-            fully_shard(model, mesh=init_device_mesh(self.device.type, (self.processes,)))
+            mesh = init_device_mesh(self.device.type, (self.processes,))
+            fully_shard(model, mesh=mesh)
+            for parameter in scored.parameters(recurse=False):
+                average_gradient(parameter, mesh.get_all_groups())
             return scored, scored
         return scored, self.accelerator.prepare_model(scored)
 
@@ -178,7 +182,8 @@ class _Run:
         finally:
             if log is not None:
                 log.close()
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         model = self._plain_model()
         if main:
             save_model(model, self.folder / WEIGHTS)
@@ -302,7 +307,8 @@ class _Run:
     def _validate(self, made: int) -> dict[str, Any]:
         assert self.videos.validation is not None
         model = self._plain_model()
-        scores = validate(model, self.videos.validation, self.videos.texts, self.settings.data, self.accelerator)
+        dtype = getattr(torch, self.settings.run.precision)
+        scores = validate(model, self.videos.validation, self.videos.texts, self.settings.data, dtype)
         self.top1 = scores["top1"]
         if self.top1 is not None and (self.best is None or self.top1 > self.best):
             self.best = self.top1
@@ -337,6 +343,17 @@ class _Run:
 def _seed_of(*numbers: int) -> int:
     """A seed for PyTorch that other numbers do not share."""
     return int(np.random.SeedSequence([_STREAM, *numbers]).generate_state(1)[0])
+
+
+def _check_trackers(names: list[str]) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise InputError(f"unknown tracker {name!r} in run.trackers: choose of {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name not in installed:
+            raise InputError(f"tracker {name!r} in run.trackers is not installed: pip install {name}, or leave it out")
 
 
 def _open_folder(folder: Path, resume: bool) -> Saved | None:
