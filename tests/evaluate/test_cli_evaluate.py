@@ -216,6 +216,18 @@ def test_the_page_is_one_file_and_escapes_names(clips: Path, tmp_path: Path, cli
     assert stored["splits"][0]["classes"][0] == evil
 
 
+def test_a_path_that_is_no_unicode_is_spelled_out(clips: Path, tmp_path: Path, cli: Cli) -> None:
+    folder = tmp_path / os.fsdecode(b"f\xff")
+    folder.mkdir()
+    (folder / "val.txt").write_text(f"{clips}/0_0.mp4 0\n{clips}/1_0.mp4 1\n")
+    (tmp_path / "labels.csv").write_text("id,name\n0,left\n1,right\n")
+    arguments = (folder / "val.txt", "--labels", tmp_path / "labels.csv", "--views", "1x1", "--out", folder / "out")
+    code, _, err = cli("evaluate", *arguments)
+    assert code == 0, err
+    assert "f\\xff" in json.loads((folder / "out" / "evaluation.json").read_text())["splits"][0]["name"]
+    assert "f\\xff" in (folder / "out" / "evaluation.html").read_text(encoding="utf-8")
+
+
 def documented(text: str, heading: str) -> set[str]:
     """The keys that a table of the page names."""
     table = text.partition(heading)[2].partition("| key | |")[2].partition("\n\n")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +51,29 @@ def test_paths_below_a_root_stay_below_it(clips: Path, tmp_path: Path, cli: Cli)
     assert code == 0
     lines = (tmp_path / "few_shot_2.txt").read_text().splitlines()
     assert sorted(lines) == sorted((clips / "val.txt").read_text().splitlines())
+
+
+def test_videos_in_an_archive(clips: Path, tmp_path: Path, cli: Cli) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for label in range(8):
+            for seed in range(2):
+                key = f"{label}{seed}"
+                tar.add(clips / f"{label}_{seed}.mp4", f"{key}.mp4")
+                (tmp_path / "label").write_text(str(label))
+                tar.add(tmp_path / "label", f"{key}.cls")
+    labels = clips / "labels.csv"
+    code, _, err = cli("split", "few-shot", tmp_path / "shard.tar", "--labels", labels, "--out", tmp_path, "--shots", 1)
+    assert code == 0, err
+    found = read_dataset(tmp_path / "few_shot_1.txt", labels=labels)
+    assert set(found.samples) < set(read_dataset(str(tmp_path / "shard.tar"), labels=labels).samples)
+    totals = []
+    for name in ("few_shot_1.txt", "shard.tar"):
+        code, out, err = cli("evaluate", tmp_path / name, "--labels", labels, "--views", "1x1", "--json")
+        assert code == 0, err
+        [split] = json.loads(out)["splits"]
+        totals.append(split["top1"]["total"])
+        assert split["top1"]["value"] > 0.7
+    assert totals == [8, 16]
 
 
 def test_new_classes_with_their_videos(clips: Path, tmp_path: Path, cli: Cli) -> None:

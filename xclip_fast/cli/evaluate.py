@@ -284,7 +284,8 @@ def _report(found: Sequence[Any], facts: dict[str, Any], out: Path | None, *, pr
         out.mkdir(exist_ok=True)
         for name, text in zip(FILES, (json.dumps(payload, allow_nan=False) + "\n", page), strict=True):
             with replacing(out / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                # a path may hold what UTF-8 cannot
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         note(f"wrote {out / FILES[0]} and {out / FILES[1]}")
     if any(one.failed for one in found):
         raise typer.Exit(BAD_INPUT)
