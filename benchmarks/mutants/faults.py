@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.mutants import behaviour, elsewhere, engine, formulations, kernels
+from benchmarks.mutants import behaviour, elsewhere, engine, evaluation, formulations, kernels
 from benchmarks.mutants.fault import Fault
 
-FAULTS: list[Fault] = [*engine.FAULTS, *behaviour.FAULTS, *formulations.FAULTS, *kernels.FAULTS, *elsewhere.FAULTS]
+FAULTS: list[Fault] = [
+    *engine.FAULTS,
+    *behaviour.FAULTS,
+    *formulations.FAULTS,
+    *kernels.FAULTS,
+    *elsewhere.FAULTS,
+    *evaluation.FAULTS,
+]

@@ -16,7 +16,8 @@ import torch
 
 from xclip_fast.errors import InputError
 from xclip_fast.files import LEFTOVER, file_digest, parse_json, replacing
-from xclip_fast.pipeline.embedding import BATCH_SIZE, FileFeatures, embed_in_groups
+from xclip_fast.pipeline.batches import BATCH_SIZE
+from xclip_fast.pipeline.embedding import FileFeatures, embed_in_groups
 from xclip_fast.pipeline.features import check_features_path, save_features
 from xclip_fast.text.folder import digest
 from xclip_fast.video.preprocess import get_preset
