@@ -6,7 +6,7 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
@@ -62,7 +62,7 @@ def decode_jobs(
     timeout: float = DEADLINE_SECONDS,
     ahead: int = 0,
     failed: Callable[[Source, InputError], object] = lambda source, error: None,
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """Of each job the first candidate that decodes, in the order of the jobs.
 
     Args:
@@ -108,7 +108,7 @@ def _decode_here(
     load: Callable[..., Tensor],
     options: dict[str, Any],
     failed: Callable[[Source, InputError], object],
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     for job in jobs:
         answer = Answer()
         for candidate in job:
@@ -123,7 +123,7 @@ def _decode_here(
         yield answer
 
 
-def _decode_ahead(pool: _Pool) -> Iterator[Answer]:
+def _decode_ahead(pool: _Pool) -> Generator[Answer, None, None]:
     said: set[str] = set()
     try:
         pool.start()
@@ -261,9 +261,7 @@ class _Desk:
         for candidate in candidates:
             source = candidate.source
             named = list(asdict(source).values()) if isinstance(source, Member) else source
-            start = perf_counter()
-            found = self._decode({"source": named, "slot": slot, "options": candidate.options})
-            answer.seconds += perf_counter() - start
+            found = self._decode({"source": named, "slot": slot, "options": candidate.options}, answer)
             answer.log += found.get("log", ())
             if "fault" in found:
                 answer.fault = f"{str(source)!a}: decoding failed\n{found['fault']}"
@@ -287,11 +285,13 @@ class _Desk:
             self.process.end()
             self.process = None
 
-    def _decode(self, job: dict[str, Any]) -> dict[str, Any]:
+    def _decode(self, job: dict[str, Any], answer: Answer) -> dict[str, Any]:
         # one that dies is asked again: the system may have killed it, which is no fault of the file
         for _ in range(2):
             process = self.process = self.process or self._start()
+            start = perf_counter()
             found = process.decode(job)
+            answer.seconds += perf_counter() - start
             if found is not None:
                 return found
             said = process.end()
