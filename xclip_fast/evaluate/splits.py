@@ -159,9 +159,7 @@ def list_text(samples: Sequence[Sample], root: str | os.PathLike[str] | None = N
         path = str(sample.source)
         path = os.path.abspath(path) if root is None else os.path.relpath(path, root)
         if root is not None and path.startswith(os.pardir + os.sep):
-            raise InputError(
-                f"{str(sample.source)!a} is not below the root {os.fspath(root)!a}: give another"
-            )
+            raise InputError(f"{str(sample.source)!a} is not below the root {os.fspath(root)!a}: give another")
         if "\n" in path or path != path.strip():
             raise InputError(f"{path!a} cannot stand in a list of one path a line: rename it")
         lines.append(f"{path} {sample.label}\n")
