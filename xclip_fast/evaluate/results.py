@@ -27,6 +27,7 @@ from xclip_fast.evaluate.metrics import (
 )
 from xclip_fast.evaluate.ranks import Retrieval, retrieval
 from xclip_fast.evaluate.scoring import Scored, shown_path
+from xclip_fast.video.pool import Source
 
 SHOWN = 5  # classes of a prediction
 
@@ -175,7 +176,7 @@ class Retrieved:
         return {key: _plain(value) for key, value in vars(self).items()}
 
 
-def retrieved(name: str, sources: Sequence[Any], owners: Sequence[int], scored: Scored) -> Retrieved:
+def retrieved(name: str, sources: Sequence[Source], owners: Sequence[int], scored: Scored) -> Retrieved:
     """The figures of retrieval from the logits of videos and captions.
 
     Args:

@@ -16,7 +16,7 @@ from xclip_fast.errors import InputError
 from xclip_fast.evaluate.processes import Processes, local_share
 from xclip_fast.pipeline import classify_files
 from xclip_fast.pipeline.batches import BATCH_SIZE
-from xclip_fast.video.pool import DEADLINE_SECONDS, default_workers
+from xclip_fast.video.pool import DEADLINE_SECONDS, Source, default_workers
 
 Report = Callable[[str, str | None], object]
 
@@ -44,7 +44,7 @@ class Scored:
 
 def score_files(
     model: Any,
-    sources: Sequence[Any],
+    sources: Sequence[Source],
     texts: Any,
     *,
     logits: bool = False,
@@ -132,6 +132,6 @@ def _gathered(among: Processes, rows: list[Any], places: list[int], failed: dict
     return Scored(found[order], where[order], dict(sorted(errors.items())))
 
 
-def shown_path(source: Any) -> str:
+def shown_path(source: Source) -> str:
     """A source as results name it: what UTF-8 cannot hold is spelled out."""
     return os.fsencode(str(source)).decode("utf-8", "backslashreplace")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xclip_fast.errors import InputError, is_out_of_memory
-from xclip_fast.video.pool import decode_files
+from xclip_fast.video.pool import Source, decode_files
 
 BATCH_SIZE = 8
 VIEWS_AT_ONCE = 4  # bounds the memory of many-view runs
@@ -24,13 +24,19 @@ Encode = Callable[[Tensor], Sequence[Tensor]]
 class FileRows:
     """What became of one file: of each tensor that was asked for the mean over its views, in float32 on the CPU."""
 
-    source: Any
+    source: Source
     means: tuple[Tensor, ...] = ()
     error: InputError | None = None
 
 
 def run_files(
-    model: Any, encode: Encode, sources: Sequence[Any], ends: Collection[int] = (), *, batch_size: int, **decoding: Any
+    model: Any,
+    encode: Encode,
+    sources: Sequence[Source],
+    ends: Collection[int] = (),
+    *,
+    batch_size: int,
+    **decoding: Any,
 ) -> Iterator[FileRows]:
     """What ``encode`` makes of the views of each file, in the order of the files.
 
@@ -50,7 +56,7 @@ def run_files(
     return _run(_Batches(encode, device_of(model), batch_size, views), sources, ends, decoded)
 
 
-def _run(batches: _Batches, sources: Sequence[Any], ends: Collection[int], decoded: Any) -> Iterator[FileRows]:
+def _run(batches: _Batches, sources: Sequence[Source], ends: Collection[int], decoded: Any) -> Iterator[FileRows]:
     waiting: deque[_File] = deque()
     with closing(decoded):
         for number, (source, found) in enumerate(zip(sources, decoded, strict=True)):
@@ -68,7 +74,7 @@ def _run(batches: _Batches, sources: Sequence[Any], ends: Collection[int], decod
 
 @dataclass
 class _File:
-    source: Any
+    source: Source
     error: InputError | None
     pending: int = 0
     rows: list[tuple[Tensor, ...]] = field(default_factory=list)

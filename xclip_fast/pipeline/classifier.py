@@ -15,7 +15,7 @@ from xclip_fast.classes import class_logits
 from xclip_fast.errors import InputError, is_out_of_memory
 from xclip_fast.pipeline.batches import BATCH_SIZE, VIEWS_AT_ONCE, check_finite, device_of, is_engine, run_files
 from xclip_fast.text import TextCache, Tokenizer, apply_template, clean_labels
-from xclip_fast.video.pool import DEADLINE_SECONDS
+from xclip_fast.video.pool import DEADLINE_SECONDS, Source
 
 MAX_LABEL_BYTES = 16 << 20
 
@@ -123,14 +123,14 @@ class FileScores:
         True
     """
 
-    path: Any
+    path: Source
     scores: Tensor | None = None
     error: InputError | None = None
 
 
 def classify_files(
     model: Any,
-    paths: Iterable[Any],
+    paths: Iterable[Source | os.PathLike[str]],
     texts: Any,
     *,
     logits: bool = False,
@@ -185,7 +185,7 @@ def classify_files(
         return [_scores(model, views, texts, logits)]
 
     options = {"clips": clips, "crops": crops, "preset": preset, "backend": backend}
-    sources = [os.fsdecode(path) if isinstance(path, str | os.PathLike) else path for path in paths]
+    sources = [os.fsdecode(path) if isinstance(path, os.PathLike) else path for path in paths]
     files = run_files(model, encode, sources, ends, batch_size=batch_size, workers=workers, timeout=timeout, **options)
     return _file_scores(files)
 
