@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# loaded once, before the forks
 import accelerate  # noqa: F401
 
+import xclip_fast.data.clips  # noqa: F401
 from xclip_fast.train import state, train
 from xclip_fast.train.state import newest_checkpoint
 

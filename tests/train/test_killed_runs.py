@@ -23,7 +23,7 @@ def test_twenty_kills_change_no_bit(tmp_path: Path) -> None:
     settings = run_settings(
         tmp_path / "videos",
         model={"drop_path": 0.1},
-        optimizer={"epochs": 40, "ema": 0.9},
+        optimizer={"epochs": 20, "ema": 0.9},
         run={"checkpoint_steps": 1},
     )
     out = tmp_path / "killed"

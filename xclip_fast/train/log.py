@@ -93,7 +93,7 @@ def write_run(folder: Path, settings: dict[str, Any], data: dict[str, Any], devi
 
 
 def _curve(points: list[tuple[int, float]], title: str) -> bytes:
-    from xclip_fast.bench.figures import draw
+    from xclip_fast.pages import draw
 
     def paint(axes: Any) -> None:
         steps, values = zip(*points, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -37,7 +38,7 @@ class Mixing:
         return not (self.mixup or self.cutmix)
 
 
-def mix(videos: Tensor, targets: Tensor, mixing: Mixing, seeds: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def mix(videos: Tensor, targets: Tensor, mixing: Mixing, seeds: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Mix each video with its neighbour: first with second, third with fourth; a last one without neighbour stays.
 
     The official code mixes a batch with a shuffled copy of itself. In batches that are shuffled anyway neighbours are

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xclip_fast.data import Draw
 from xclip_fast.errors import InputError
@@ -84,6 +85,5 @@ class Plan:
 
 
 @lru_cache(maxsize=2)
-def _order(videos: int, seed: int, epoch: int) -> Sequence[int]:
-    order: Sequence[int] = np.random.default_rng([_STREAM, seed, epoch]).permutation(videos)
-    return order
+def _order(videos: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([_STREAM, seed, epoch]).permutation(videos)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +192,7 @@ class _Run:
             self.folder / WEIGHTS, self.plan.steps, self.loss, self.top1, self.best, len(quarantine.reasons)
         )
 
-    def _batches(self, quarantine: Quarantine) -> Iterator[Batch]:
+    def _batches(self, quarantine: Quarantine) -> Generator[Batch, None, None]:
         data = self.settings.data
         return training_batches(
             self.videos.train,

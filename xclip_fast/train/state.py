@@ -117,7 +117,8 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
 
 def _checked(path: Path, step: int) -> dict[str, Any]:
     try:
-        listed = dict(reversed(line.split("  ", 1)) for line in (path / _SUMS).read_text("ascii").splitlines())
+        lines = [line.split("  ", 1) for line in (path / _SUMS).read_text("ascii").splitlines()]
+        listed = {name: digest for digest, name in lines}
         found = {file.name: file_digest(file) for file in path.iterdir() if file.name != _SUMS}
     except (OSError, ValueError) as error:
         raise InputError(f"the checkpoint {str(path)!r} is damaged ({one_line(error)})") from None
