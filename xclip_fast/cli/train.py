@@ -77,7 +77,7 @@ def train(
         emit_json(found)
         return
     if result.quarantined:
-        note(f"{result.quarantined} videos could not be used: see {out / 'quarantine.json'}")
+        note(f"videos that could not be used: {result.quarantined}, see {out / 'quarantine.json'}")
     note(f"wrote {result.weights}: {result.steps} steps, loss {result.loss:.3f}")
 
 
