@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.mutants import behaviour, elsewhere, engine, evaluation, formulations, kernels
+from benchmarks.mutants import behaviour, data, elsewhere, engine, evaluation, formulations, kernels
 from benchmarks.mutants.fault import Fault
 
 FAULTS: list[Fault] = [
@@ -12,4 +12,5 @@ FAULTS: list[Fault] = [
     *kernels.FAULTS,
     *elsewhere.FAULTS,
     *evaluation.FAULTS,
+    *data.FAULTS,
 ]
