@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.mutants import behaviour, data, elsewhere, engine, evaluation, formulations, kernels
+from benchmarks.mutants import behaviour, data, elsewhere, engine, evaluation, formulations, kernels, training
 from benchmarks.mutants.fault import Fault
 
 FAULTS: list[Fault] = [
@@ -13,4 +13,5 @@ FAULTS: list[Fault] = [
     *elsewhere.FAULTS,
     *evaluation.FAULTS,
     *data.FAULTS,
+    *training.FAULTS,
 ]

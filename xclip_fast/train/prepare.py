@@ -64,7 +64,7 @@ def open_videos(section: DataSection) -> Videos:
     validation = None
     if section.validation is not None:
         root = section.validation_root or section.root
-        validation = read_dataset(section.validation, labels=section.labels, root=root)
+        validation = read_dataset(section.validation, labels=section.labels, root=root, empty_classes=True)
         if validation.classes != train.classes:
             raise InputError(
                 f"validation {section.validation!r} has {len(validation.classes)} classes, training has "
