@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.mutants import behaviour, elsewhere, engine, evaluation, formulations, kernels, training
+from benchmarks.mutants import behaviour, data, elsewhere, engine, evaluation, formulations, kernels, training
 from benchmarks.mutants.fault import Fault
 
 FAULTS: list[Fault] = [
@@ -12,5 +12,6 @@ FAULTS: list[Fault] = [
     *kernels.FAULTS,
     *elsewhere.FAULTS,
     *evaluation.FAULTS,
+    *data.FAULTS,
     *training.FAULTS,
 ]

@@ -227,6 +227,7 @@ def test_twenty_bad_ones_in_a_row_end_it(tmp_path: Path) -> None:
         run(dataset, [[Draw(0, 0, 0)]], Quarantine(tmp_path / "quarantine.json"), workers=0)
 
 
+@pytest.mark.slow
 def test_leaving_early_ends_the_processes(greys: Dataset) -> None:
     groups = ([Draw(0, place, place % 6)] for place in range(10**9))
     with closing(training_batches(greys, groups, quarantine=Quarantine(), **OPTIONS, workers=1)) as batches:
@@ -279,6 +280,7 @@ def test_other_bad_input(greys: Dataset, monkeypatch: pytest.MonkeyPatch) -> Non
         run(greys, [])
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_groups_is_the_caller_s(greys: Dataset) -> None:
     def groups() -> Iterator[list[Draw]]:
         yield [Draw(0, 0, 0)]

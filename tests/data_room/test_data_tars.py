@@ -214,6 +214,7 @@ def test_long_names_in_each_format(tmp_path: Path) -> None:
         assert shard.read_bytes()[sample.source.offset :].startswith(b"video")
 
 
+@pytest.mark.slow
 def test_members_decode_as_files_do(tmp_path: Path, grey_clip: Callable[[int], Path]) -> None:
     clip = grey_clip(90)
     write_tar(tmp_path / "a.tar", {"x.txt": b"12345", "a.mp4": clip, "b.mp4": b"no video", "c.mp4": b"", "d.mp4": clip})
