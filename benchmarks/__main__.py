@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xclip_fast.errors import InputError
+from xclip_fast.files import check_writable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     host.add_argument("cases", nargs="*", help="norm, ops, block, forward or train; all without")
     host.add_argument("--json", type=Path, metavar="FILE", help="write the microseconds there")
     host.set_defaults(run=_host)
+
+    training = commands.add_parser("training", help="a training step on the CPU: its time, and the memory it keeps")
+    training.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    training.set_defaults(run=_training)
 
     tables = commands.add_parser("tables", help="write the tables and figures of docs/ from benchmarks/results")
     tables.set_defaults(run=_tables)
@@ -142,6 +147,14 @@ def _host(options: argparse.Namespace) -> int:
     from benchmarks.host import measure
 
     return measure(options.json, options.cases)
+
+
+def _training(options: argparse.Namespace) -> int:
+    from benchmarks.training import measure
+
+    if options.json is not None:
+        check_writable(options.json)
+    return measure(options.json)
 
 
 def _tables(options: argparse.Namespace) -> int:
