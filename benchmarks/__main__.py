@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     host.set_defaults(run=_host)
 
     training = commands.add_parser("training", help="a training step on the CPU: its time, and the memory it keeps")
+    training.add_argument("others", nargs="*", help="providers beside Hugging Face's, layers and optimized")
     training.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     training.set_defaults(run=_training)
 
@@ -154,7 +155,7 @@ def _training(options: argparse.Namespace) -> int:
 
     if options.json is not None:
         check_writable(options.json)
-    return measure(options.json)
+    return measure(options.json, options.others)
 
 
 def _tables(options: argparse.Namespace) -> int:

@@ -9,27 +9,41 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from xclip_fast.bench.machine import facts
+from xclip_fast.bench.memory import saved_bytes
+from xclip_fast.bench.models import baseline_of, check_of, truth_of
+from xclip_fast.bench.providers import PROVIDERS, check_names
+from xclip_fast.bench.run import make_case
+from xclip_fast.bench.setting import inputs_of, prepared, setting_of, step
 from xclip_fast.files import replacing
+from xclip_fast.numerics import exact_float32
 
 VARIANT, BATCH = "B/32", 2
 DTYPES = ("float32", "bfloat16")
 BASELINE = "hf-sdpa"
-CONTENDERS = (BASELINE, "layers", "optimized", "hf-compile", "layers-compile")
-TURNS = 9
+CONTENDERS = (BASELINE, "layers", "optimized")
+TURNS = 7
 
 
-def measure(
-    out: Path | None, variant: str = VARIANT, turns: int = TURNS, contenders: tuple[str, ...] = CONTENDERS
-) -> int:
-    """Measure each dtype; print the rows, and write them as JSON. Returns 1 where a contender is wrong."""
-    from xclip_fast.bench.machine import facts
-    from xclip_fast.numerics import exact_float32
+def measure(out: Path | None, others: Sequence[str] = (), variant: str = VARIANT, turns: int = TURNS) -> int:
+    """Measure each dtype; print the rows, and write them as JSON. Returns 1 where a contender is wrong.
 
+    Args:
+        out: the file.
+        others: contenders beside ``CONTENDERS``; compilers take minutes.
+        variant: of the model.
+        turns: steps of each contender that are timed.
+
+    Raises:
+        InputError: a contender is no provider.
+    """
+    contenders = tuple(dict.fromkeys((*CONTENDERS, *others)))
+    check_names(list(contenders))
     found: dict[str, Any] = {"facts": facts("cpu"), "variant": variant, "batch": BATCH, "turns": turns, "rows": []}
     with exact_float32():
         for dtype in DTYPES:
@@ -41,12 +55,6 @@ def measure(
 
 
 def _rows(variant: str, dtype: str, turns: int, contenders: tuple[str, ...]) -> list[dict[str, Any]]:
-    from xclip_fast.bench.memory import saved_bytes
-    from xclip_fast.bench.models import baseline_of, check_of, truth_of
-    from xclip_fast.bench.providers import PROVIDERS
-    from xclip_fast.bench.run import make_case
-    from xclip_fast.bench.setting import inputs_of, prepared, setting_of, step
-
     case = make_case("model", variant, batch=BATCH, dtype=dtype, direction="train")
     with TemporaryDirectory() as folder:
         setting = setting_of(case, Path(folder))
@@ -107,7 +115,7 @@ def table(found: dict[str, Any]) -> str:
         cells.append("baseline" if row["by"] == BASELINE else ratio)
         cells += [f"{row['kept_mb']:.0f}", f"{row['kept_mb'] / kept[row['dtype']]:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    facts = found["facts"]
-    where = f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}"
+    origin = found["facts"]
+    where = f"{origin['processor']}, {origin['threads']} threads, torch {origin['torch']}, commit {origin['commit']}"
     what = f"{found['variant']}, 8 frames, batch {found['batch']}, {found['turns']} steps each in turn"
-    return "\n".join([*lines, "", f"{what}, on {where}, {facts['utc'][:10]}."])
+    return "\n".join([*lines, "", f"{what}, on {where}, {origin['utc'][:10]}."])
