@@ -19,8 +19,8 @@ from xclip_fast.text import get_tokenizer
 
 STEPS = 100
 BATCH = 8
-# five times the official rate, at which a hundred steps move little. Training amplifies rounding: at twice this rate two
-# of four seeds ended up to 1e-3 apart, at four times up to 1e-1
+# five times the official rate, at which a hundred steps move little. Training amplifies rounding: at twice this rate
+# two of four seeds ended up to 1e-3 apart, at four times up to 1e-1
 RATE = 5 * 8e-6
 NEW = ("message_", "mit", "prompts")  # what X-CLIP adds to CLIP learns ten times as fast
 

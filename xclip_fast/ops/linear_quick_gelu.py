@@ -62,7 +62,7 @@ def feed_forward(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """``linear(linear_quick_gelu(x))``; for the backward pass the kernels keep ``x`` and one hidden tensor, not three.
+    """``linear(linear_quick_gelu(x))``; for the backward pass it keeps ``x`` and one hidden tensor, not three.
 
     Args:
         x: (..., K), any strides.
