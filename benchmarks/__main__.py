@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xclip_fast.errors import InputError
+from xclip_fast.files import check_writable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--rounds", type=int, default=3, help="turns of each kind, 3 without")
     decode.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     decode.set_defaults(run=_decode)
+
+    training = commands.add_parser("training", help="a training step on the CPU: its time, and the memory it keeps")
+    training.add_argument("others", nargs="*", help="providers beside Hugging Face's, layers and optimized")
+    training.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    training.set_defaults(run=_training)
 
     tables = commands.add_parser("tables", help="write the tables and figures of docs/ from benchmarks/results")
     tables.set_defaults(run=_tables)
@@ -156,6 +162,14 @@ def _decode(options: argparse.Namespace) -> int:
     from benchmarks.decode import measure
 
     return measure(options.videos, options.clips, options.workers, options.rounds, options.json)
+
+
+def _training(options: argparse.Namespace) -> int:
+    from benchmarks.training import measure
+
+    if options.json is not None:
+        check_writable(options.json)
+    return measure(options.json, options.others)
 
 
 def _tables(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import training
 from benchmarks.gpu.goals import COMPILED, TRAINED
 from xclip_fast.bench.figures import milliseconds
 from xclip_fast.bench.machine import RIVALS
@@ -54,6 +55,8 @@ def table(name: str) -> str:
         return _rivals({path.stem.partition("-")[2]: Run.load(path) for path in sorted(RESULTS.glob("rivals-*.json"))})
     if name == "host":
         return _host(json.loads((RESULTS / "host" / "standin.json").read_text(encoding="utf-8")))
+    if name == "training":
+        return training.table(json.loads((RESULTS / "training" / "cpu.json").read_text(encoding="utf-8")))
     if name == "eager":
         return _eager(json.loads((RESULTS / "windows" / "h100-eager-ecf2132.json").read_text(encoding="utf-8")))
     file, _, part = name.partition("/")

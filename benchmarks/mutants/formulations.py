@@ -26,6 +26,7 @@ _message, _block, _patches = (
     _op("patch_embed", "tests/ops/test_patch_embed_contract.py"),
 )
 _linear = in_room("xclip_fast/ops/_norm_linear.py", "tests/ops/test_norm_linear.py")
+_again = in_room("xclip_fast/ops/_norm_linear_torch.py", "tests/ops/test_norm_linear.py", "-k", "torch")
 _folded, _rows = _op("_folded_message"), _op("_quantize_rows")
 _frames = in_room(
     "xclip_fast/ops/_frames.py", "tests/ops/test_message_attention.py", "tests/ops/test_temporal_block.py", *_COMMON
@@ -170,7 +171,17 @@ FAULTS: list[Fault] = [
         "torch.cat([grad_key[:, tokens - 1], grad_value[:, tokens]], dim=-1)",
     ),
     _attention("frame_attention without a log-sum-exp is trained wrongly", "if not ctx.with_lse:", "if False:"),
-    _gelu("feed_forward's first bias lacks the slope", "beta=SLOPE, alpha=SLOPE", "alpha=SLOPE"),
+    _gelu(
+        "feed_forward's first bias lacks the slope",
+        "hidden = torch.addmm(fc_bias, rows, fc_weight.T, beta=SLOPE, alpha=SLOPE)",
+        "hidden = torch.addmm(fc_bias, rows, fc_weight.T, alpha=SLOPE)",
+    ),
+    _gelu(
+        "feed_forward's first bias lacks the slope in training",
+        "x.shape[-1]), fc_weight.T, beta=SLOPE, alpha=SLOPE)",
+        "x.shape[-1]), fc_weight.T, alpha=SLOPE)",
+        "tests/ops/test_norm_linear.py",
+    ),
     _gelu("feed_forward's last bias lacks the slope", "proj_bias * SLOPE) / SLOPE", "proj_bias) / SLOPE"),
     _gelu(
         "QuickGELU's gradient lacks a slope",
@@ -186,6 +197,32 @@ FAULTS: list[Fault] = [
         "bias of the second layer has the gradient of one row",
         "grad_proj_bias = column_sums_op(rows).to(proj_bias.dtype)",
         "grad_proj_bias = column_sums_op(rows[:1]).to(proj_bias.dtype)",
+    ),
+    _again(
+        "the first tokens have no gradient on plain torch",
+        "grad_x.select(-2, 0).add_(grad_first)",
+        "pass",
+    ),
+    _again(
+        "the first tokens alone have no gradient on plain torch",
+        "grad_x = grad_first if grad_x is None else grad_x + grad_first",
+        "grad_x = grad_x",
+    ),
+    _again("the stream has no gradient on plain torch", "total = grad_x.add_(grad_stream)", "total = grad_x"),
+    _again(
+        "second derivatives on plain torch lack the norm",
+        "return linear(torch.layer_norm(stream, norm_weight.shape, norm_weight, norm_bias, eps), *layer)",
+        "return linear(torch.layer_norm(stream, norm_weight.shape, norm_weight, norm_bias, eps).detach(), *layer)",
+    ),
+    _again(
+        "rows made again on plain torch are the stream's",
+        "_rows(_norm(ctx, stream, parameters)[0]) if needed[4]",
+        "_rows(stream) if needed[4]",
+    ),
+    _again(
+        "rows made again for the MLP on plain torch are the stream's",
+        "lambda: _rows(_norm(ctx, stream, parameters)[0])",
+        "lambda: _rows(stream)",
     ),
     _linear(
         "norms made again have another eps",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import KERNEL_DTYPES, ON_GPU, check_op, covering, each_tile, kernel_dtypes, layouts, random
+from harness import KERNEL_DTYPES, ON_GPU, check_op, covering, each_tile, kernel_dtypes, layouts, random, saved_tensors
 
 from xclip_fast.ops import explain, feed_forward, linear_quick_gelu
 
@@ -209,6 +209,18 @@ def test_on_plain_torch_it_has_second_and_forward_derivatives():
 
     assert torch.autograd.gradcheck(plain, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(plain, inputs)
+
+
+def test_on_plain_torch_it_keeps_its_rows_and_one_hidden_tensor() -> None:
+    given = [x.cpu().requires_grad_() for x in perceptron(5, 16, 32, torch.float32).values()]
+    with saved_tensors() as (kept, _):
+        out = feed_forward(*given, backend="torch")
+    assert [tensor.shape for tensor in kept if tensor.shape[0] == 5] == [(5, 16), (5, 32)]
+    expected = out.detach().clone() * 2
+    # as of any result of PyTorch's
+    assert torch.equal(out.mul_(2), expected)
+    out.sum().backward()
+    assert all(tensor.grad is not None for tensor in given)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

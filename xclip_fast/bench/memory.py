@@ -9,11 +9,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xclip_fast.bench.machine import available_memory
 from xclip_fast.bench.record import Case
 from xclip_fast.flops import parameters
 from xclip_fast.ops.cases import config_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 DEADLINE = 300.0
 
@@ -70,6 +74,32 @@ def peak_memory(case: Case, provider: str, folder: Path) -> float | None:
         return float(json.loads(done.stdout.splitlines()[-1])["peak_mb"])
     except (subprocess.TimeoutExpired, IndexError, ValueError, KeyError, TypeError):
         return None
+
+
+def saved_bytes(run: Callable[[], object], module: nn.Module) -> int:
+    """Bytes of the distinct memory that a forward pass keeps for the backward pass, weights left out.
+
+    Args:
+        run: the forward pass.
+        module: whose weights are left out.
+    """
+    import torch
+
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+    # what is freed meanwhile could lend its memory to another tensor, which would be taken for it
+    alive: list[object] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        alive.append(run())
+    return sum(kept.values())
 
 
 class _Process:

@@ -13,6 +13,8 @@ from xclip_fast.ops._backends import choose
 from xclip_fast.ops._dtypes import autocast_dtype, exact_dtype
 from xclip_fast.ops._frames import split_norm_grads
 from xclip_fast.ops._linear import column_sums_op, linear, linear_gradients
+from xclip_fast.ops._norm_linear_torch import NormFeedForward, NormLinear
+from xclip_fast.ops._recompute import keeps_less
 from xclip_fast.ops._register import fused_op
 from xclip_fast.ops.layer_norm import layer_norm, layer_norm_backward_op, layer_norm_op, size_refusal
 from xclip_fast.ops.linear_quick_gelu import feed_forward, feed_forward_op, quick_gelu_backward_op
@@ -25,8 +27,10 @@ def norm_linear(
 
     ``norm`` is the weight and bias of the norm.
     """
-    if _keeps_no_rows(x, residual, norm, weight, bias):
-        out, stream, first, _, _ = norm_linear_op(x, residual, *norm, weight, bias, eps)
+    way = _keeps_no_rows(x, residual, norm, weight, bias)
+    if way is not None:
+        run = norm_linear_op if way == "triton" else NormLinear.apply
+        out, stream, first, *_ = run(x, residual, *norm, weight, bias, eps)
         return out, x if residual is None else stream, first
     normed, stream = layer_norm(x, *norm, residual=residual, eps=eps)
     return linear(normed, weight, bias), stream, stream.select(-2, 0)
@@ -36,29 +40,34 @@ def norm_feed_forward(
     x: Tensor, residual: Tensor | None, norm: tuple[Tensor, Tensor], mlp: tuple[Tensor, ...], eps: float
 ) -> tuple[Tensor, Tensor]:
     """``feed_forward`` of ``layer_norm``, and the residual stream; ``mlp`` is its two weights, each before its bias."""
-    if _keeps_no_rows(x, residual, norm, *mlp):
-        out, _, stream, _, _ = norm_feed_forward_op(x, residual, *norm, *mlp, eps)
+    way = _keeps_no_rows(x, residual, norm, *mlp)
+    if way is not None:
+        run = norm_feed_forward_op if way == "triton" else NormFeedForward.apply
+        out, _, stream, *_ = run(x, residual, *norm, *mlp, eps)
         return out, x if residual is None else stream
     normed, stream = layer_norm(x, *norm, residual=residual, eps=eps)
     return feed_forward(normed, *mlp), stream
 
 
-def _keeps_no_rows(x: Tensor, residual: Tensor | None, norm: tuple[Tensor, Tensor], *layers: Tensor) -> bool:
-    """Whether gradients are recorded of what the kernels take in one dtype; compilers choose by themselves.
+def _keeps_no_rows(x: Tensor, residual: Tensor | None, norm: tuple[Tensor, Tensor], *layers: Tensor) -> str | None:
+    """The backend, "triton" or "torch", by which gradients are recorded of tensors in one dtype without normed rows.
 
-    What does not fit is left to the ops apart, which say so.
+    None where it is not: compilers choose by themselves, and what does not fit is left to the ops apart, which say so.
     """
     present = [x, *norm, *layers, *([] if residual is None else [residual])]
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast_dtype(x.device.type) is not None:
-        return False
+        return None
     if not all(tensor.dtype == x.dtype for tensor in present) or not any(tensor.requires_grad for tensor in present):
-        return False
+        return None
     width = x.shape[-1:]
     fits = norm[0].shape == norm[1].shape == width and (residual is None or residual.shape == x.shape)
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
         fits = fits and weight.ndim == 2 and weight.shape[1:] == width and bias.shape == weight.shape[:1]
         width = bias.shape
-    return fits and size_refusal(x) is None and choose("norm_linear", None, *present) == "triton"
+    if not fits or size_refusal(x) is not None:
+        return None
+    chosen = choose("norm_linear", None, *present)
+    return chosen if chosen == "triton" or (chosen == "torch" and keeps_less(*present)) else None
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], normed: tuple[Tensor, ...], *rest: Tensor) -> None:

@@ -74,6 +74,9 @@ def frame_attention_ref(qkv: Tensor, message_kv: Tensor, heads: int) -> Tensor:
 
 def _frame_attention_torch(qkv: Tensor, message_kv: Tensor, heads: int) -> Tensor:
     query, key, value = _query_key_value(qkv, message_kv, heads)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        # a view would keep keys and values of the tokens, which have been copied, for the backward pass too
+        query = query.contiguous()
     return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 

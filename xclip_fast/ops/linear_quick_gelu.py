@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import linear, silu
 from xclip_fast.ops._backends import choose, explains
 from xclip_fast.ops._dtypes import cast_for_gemm
 from xclip_fast.ops._linear import column_sums_op, linear_gradients, sums_of_rows
+from xclip_fast.ops._recompute import differentiable_gradients, keeps_less
 from xclip_fast.ops._register import fused_op
 
 SLOPE = 1.702  # QuickGELU is x * sigmoid(SLOPE * x)
@@ -60,7 +62,7 @@ def feed_forward(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """``linear(linear_quick_gelu(x))``; for the backward pass the kernels keep ``x`` and one hidden tensor, not three.
+    """``linear(linear_quick_gelu(x))``; for the backward pass it keeps ``x`` and one hidden tensor, not three.
 
     Args:
         x: (..., K), any strides.
@@ -94,7 +96,11 @@ def feed_forward(
     if chosen == "reference":
         return linear(linear_quick_gelu_ref(x, fc_weight, fc_bias), proj_weight, proj_bias)
     if chosen == "torch":
-        return _feed_forward_with_gradient(*tensors) if _needs_gradient(*tensors) else _feed_forward_torch(*tensors)
+        if not _needs_gradient(*tensors):
+            return _feed_forward_torch(*tensors)
+        run = _FeedForward.apply if keeps_less(*tensors) else _feed_forward_with_gradient
+        out: Tensor = run(*tensors)
+        return out
     return feed_forward_op(*tensors, _needs_gradient(*tensors))[0]
 
 
@@ -130,6 +136,66 @@ def _feed_forward_with_gradient(
     # one back
     hidden = silu(linear(x * SLOPE, fc_weight, fc_bias * SLOPE))
     return linear(hidden, proj_weight, proj_bias * SLOPE) / SLOPE
+
+
+def scaled_feed_forward(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The MLP's rows, and SLOPE times its pre-activation, which ``scaled_gradients`` takes; both (M, ...)."""
+    fc_weight, fc_bias, proj_weight, proj_bias = weights
+    pre = torch.addmm(fc_bias, x.reshape(-1, x.shape[-1]), fc_weight.T, beta=SLOPE, alpha=SLOPE)
+    return torch.addmm(proj_bias, silu(pre), proj_weight.T, alpha=1 / SLOPE), pre
+
+
+def scaled_gradients(
+    grad: Tensor, pre: Tensor, x: Callable[[], Tensor], weights: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the rows and of the two weights and biases of an MLP, those that are needed.
+
+    Args:
+        grad: (M, K').
+        pre: what ``scaled_feed_forward`` returned.
+        x: makes the rows (M, K), where the first weight's gradient wants them.
+        weights, needed: in the order of the MLP; ``needed`` begins with the rows.
+    """
+    fc_weight, _, proj_weight, _ = weights
+    grad_proj_weight = None
+    if needed[3]:
+        # alone the product counts: beta is 0
+        grad_proj_weight = torch.addmm(proj_weight, grad.T, silu(pre), beta=0, alpha=1 / SLOPE)
+    grad_proj_bias = grad.sum(0) if needed[4] else None
+    grad_x = grad_fc_weight = grad_fc_bias = None
+    if any(needed[:3]):
+        grad_pre = grad @ proj_weight
+        # the slope before the activation and the one behind it cancel
+        torch.ops.aten.silu_backward.grad_input(grad_pre, pre, grad_input=grad_pre)
+        grad_x = grad_pre @ fc_weight if needed[0] else None
+        grad_fc_weight = grad_pre.T @ x() if needed[1] else None
+        grad_fc_bias = grad_pre.sum(0) if needed[2] else None
+    return grad_x, grad_fc_weight, grad_fc_bias, grad_proj_weight, grad_proj_bias
+
+
+def unfolded(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows (M, N) as (..., N) like ``x``, and no view: nobody may write into a view that a function returns."""
+    found: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
+    return found
+
+
+class _FeedForward(torch.autograd.Function):
+    """The MLP, which keeps its rows and one hidden tensor: the activation is made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        out, pre = scaled_feed_forward(x, weights)
+        ctx.save_for_backward(x, *weights, pre)
+        return unfolded(out, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights, pre = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(_feed_forward_with_gradient, (x, *weights), grad)
+        rows = x.reshape(-1, x.shape[-1])
+        grads = scaled_gradients(grad.reshape(-1, grad.shape[-1]), pre, lambda: rows, weights, ctx.needs_input_grad)
+        return None if grads[0] is None else grads[0].view(x.shape), *grads[1:]
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor, save_pre: bool) -> tuple[Tensor, Tensor]:
