@@ -18,6 +18,7 @@ from xclip_fast.checkpoints import save_model
 from xclip_fast.data import Batch, Draw, Quarantine, training_batches
 from xclip_fast.devices import find_device
 from xclip_fast.errors import InputError
+from xclip_fast.evaluate.processes import local_share
 from xclip_fast.model import XCLIP
 from xclip_fast.text import TextCache
 from xclip_fast.train.config import TrainConfig, load_config
@@ -132,6 +133,11 @@ class _Run:
             self.processes,
             optimizer.accumulation,
         )
+        workers = settings.data.workers
+        if workers is None:
+            # for few videos too: only in a process of its own a hang is stopped
+            workers = local_share(default_workers(self.plan.epochs * self.plan.videos))
+        self.workers = workers
         model = open_model(settings.model, settings.run.seed).to(self.device)
         self.config = model.config
         self.texts = tokens_of(model, videos.texts).to(self.device)
@@ -201,7 +207,7 @@ class _Run:
             size=self.config.image_size,
             augmentation=self.videos.augmentation,
             seed=self.settings.run.seed,
-            workers=data.workers,
+            workers=self.workers,
             timeout=data.timeout,
             quarantine=quarantine,
         )
@@ -231,8 +237,6 @@ class _Run:
             raise InputError(self._not_finite(step, bad))
         norm = self._update(step)
         seconds = time.perf_counter() - start
-        workers = self.settings.data.workers
-        workers = default_workers(len(self.videos.train.samples)) if workers is None else workers
         line = {
             "epoch": step // self.plan.steps_per_epoch + 1,
             "loss": self.loss,
@@ -241,7 +245,7 @@ class _Run:
             "clips_per_second": size / seconds,
             # of this process: what it would reach if the other never made it wait
             "compute_clips_per_second": clips / max(seconds - waited, 1e-9),
-            "decode_clips_per_second": max(1, workers) * clips / decoding if decoding else None,
+            "decode_clips_per_second": max(1, self.workers) * clips / decoding if decoding else None,
         }
         made = step + 1
         ends_epoch = made % self.plan.steps_per_epoch == 0
