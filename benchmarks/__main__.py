@@ -59,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     host.add_argument("--json", type=Path, metavar="FILE", help="write the microseconds there")
     host.set_defaults(run=_host)
 
+    decode = commands.add_parser("decode", help="training batches beside the bare pool: clips a second, in turns")
+    decode.add_argument("videos", nargs="*", help="files; without any some are made")
+    decode.add_argument("--clips", type=int, default=160, help="of a turn, 160 without")
+    decode.add_argument("--workers", type=int, default=2, help="processes, 2 without")
+    decode.add_argument("--rounds", type=int, default=3, help="turns of each kind, 3 without")
+    decode.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    decode.set_defaults(run=_decode)
+
     training = commands.add_parser("training", help="a training step on the CPU: its time, and the memory it keeps")
     training.add_argument("others", nargs="*", help="providers beside Hugging Face's, layers and optimized")
     training.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
@@ -148,6 +156,12 @@ def _host(options: argparse.Namespace) -> int:
     from benchmarks.host import measure
 
     return measure(options.json, options.cases)
+
+
+def _decode(options: argparse.Namespace) -> int:
+    from benchmarks.decode import measure
+
+    return measure(options.videos, options.clips, options.workers, options.rounds, options.json)
 
 
 def _training(options: argparse.Namespace) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 
 from benchmarks.gpu.goals import COMPILED
 from benchmarks.tables import RESULTS, ROOT, fastest
-from xclip_fast.bench.figures import COLOURS, draw, hero
+from xclip_fast.bench.figures import hero
 from xclip_fast.bench.record import Row, Run
+from xclip_fast.pages import COLOURS, draw
 
 FOLDER = ROOT / "docs" / "figures"
 CONTENDERS = {

@@ -46,8 +46,10 @@ _HOME = {
 }
 _ROOMS = (
     "checkpoints",
+    "data",
     "demo",
     "engine",
+    "evaluate",
     "flops",
     "layers",
     "model",
@@ -56,6 +58,7 @@ _ROOMS = (
     "pipeline",
     "reference",
     "text",
+    "train",
     "video",
 )
 

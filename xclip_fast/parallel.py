@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from xclip_fast import reference
 from xclip_fast.reference.prompts import PromptLayer
@@ -30,7 +31,7 @@ def fully_shard(model: reference.XCLIP, **options: Any) -> reference.XCLIP:
 
     Example:
         >>> import torch, xclip_fast
-        >>> from torch import distributed
+        >>> from torch import distributed, nn
         >>> from torch.distributed.device_mesh import init_device_mesh
         >>> from xclip_fast.parallel import fully_shard
         >>> distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # or torchrun
@@ -51,12 +52,19 @@ def fully_shard(model: reference.XCLIP, **options: Any) -> reference.XCLIP:
         fsdp.register_fsdp_forward_method(model, method)
     mesh = options.get("mesh")
     groups = [None] if mesh is None else mesh.get_all_groups()
+    average_gradient(model.logit_scale, groups)
+    return model
+
+
+def average_gradient(parameter: nn.Parameter, groups: Sequence[Any]) -> None:
+    """Let every process have the mean of a parameter's gradients, where none of PyTorch's wrappers sees to it."""
+    if not parameter.requires_grad:
+        return
 
     @torch.no_grad()
-    def average(scale: Any) -> None:
+    def average(changed: Any) -> None:
         for group in groups:
-            distributed.all_reduce(scale.grad, group=group)
-            scale.grad /= distributed.get_world_size(group)
+            distributed.all_reduce(changed.grad, group=group)
+            changed.grad /= distributed.get_world_size(group)
 
-    model.logit_scale.register_post_accumulate_grad_hook(average)
-    return model
+    parameter.register_post_accumulate_grad_hook(average)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from xclip_fast.bench.figures import COLOURS, figures, label
+from xclip_fast.bench.figures import figures, label
 from xclip_fast.bench.models import Effort
 from xclip_fast.bench.record import Amdahl, Case, Check, Roof, Row, Run, Timing
 from xclip_fast.bench.report import render, write_figure, write_report
 from xclip_fast.cli import main
 from xclip_fast.cli.bench import _show as show
 from xclip_fast.errors import InputError
+from xclip_fast.pages import COLOURS
 
 CASE = Case("model", "B/32", 8, 1, 5, "float32", "forward", "normalised", "cpu")
 CHECK = Check("the definition in float64", 1e-7, 2e-7, 6e-7, True, bit_repeat=True)

@@ -206,7 +206,7 @@ def test_a_finished_run_computes_nothing(
 ) -> None:
     folder = tmp_path / "out"
     shutil.copytree(undisturbed, folder)
-    monkeypatch.setattr("xclip_fast.pipeline.embedding._Batches.add", lambda *_: pytest.fail("it is all there"))
+    monkeypatch.setattr("xclip_fast.pipeline.batches._Batches.add", lambda *_: pytest.fail("it is all there"))
     before = {entry.name: entry.stat().st_mtime_ns for entry in folder.iterdir()}
     told = finish(model, paths, folder)
     assert told == [(path, place not in (3, 4, 5)) for place, path in enumerate(paths)]

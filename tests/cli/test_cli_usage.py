@@ -16,7 +16,7 @@ from xclip_fast.cli.options import parse_views
 from xclip_fast.errors import InputError
 
 COMMAND = [sys.executable, "-m", "xclip_fast.cli"]
-COMMANDS = ("bench", "classify", "convert", "demo", "embed", "flops", "info", "profile", "verify")
+COMMANDS = ("bench", "classify", "convert", "demo", "embed", "evaluate", "flops", "info", "profile", "split", "verify")
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ import torch
 from cli_support import TINY, write_video
 
 from xclip_fast import Engine, InputError, create_model, pipeline
-from xclip_fast.pipeline import FileFeatures, embed_files, embedding
+from xclip_fast.pipeline import FileFeatures, batches, embed_files
 from xclip_fast.video import load_video
 
 
@@ -94,13 +94,13 @@ def test_the_number_of_workers_changes_no_bit(model: Any, clips: list[Path]) -> 
 
 def test_two_buffers_take_turns(model: Any, clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     # as on a GPU, where results of a batch are taken after the next one is launched
-    made = embedding._Batches.__init__
+    made = batches._Batches.__init__
 
     def with_two(self: Any, *arguments: Any) -> None:
         made(self, *arguments)
         self.buffers.append(torch.empty_like(self.buffers[0]))
 
-    monkeypatch.setattr(embedding._Batches, "__init__", with_two)
+    monkeypatch.setattr(batches._Batches, "__init__", with_two)
     found = list(embed_files(model, clips, batch_size=2, patches=True, clips=3, workers=0))
     agree(found, one_by_one(model, [*clips[:2], *clips[3:]], clips=3), True)
 

@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 ROOMS = sorted(path.stem for path in (DOCS / "api").glob("*.md"))
 PAGES = sorted(path for path in DOCS.rglob("*.md") if ">>> " in path.read_text(encoding="utf-8"))
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-WHOLE = ("checkpoints", "engine", "layers", "ops", "pipeline", "reference", "text", "video")
+WHOLE = ("checkpoints", "data", "engine", "evaluate", "layers", "ops", "pipeline", "reference", "text", "video")
 
 
 def shown(room: str) -> list[str]:

@@ -10,51 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from decoding import children, put_hostile_decoder
 from made_clips import write
 from torch import Tensor
 
 from xclip_fast import InputError
-from xclip_fast.video import load_video, pool
+from xclip_fast.video import jobs, load_video, process
 from xclip_fast.video.pool import decode_files, default_workers
 
 OPTIONS = {"frames": 4, "size": 32, "clips": 2}
-
-# stands before the real decoder, and does to a file what its name says
-HOSTILE = """
-import ctypes, os, signal, sys, time
-here = os.path.dirname(os.path.dirname(__file__))
-sys.path.remove(here)
-del sys.modules["av"]
-import av
-sys.path.insert(0, here)
-original = av.open
-
-def open(path, *arguments, **settings):
-    kind = os.path.basename(path).partition("-")[0]
-    if kind == "hang":
-        time.sleep(1000)
-    elif kind == "clutch":
-        ctypes.PyDLL(None).sleep(1000)  # never lets other threads run
-    elif kind == "crash":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    elif kind == "babble":
-        os.write(1, b"nonsense" * 1000)
-        os.write(2, b"nonsense" * 1000)
-    elif kind == "starve":
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-    elif kind == "fault":
-        raise ZeroDivisionError("a fault of the program")
-    elif kind == "late":
-        time.sleep(0.3)
-    return original(path, *arguments, **settings)
-
-av.open = open
-"""
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +34,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hostile(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch):
     """Makes copies of the clip that the decoder treats by their names."""
-    package = tmp_path / "modules" / "av"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(HOSTILE)
-    # the processes look for modules where this one does; here the real decoder is loaded already
-    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.syspath_prepend(put_hostile_decoder(tmp_path / "modules"))
 
     def copies(*names: str) -> list[str]:
         for name in names:
@@ -81,18 +46,6 @@ def hostile(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch):
 
 def kept(decoded) -> list[Tensor | InputError]:
     return [found.clone() if isinstance(found, Tensor) else found for found in decoded]
-
-
-def children(parent: int) -> dict[int, str]:
-    """The state of each child of a process; Z is one that died and nobody waited for."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        # a process may end at any time
-        with suppress(OSError):
-            state, above = entry.read_text().rpartition(")")[2].split()[:2]
-            if int(above) == parent:
-                found[int(entry.parent.name)] = state
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +108,7 @@ def test_a_decoder_that_dies_or_hangs_costs_its_file_alone(hostile) -> None:
 
 def test_slots_bound_how_far_it_runs_ahead_and_faults_are_not_hidden(hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 2 * 4 * 32 * 32 * 3
-    monkeypatch.setattr(pool, "AHEAD_BYTES", size)
+    monkeypatch.setattr(jobs, "AHEAD_BYTES", size)
     decoded = decode_files(hostile("a.mp4", "b.mp4", "c.mp4", "fault-1.mp4"), **OPTIONS, workers=2)
     seen = {(one.data_ptr(), one.untyped_storage().nbytes()) for one in itertools.islice(decoded, 3)}
     # one slot, whose views are all that is shared
@@ -172,8 +125,8 @@ def test_no_files() -> None:
 def test_processes_that_do_not_start_are_one_line(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for code, words in (("raise SystemExit(7)", "exit status 7"), ("import time; time.sleep(60)", "SIGKILL")):
         (tmp_path / "worker.py").write_text(code)
-        monkeypatch.setattr(pool, "_WORKER", tmp_path / "worker.py")
-        monkeypatch.setattr(pool, "_START_SECONDS", 1)
+        monkeypatch.setattr(process, "_WORKER", tmp_path / "worker.py")
+        monkeypatch.setattr(process, "_START_SECONDS", 1)
         with pytest.raises(InputError, match=words) as refused:
             kept(decode_files([str(clip)], **OPTIONS, workers=1))
         assert "\n" not in str(refused.value)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from xclip_fast.bench.record import Row, Run, Timing
 from xclip_fast.ops.cases import OPS, config_of
+from xclip_fast.pages import COLOURS, INK, draw, inline, svg
 
 MODEL = "model"
-INK, GRID = "#1b1f24", "#d5d9de"
-# told apart by eyes that see no red or green, and in print
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#5b3f8c")
 
 
 def figures(run: Run) -> dict[str, str]:
@@ -27,7 +23,7 @@ def figures(run: Run) -> dict[str, str]:
         "Roofline": _roofline(run, colours),
         "Peak memory": _memory(models, colours),
     }
-    return {title: svg for title, svg in found.items() if svg}
+    return {title: drawn for title, drawn in found.items() if drawn}
 
 
 def hero(run: Run, kind: str) -> bytes:
@@ -64,51 +60,10 @@ def _contenders(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.timing is not None and row.provider != row.timing.baseline]
 
 
-@contextmanager
-def _style() -> Iterator[Any]:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    # names come from files too: no formulas in them, and the same bytes in every run
-    settings: dict[Any, Any] = {
-        "text.parse_math": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "xclip_fast",
-        "font.size": 10,
-    }
-    settings |= {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
-    settings |= {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "grid.color": GRID}
-    with matplotlib.rc_context(settings):
-        yield plt
-        plt.close("all")
-
-
-def draw(paint: Callable[[Any], None], height: float, kind: str = "svg") -> bytes:
-    with _style() as plt:
-        figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
-        paint(axes)
-        out = io.BytesIO()
-        metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(out, format=kind, dpi=200, metadata=metadata)
-    return out.getvalue()
-
-
-def _svg(paint: Callable[[Any], None], height: float) -> str:
-    return _inline(draw(paint, height))
-
-
-def _inline(data: bytes) -> str:
-    text = data.decode()
-    # inside a page there is neither a prologue nor a size in points
-    return text[text.index("<svg") :].replace('width="', 'data-width="', 1).replace('height="', 'data-height="', 1)
-
-
 def _speed_ups(rows: list[Row], colours: dict[str, str]) -> str:
     if not _contenders(rows):
         return ""
-    return _inline(_bars(rows, "svg", colours))
+    return inline(_bars(rows, "svg", colours))
 
 
 def _bars(rows: list[Row], kind: str, colours: dict[str, str]) -> bytes:
@@ -171,7 +126,7 @@ def _batches(rows: list[Row], colours: dict[str, str]) -> str:
         axes.grid()
         axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
-    return _svg(paint, 4.2)
+    return svg(paint, 4.2)
 
 
 def _parts(rows: list[Row]) -> str:
@@ -200,7 +155,7 @@ def _parts(rows: list[Row]) -> str:
         axes.set_xlabel("ms in one forward pass, calls times time of one")
         axes.legend(fontsize=7, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.35))
 
-    return _svg(paint, 3.0)
+    return svg(paint, 3.0)
 
 
 def _roofline(run: Run, colours: dict[str, str]) -> str:
@@ -228,7 +183,7 @@ def _roofline(run: Run, colours: dict[str, str]) -> str:
         axes.grid(which="major")
         axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
-    return _svg(paint, 4.2)
+    return svg(paint, 4.2)
 
 
 def _logarithmic(axes: Any) -> None:
@@ -257,4 +212,4 @@ def _memory(rows: list[Row], colours: dict[str, str]) -> str:
         axes.grid(axis="x")
         axes.set_axisbelow(True)
 
-    return _svg(paint, 1.0 + 0.3 * len(shown))
+    return svg(paint, 1.0 + 0.3 * len(shown))

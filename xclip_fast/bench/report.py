@@ -7,6 +7,8 @@ from pathlib import Path
 from xclip_fast.bench.record import Run
 from xclip_fast.errors import InputError
 from xclip_fast.files import replacing
+from xclip_fast.pages import needs_pages
+from xclip_fast.pages import render as page
 
 
 def write_report(run: Run, path: Path) -> None:
@@ -29,12 +31,10 @@ def write_figure(run: Run, path: Path) -> None:
     kind = path.suffix.removeprefix(".")
     if kind not in ("svg", "png"):
         raise InputError(f"a figure is .svg or .png, found {path.name!r}")
-    try:
+    with needs_pages("a report", "bench"):
         from xclip_fast.bench.figures import hero
 
         data = hero(run, kind)
-    except ImportError as error:
-        raise _lacking(error) from error
     if not data:
         raise InputError("no provider but the baseline was timed: there is nothing to draw")
     with replacing(path) as temporary:
@@ -47,30 +47,16 @@ def render(run: Run) -> str:
     Raises:
         InputError: matplotlib or jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-
+    with needs_pages("a report", "bench"):
         from xclip_fast.bench.figures import figures, label, milliseconds
 
-        drawn = figures(run)
-    except ImportError as error:
-        raise _lacking(error) from error
-    environment = Environment(
-        loader=PackageLoader("xclip_fast", "bench"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"label": label, "milliseconds": milliseconds}
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        figures=drawn,
-        timed=[row for row in run.rows if row.timing is not None],
-        others=[row for row in run.rows if row.timing is None],
-        where=run.facts.get("gpu") or run.facts.get("processor"),
-    )
-
-
-def _lacking(error: ImportError) -> InputError:
-    return InputError(f"a report needs matplotlib and jinja2, found no {error.name}: pip install 'xclip-fast[bench]'")
+        return page(
+            "xclip_fast.bench",
+            "report.html.j2",
+            {"label": label, "milliseconds": milliseconds},
+            run=run,
+            figures=figures(run),
+            timed=[row for row in run.rows if row.timing is not None],
+            others=[row for row in run.rows if row.timing is None],
+            where=run.facts.get("gpu") or run.facts.get("processor"),
+        )

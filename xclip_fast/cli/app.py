@@ -19,9 +19,12 @@ from xclip_fast.cli.console import BAD_INPUT, EXIT_CODES, INTERRUPTED, OK, READE
 from xclip_fast.cli.convert import convert
 from xclip_fast.cli.demo import demo
 from xclip_fast.cli.embed import embed
+from xclip_fast.cli.evaluate import evaluate
 from xclip_fast.cli.flops import flops
 from xclip_fast.cli.info import info
 from xclip_fast.cli.profile import profile
+from xclip_fast.cli.split import COMMANDS, split
+from xclip_fast.cli.train import train
 from xclip_fast.cli.verify import verify
 from xclip_fast.errors import InputError
 
@@ -41,8 +44,11 @@ def _help(command: Callable[..., object]) -> str:
     return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
 
 
-for command in (demo, classify, embed, convert, bench, verify, profile, flops, info):
+for command in (demo, classify, embed, train, evaluate, convert, bench, verify, profile, flops, info):
     app.command(help=_help(command), epilog=EXIT_CODES)(command)
+for name, command in COMMANDS.items():
+    split.command(name, help=_help(command), epilog=EXIT_CODES)(command)
+app.add_typer(split)
 
 
 def _show_version(wanted: bool) -> None:

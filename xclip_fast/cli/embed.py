@@ -11,20 +11,23 @@ from xclip_fast.cli.batch import FileProgress, open_model
 from xclip_fast.cli.console import BAD_INPUT, note
 from xclip_fast.cli.options import (
     DEMO,
+    SECONDS,
     Backend,
+    BatchSize,
     Device,
     Frames,
     Precision,
     Preset,
+    Seconds,
     Videos,
     Views,
     Weights,
+    Workers,
+    check_seconds,
     default_preset,
     plan_views,
 )
 from xclip_fast.errors import InputError
-
-SECONDS, MOST_SECONDS = 300.0, 86400.0
 
 
 def embed(
@@ -44,14 +47,9 @@ def embed(
     preset: Preset = None,
     frames: Frames = None,
     views: Views = "1x1",
-    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Views that are computed at once.")] = 8,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Processes that decode; 0 for none.", show_default="one a core, at most 8; none for few files"
-        ),
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a process gives up a file.")] = SECONDS,
+    batch_size: BatchSize = 8,
+    workers: Workers = None,
+    timeout: Seconds = SECONDS,
     device: Device = "auto",
     dtype: Precision = "float32",
     backend: Backend = "auto",
@@ -68,8 +66,7 @@ def embed(
     plan = plan_views(views, preset or default_preset(weights), backend)
     options = {**plan, "batch_size": batch_size, "patches": patches}
     decoding = {"workers": workers, "timeout": timeout}
-    if not 0 < timeout <= MOST_SECONDS:
-        raise InputError(f"--timeout takes more than 0 and up to {MOST_SECONDS:g} seconds, found {timeout:g}")
+    check_seconds(timeout)
     if shard_size is None:
         if shard_format is not None:
             raise InputError("--shard-format was given without --shard-size: give both for shards, none for one file")

@@ -10,6 +10,7 @@ import typer
 from xclip_fast.errors import InputError
 
 DEMO = "demo"  # stands for the weights in the package
+SECONDS, MOST_SECONDS = 300.0, 86400.0
 MAX_CLIPS = 100  # the views of a video are in memory at once
 MAX_FRAMES = 1024
 
@@ -36,6 +37,14 @@ Preset = Annotated[
     str | None,
     typer.Option(help="Resize and crop: official, hf or clip.", show_default="official; hf for the demo's weights"),
 ]
+BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Views that are computed at once.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Processes that decode; 0 for none.", show_default="one a core, at most 8; none for few files"
+    ),
+]
+Seconds = Annotated[float, typer.Option(help="Seconds after which a process gives up a file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Backend = Annotated[str, typer.Option(help="Video decoder: auto, or one that `xclip-fast info` lists.")]
@@ -72,6 +81,16 @@ def parse_views(text: str) -> tuple[int, int]:
 def default_preset(weights: str) -> str:
     """The official preset, but for the demo's weights the one that leaves the demo's small clips as they are."""
     return "hf" if weights == DEMO else "official"
+
+
+def check_seconds(timeout: float) -> None:
+    """Refuse a ``--timeout`` out of range.
+
+    Raises:
+        InputError: it is.
+    """
+    if not 0 < timeout <= MOST_SECONDS:
+        raise InputError(f"--timeout takes more than 0 and up to {MOST_SECONDS:g} seconds, found {timeout:g}")
 
 
 def plan_views(views: str, preset: str, backend: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from xclip_fast.classes import class_logits
 from xclip_fast.errors import InputError, is_out_of_memory
-from xclip_fast.pipeline.embedding import VIEWS_AT_ONCE, check_finite, device_of, is_engine
+from xclip_fast.pipeline.batches import BATCH_SIZE, VIEWS_AT_ONCE, check_finite, device_of, is_engine, run_files
 from xclip_fast.text import TextCache, Tokenizer, apply_template, clean_labels
+from xclip_fast.video.pool import DEADLINE_SECONDS, Source
 
 MAX_LABEL_BYTES = 16 << 20
 
@@ -95,20 +98,112 @@ class Classifier:
         """
         total = torch.zeros(len(self.labels))
         for some in views.to(device_of(self.model)).split(VIEWS_AT_ONCE):
-            total += self._scores(some).sum(dim=0).cpu()
+            total += _scores(self.model, some, self.text, logits=False).sum(dim=0).cpu()
         return check_finite(total / len(views))
-
-    def _scores(self, views: Tensor) -> Tensor:
-        if is_engine(self.model):
-            probabilities: Tensor = self.model.classify(views, self.text)
-            return probabilities
-        return class_logits(self.model, self.model.encode_video(views), self.text).float().softmax(dim=-1)
 
     def top(self, views: Tensor, count: int = 5) -> list[Prediction]:
         """The likeliest ``count`` labels of one video, best first; ties keep the order of the labels."""
         probabilities, order = self.probabilities(views).sort(descending=True, stable=True)
         best = zip(order[:count].tolist(), probabilities[:count].tolist(), strict=True)
         return [Prediction(self.labels[index], index, probability) for index, probability in best]
+
+
+@dataclass(frozen=True)
+class FileScores:
+    """What became of one file.
+
+    path: as given.
+    scores: float32 (K,) on the CPU, the mean over the views; None for a file that cannot be used.
+    error: why the file cannot be used.
+
+    Example:
+        >>> from xclip_fast import InputError
+        >>> from xclip_fast.pipeline import FileScores
+        >>> FileScores("none.mp4", error=InputError("none.mp4: cannot be read")).scores is None
+        True
+    """
+
+    path: Source
+    scores: Tensor | None = None
+    error: InputError | None = None
+
+
+def classify_files(
+    model: Any,
+    paths: Iterable[Source | os.PathLike[str]],
+    texts: Any,
+    *,
+    logits: bool = False,
+    ends: Collection[int] = (),
+    batch_size: int = BATCH_SIZE,
+    clips: int = 1,
+    crops: int = 1,
+    preset: str = "official",
+    backend: str = "auto",
+    workers: int | None = None,
+    timeout: float = DEADLINE_SECONDS,
+) -> Iterator[FileScores]:
+    """The class probabilities of each file, in the order of the files; one that cannot be used comes with its error.
+
+    The softmax over the classes of each view, averaged over the views as the official code does. All views of a file
+    come from one decoding of it, and views of several files share a batch. What shares a batch may change the rounding
+    of a GEMM, see ``embed_files``: ``ends`` says where batches end.
+
+    Args:
+        model: an ``Engine``, or what ``create_model`` or ``load_model`` returns.
+        paths: what ``decode_files`` takes.
+        texts: for an engine what its ``encode_texts`` returns or takes, for a model features (K, E) of ``encode_text``.
+        logits: the mean of the logits instead of the probabilities.
+        ends: no batch goes on past the files whose places are in it.
+        batch_size: views in a batch.
+        clips, crops, preset, backend: as for ``load_video``; frames and size are the model's.
+        workers, timeout: as for ``decode_files``. Ending the iterator ends the processes.
+
+    Raises:
+        InputError: an option cannot be used, the memory is too small for the batch, or the processes do not start.
+        ValueError: a number is out of range, or ``paths`` is one path.
+
+    Example:
+        >>> import xclip_fast
+        >>> from xclip_fast.demo.models import load_trained
+        >>> from xclip_fast.pipeline import classify_files
+        >>> engine = xclip_fast.Engine(load_trained("xclip"))
+        >>> labels = ["a shape moving right", "a shape moving left"]
+        >>> for found in classify_files(engine, ["moving_right.mp4", "none.mp4"], labels, preset="hf"):
+        ...     print(found.path, "unusable" if found.error else labels[found.scores.argmax()])
+        moving_right.mp4 a shape moving right
+        none.mp4 unusable
+    """
+    if isinstance(paths, str | os.PathLike):
+        raise ValueError(f"paths must be a list of files, found the one path {os.fspath(paths)!r}")
+    if is_engine(model):
+        # once, not for each batch
+        texts = model.encode_texts(texts) if not hasattr(texts, "engine") else texts
+
+    @torch.inference_mode()
+    def encode(views: Tensor) -> Sequence[Tensor]:
+        return [_scores(model, views, texts, logits)]
+
+    options = {"clips": clips, "crops": crops, "preset": preset, "backend": backend}
+    sources = [os.fsdecode(path) if isinstance(path, os.PathLike) else path for path in paths]
+    files = run_files(model, encode, sources, ends, batch_size=batch_size, workers=workers, timeout=timeout, **options)
+    return _file_scores(files)
+
+
+def _file_scores(files: Any) -> Iterator[FileScores]:
+    # whoever closes this ends the processes that decode
+    with closing(files):
+        for file in files:
+            yield FileScores(file.source, file.means[0] if file.means else None, file.error)
+
+
+def _scores(model: Any, views: Tensor, texts: Any, logits: bool) -> Tensor:
+    """Float32 (views, K): probabilities, or logits."""
+    if is_engine(model):
+        found: Tensor = model(views, texts) if logits else model.classify(views, texts)
+        return found
+    found = class_logits(model, model.encode_video(views), texts).float()
+    return found if logits else found.softmax(dim=-1)
 
 
 def each_file(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 
 from xclip_fast.errors import InputError
-from xclip_fast.files import LEFTOVER, parse_json, replacing
-from xclip_fast.pipeline.embedding import BATCH_SIZE, FileFeatures, embed_in_groups
+from xclip_fast.files import LEFTOVER, file_digest, parse_json, replacing
+from xclip_fast.pipeline.batches import BATCH_SIZE
+from xclip_fast.pipeline.embedding import FileFeatures, embed_in_groups
 from xclip_fast.pipeline.features import check_features_path, save_features
 from xclip_fast.text.folder import digest
 from xclip_fast.video.preprocess import get_preset
@@ -271,7 +271,7 @@ class _Folder:
         ]
         path = self.path / self._name(number)
         save_features(path, [result.path for result in good], *arrays)
-        return {"file": path.name, "rows": len(good), "sha256": _hash(path), "failed": failed}
+        return {"file": path.name, "rows": len(good), "sha256": file_digest(path), "failed": failed}
 
     def _save(self) -> None:
         content = {"format": _FORMAT, "request": self.described, "shards": self.shards}
@@ -329,7 +329,7 @@ class _Folder:
             return True
         path = self.path / self._name(number)
         try:
-            if path.is_file() and _hash(path) == shard["sha256"]:
+            if path.is_file() and file_digest(path) == shard["sha256"]:
                 return True
         except OSError:
             pass
@@ -356,14 +356,6 @@ def _lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _hash(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
 
 
 def _short(value: Any) -> str:

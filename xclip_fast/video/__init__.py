@@ -3,11 +3,13 @@
 from xclip_fast.video.backends import available_backends
 from xclip_fast.video.backends.base import VideoInfo
 from xclip_fast.video.load import load_video, probe, read_frames
+from xclip_fast.video.members import Member
 from xclip_fast.video.preprocess import PRESETS, Preset, normalise, preprocess
 from xclip_fast.video.sampling import Sampling
 
 __all__ = [
     "PRESETS",
+    "Member",
     "Preset",
     "Sampling",
     "VideoInfo",

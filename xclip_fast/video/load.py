@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from xclip_fast.errors import InputError
 from xclip_fast.video.backends import select_backend
-from xclip_fast.video.backends.base import Request, VideoInfo, log
+from xclip_fast.video.backends.base import Keep, Request, VideoInfo, log
+from xclip_fast.video.members import Member, opened
 from xclip_fast.video.preprocess import check_crops, get_preset, preprocess
 from xclip_fast.video.sampling import Sampling
-from xclip_fast.video.source import Source, check_source
+from xclip_fast.video.source import CheckedFile
 
 MAX_DECODED_BYTES = 4 * 1024**3
 
 
-def probe(path: str | os.PathLike[str], *, backend: str = "auto") -> VideoInfo:
+def probe(path: str | os.PathLike[str] | Member, *, backend: str = "auto") -> VideoInfo:
     """What a video file holds, found by counting its packets and decoding at most one frame.
 
     Raises:
@@ -29,12 +32,12 @@ def probe(path: str | os.PathLike[str], *, backend: str = "auto") -> VideoInfo:
         >>> probe("clip.mp4").frames
         12
     """
-    source = check_source(path)
-    return select_backend(backend, source).probe(source)
+    with opened(path) as source:
+        return select_backend(backend, source).probe(source)
 
 
 def read_frames(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Member,
     indices: Sequence[int] | np.ndarray | None = None,
     *,
     sample: Sampling | None = None,
@@ -65,8 +68,6 @@ def read_frames(
         >>> read_frames("clip.mp4", [0, 11]).shape
         (2, 48, 64, 3)
     """
-    source = check_source(path)
-    request = _request(source, indices, sample)
     room = MAX_DECODED_BYTES
 
     def keep(frame: np.ndarray) -> np.ndarray:
@@ -77,14 +78,16 @@ def read_frames(
             raise InputError(f"{source.name}: the frames take more than {limit} GiB; ask for fewer, or use load_video")
         return frame
 
-    decoded = select_backend(backend, source).read(source, request, keep)
+    with opened(path) as source:
+        request = _request(source, indices, sample)
+        decoded = select_backend(backend, source).read(source, request, keep)
     if len({frame.shape for frame in decoded.frames.values()}) > 1:
         raise InputError(f"{source.name}: its picture size changes; use load_video, which resizes each frame")
     return np.stack([decoded.frames[number] for number in decoded.picks.ravel().tolist()])
 
 
 def load_video(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Member,
     *,
     frames: int = 8,
     size: int = 224,
@@ -122,17 +125,22 @@ def load_video(
     sampling = Sampling(frames=frames, clips=clips)
     get_preset(preset)
     check_crops(size, crops)
-    source = check_source(path)
 
     def keep(frame: np.ndarray) -> torch.Tensor:
         return preprocess(frame[None], preset, size, crops)[:, 0]
 
-    decoded = select_backend(backend, source).read(source, _request(source, None, sampling), keep)
-    views = torch.stack([decoded.frames[number] for number in decoded.picks.ravel().tolist()])
+    views = torch.stack(sampled_frames(path, sampling, keep, backend))
     return views.unflatten(0, (clips, frames)).transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _request(source: Source, indices: Sequence[int] | np.ndarray | None, sample: Sampling | None) -> Request:
+def sampled_frames(path: str | os.PathLike[str] | Member, sampling: Sampling, keep: Keep, backend: str) -> list[Any]:
+    """What ``keep`` makes of each frame that ``sampling`` takes, one clip after the other; each is decoded once."""
+    with opened(path) as source:
+        decoded = select_backend(backend, source).read(source, _request(source, None, sampling), keep)
+    return [decoded.frames[number] for number in decoded.picks.ravel().tolist()]
+
+
+def _request(source: CheckedFile, indices: Sequence[int] | np.ndarray | None, sample: Sampling | None) -> Request:
     if indices is not None and sample is not None:
         raise ValueError("give either indices or sample, not both")
     if sample is not None:
@@ -145,13 +153,20 @@ def _request(source: Source, indices: Sequence[int] | np.ndarray | None, sample:
     return Request(lambda count: _listed(source, wanted, count))
 
 
-def _sampled(source: Source, sample: Sampling, count: int) -> np.ndarray:
+def _sampled(source: CheckedFile, sample: Sampling, count: int) -> np.ndarray:
     if count < sample.frames:
-        log.warning("%s: %d of the %d frames of a clip, frames repeat", source.name, count, sample.frames)
+        # a short video is drawn again and again in training
+        log.log(
+            logging.WARNING if sample.generator is None else logging.DEBUG,
+            "%s: %d of the %d frames of a clip, frames repeat",
+            source.name,
+            count,
+            sample.frames,
+        )
     return sample.indices(count)
 
 
-def _listed(source: Source, wanted: np.ndarray, count: int) -> np.ndarray:
+def _listed(source: CheckedFile, wanted: np.ndarray, count: int) -> np.ndarray:
     if wanted.max() >= count:
         raise InputError(f"{source.name}: frame {wanted.max()} was asked for, the last one is {count - 1}")
     return wanted

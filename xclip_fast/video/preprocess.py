@@ -89,7 +89,7 @@ def preprocess(frames: Any, preset: str = "official", size: int = 224, crops: in
     if stack.dtype != torch.uint8 or stack.ndim != 4 or stack.shape[-1] != 3 or 0 in stack.shape:
         raise ValueError(f"frames must be uint8 (T, H, W, 3), found {stack.dtype} {tuple(stack.shape)}")
     height, width = chosen.resized(stack.shape[1], stack.shape[2], size, crops)
-    resized = _resize(stack, height, width, chosen)
+    resized = resize(stack, height, width, chosen)
     if crops == 3:
         # two whole steps apart, so an odd rest leaves the last pixel out
         top, left = (height - size) // 2, (width - size) // 2
@@ -101,7 +101,7 @@ def preprocess(frames: Any, preset: str = "official", size: int = 224, crops: in
     return torch.stack([resized[:, y : y + size, x : x + size] for y, x in places])
 
 
-def _resize(frames: torch.Tensor, height: int, width: int, preset: Preset) -> torch.Tensor:
+def resize(frames: torch.Tensor, height: int, width: int, preset: Preset) -> torch.Tensor:
     if frames.shape[1:3] == (height, width):
         return frames
     # (T, 3, H, W) over the bytes as they are: the channels-last kernels of torch need no copy

@@ -36,7 +36,7 @@ _OTHER_FILES = (
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckedFile:
     """A file that may be opened: its absolute path and its container, by the name FFmpeg gives it.
 
     ``name`` is how messages call it: the path as the user wrote it, quoted when it would not print on one line.
@@ -47,8 +47,14 @@ class Source:
     container: str
 
 
-def check_source(path: str | os.PathLike[str]) -> Source:
-    """Look at a file before any decoder sees it.
+def display_name(source: object) -> str:
+    """What messages call a path or member: as the user wrote it, quoted where it would not print on one line."""
+    text = os.fsdecode(source) if isinstance(source, str | bytes | os.PathLike) else str(source)
+    return text if text and text.isprintable() else ascii(text)
+
+
+def check_source(path: str | os.PathLike[str], name: str | None = None) -> CheckedFile:
+    """Look at a file before any decoder sees it; ``name`` is how messages call it, by default its path.
 
     An absolute path can't be read as a protocol ("concat:…", "http:…"), and only a container found by its first bytes
     is let through, so a playlist that names other files never reaches a decoder.
@@ -57,7 +63,7 @@ def check_source(path: str | os.PathLike[str]) -> Source:
         InputError: the file is missing, unreadable, not a regular file, empty, too large, or not a video container.
     """
     text = os.fsdecode(path)
-    name = text if text and text.isprintable() else ascii(text)
+    name = display_name(text) if name is None else name
     try:
         head = _read_head(text, name)
     except (OSError, UnicodeError) as error:
@@ -66,7 +72,7 @@ def check_source(path: str | os.PathLike[str]) -> Source:
     container = _container(head)
     if container is None:
         raise InputError(f"{name}: not a video, found {_describe(head)}; give a file in {READABLE} format")
-    return Source(path=os.path.abspath(text), name=name, container=container)
+    return CheckedFile(path=os.path.abspath(text), name=name, container=container)
 
 
 def check_picture(name: str, width: int, height: int) -> None:

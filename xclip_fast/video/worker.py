@@ -1,11 +1,12 @@
-"""Decodes files in a process of its own, for ``xclip_fast.video.pool``: started as a script, never imported.
+"""Decodes files in a process of its own, for ``xclip_fast.video.process``: started as a script, never imported.
 
-It reads lines of JSON, first a description of the work and then a file a line, writes the views of each file into
+It reads lines of JSON, first a description of the work and then a job a line, writes the views of each file into
 memory shared with the parent, and answers with a line. It dies with its parent.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import mmap
@@ -55,11 +56,12 @@ def _limit_dump() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _decode(path: str, views: Any, options: dict[str, Any]) -> dict[str, Any]:
-    from xclip_fast.video.pool import load_or_error
+def _decode(load: Any, source: Any, views: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from xclip_fast.video.jobs import load_or_error
+    from xclip_fast.video.members import Member
 
     try:
-        found = load_or_error(path, options)
+        found = load_or_error(load, Member(*source) if isinstance(source, list) else source, options)
     except Exception:
         return {"fault": traceback.format_exc()}
     if isinstance(found, Exception):
@@ -85,8 +87,9 @@ def main() -> None:
         sys.path[:] = work["path"]
         import torch
 
-        import xclip_fast.video.pool  # noqa: F401
+        import xclip_fast.video.jobs  # noqa: F401
 
+        load = getattr(importlib.import_module(work["load"][0]), work["load"][1])
         torch.set_num_threads(1)
         shared = mmap.mmap(work["memory"], 0)
         slots = torch.frombuffer(shared, dtype=torch.uint8).view(work["shape"])
@@ -100,7 +103,7 @@ def main() -> None:
         job = json.loads(lines.get())
         # by default this signal ends the process, even where a decoder never gives the interpreter back
         signal.alarm(int(work["seconds"]) + _GRACE_SECONDS)
-        answer = _decode(job["file"], slots[job["slot"]], work["options"])
+        answer = _decode(load, job["source"], slots[job["slot"]], {**work["options"], **job["options"]})
         signal.alarm(0)
         send({**answer, "log": records.kept})
         records.kept = []

@@ -7,7 +7,7 @@ from xclip_fast.video.backends.base import Backend
 from xclip_fast.video.backends.decord import Decord
 from xclip_fast.video.backends.pyav import PyAV
 from xclip_fast.video.backends.torchcodec import TorchCodec
-from xclip_fast.video.source import Source
+from xclip_fast.video.source import CheckedFile
 
 # in the order "auto" tries them
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (PyAV(), TorchCodec(), Decord())}
@@ -24,7 +24,7 @@ def available_backends() -> dict[str, str | None]:
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
-def select_backend(name: str, source: Source) -> Backend:
+def select_backend(name: str, source: CheckedFile) -> Backend:
     """The backend of this name, or for "auto" the first that can be used and reads the container of ``source``.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from xclip_fast.errors import InputError
-from xclip_fast.video.source import MAX_FRAMES, Source
+from xclip_fast.video.source import MAX_FRAMES, CheckedFile
 
 log = logging.getLogger("xclip_fast")
 
@@ -20,7 +20,7 @@ _WHOLE = 0.9
 Keep = Callable[[np.ndarray], Any]
 
 
-def undecodable(source: Source, reason: object) -> InputError:
+def undecodable(source: CheckedFile, reason: object) -> InputError:
     """The error for a file whose frames can't be had; only the first line of ``reason`` is shown."""
     line = next(iter(str(reason).splitlines()), "")[:160] or "no reason given"
     return InputError(
@@ -60,7 +60,7 @@ class Request:
     pick: Callable[[int], np.ndarray]
     least: int = 1
 
-    def settle(self, source: Source, count: int, declared: int) -> np.ndarray:
+    def settle(self, source: CheckedFile, count: int, declared: int) -> np.ndarray:
         """The indices to read from a video in which ``count`` frames can be found and the header declares others.
 
         A file that was cut short is used, with a warning, when it still holds the frames that one clip needs.
@@ -91,7 +91,7 @@ class Decoded:
 
 
 def gather(
-    source: Source,
+    source: CheckedFile,
     request: Request,
     count: int,
     declared: int,
@@ -131,14 +131,14 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why this backend can't be used here, or None when it can."""
 
-    def probe(self, source: Source) -> VideoInfo:
+    def probe(self, source: CheckedFile) -> VideoInfo:
         """What the file holds, with one frame decoded at most.
 
         Raises:
             InputError: there is no video in it, or it is beyond the caps.
         """
 
-    def read(self, source: Source, request: Request, keep: Keep) -> Decoded:
+    def read(self, source: CheckedFile, request: Request, keep: Keep) -> Decoded:
         """Decode the frames of ``request`` and hand each to ``keep``.
 
         Raises:

@@ -18,7 +18,7 @@ import numpy as np
 
 from xclip_fast.errors import InputError
 from xclip_fast.video.backends.base import Decoded, Keep, Request, VideoInfo, gather, log, undecodable
-from xclip_fast.video.source import Source, check_length, check_picture
+from xclip_fast.video.source import CheckedFile, check_length, check_picture
 
 DEADLINE_SECONDS = 60
 # it decodes ahead without bound: beyond this the child dies, not the machine
@@ -40,7 +40,7 @@ class Decord:
         found = _versions()
         return found if isinstance(found, str) else None
 
-    def probe(self, source: Source) -> VideoInfo:
+    def probe(self, source: CheckedFile) -> VideoInfo:
         """Open the file and decode its first frame, for its size; decord does not tell the codec."""
         with _Child(source) as child:
             frames, _ = child.read({0}, lambda frame: frame.shape[:2])
@@ -49,7 +49,7 @@ class Decord:
         height, width = frames[0]
         return VideoInfo(child.count, child.fps, width, height, "unknown", child.count / child.fps)
 
-    def read(self, source: Source, request: Request, keep: Keep) -> Decoded:
+    def read(self, source: CheckedFile, request: Request, keep: Keep) -> Decoded:
         """Decode from the start to the last wanted frame."""
         _warn_once()
         with _Child(source) as child:
@@ -63,7 +63,7 @@ class Decord:
             )
 
 
-def _read_again(source: Source, wanted: set[int], keep: Keep) -> tuple[dict[int, Any], int]:
+def _read_again(source: CheckedFile, wanted: set[int], keep: Keep) -> tuple[dict[int, Any], int]:
     with _Child(source) as child:
         return child.read(wanted, keep)
 
@@ -71,7 +71,7 @@ def _read_again(source: Source, wanted: set[int], keep: Keep) -> tuple[dict[int,
 class _Child:
     """A child process that has one file open: ``count`` and ``fps`` are what it found there."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: CheckedFile) -> None:
         self._source = source
         self._process = _start(source.path, str(DEADLINE_SECONDS), str(MEMORY_BYTES))
         # typed as files of unknown kind, and possibly missing, there

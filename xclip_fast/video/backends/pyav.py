@@ -12,7 +12,7 @@ import numpy as np
 
 from xclip_fast.errors import InputError
 from xclip_fast.video.backends.base import Decoded, Keep, Request, VideoInfo, gather, log, undecodable
-from xclip_fast.video.source import MAX_FRAMES, MAX_SIDE, Source, check_length, check_picture
+from xclip_fast.video.source import MAX_FRAMES, MAX_SIDE, CheckedFile, check_length, check_picture
 
 # only these two keep the time of every frame and a trustworthy list of key frames
 _SEEKABLE = ("mov", "matroska")
@@ -49,7 +49,7 @@ class PyAV:
             return f"av {av.__version__} is too old, 15 is needed; pip install --upgrade av"
         return None
 
-    def probe(self, source: Source) -> VideoInfo:
+    def probe(self, source: CheckedFile) -> VideoInfo:
         """Count packets and decode the first frame, which tells the upright size."""
         with _open(source) as (container, stream):
             index = _scan(source, container, stream)
@@ -60,7 +60,7 @@ class PyAV:
         height, width = frames[0]
         return VideoInfo(index.count, index.fps, width, height, codec, index.seconds)
 
-    def read(self, source: Source, request: Request, keep: Keep) -> Decoded:
+    def read(self, source: CheckedFile, request: Request, keep: Keep) -> Decoded:
         """Jump between key frames where the container allows it, else decode from the start to the last frame."""
         with _open(source) as (container, stream):
             index = _scan(source, container, stream)
@@ -81,7 +81,7 @@ def _major_version() -> int:
 
 
 @contextmanager
-def _open(source: Source) -> Iterator[tuple[Any, Any]]:
+def _open(source: CheckedFile) -> Iterator[tuple[Any, Any]]:
     """The container and its video stream, with the demuxer fixed and no other protocol or larger picture allowed."""
     import av
     from av.stream import Disposition
@@ -108,7 +108,7 @@ def _open(source: Source) -> Iterator[tuple[Any, Any]]:
         raise undecodable(source, getattr(error, "strerror", None) or "out of memory") from None
 
 
-def _scan(source: Source, container: Any, stream: Any) -> _Index:
+def _scan(source: CheckedFile, container: Any, stream: Any) -> _Index:
     """List the packets; the header's word on their number and times is only used to notice a file cut short."""
     import av
 
@@ -153,7 +153,7 @@ def _scan(source: Source, container: Any, stream: Any) -> _Index:
 
 
 def _read_sparse(
-    source: Source, container: Any, stream: Any, index: _Index, wanted: set[int], keep: Keep
+    source: CheckedFile, container: Any, stream: Any, index: _Index, wanted: set[int], keep: Keep
 ) -> dict[int, Any]:
     """Decode from the key frame before each wanted frame; a frame that does not come out at its time is left out."""
     import av
@@ -184,7 +184,7 @@ def _read_sparse(
     return frames
 
 
-def _read_in_order(source: Source, wanted: set[int], keep: Keep) -> tuple[dict[int, Any], int]:
+def _read_in_order(source: CheckedFile, wanted: set[int], keep: Keep) -> tuple[dict[int, Any], int]:
     """Decode from the start to the last wanted frame; also how many frames came out, damaged packets left aside."""
     import av
 
@@ -217,7 +217,7 @@ class _Converter:
     ``VideoFrame.to_ndarray`` ignores where chroma samples lie, so odd sizes and 10-bit video would differ.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: CheckedFile) -> None:
         self._source = source
         self._graph: Any = None
         self._built_for: tuple[Any, ...] = ()

@@ -8,7 +8,7 @@ from typing import Any
 
 from xclip_fast.errors import InputError
 from xclip_fast.video.backends.base import Decoded, Keep, Request, VideoInfo, gather, undecodable
-from xclip_fast.video.source import Source, check_length, check_picture
+from xclip_fast.video.source import CheckedFile, check_length, check_picture
 
 _PICTURES = ("mjpeg", "png", "bmp")
 
@@ -33,7 +33,7 @@ class TorchCodec:
             return "this torchcodec does not turn rotated videos upright; pip install --upgrade torchcodec"
         return None
 
-    def probe(self, source: Source) -> VideoInfo:
+    def probe(self, source: CheckedFile) -> VideoInfo:
         """Scan the packets, decode nothing."""
         decoder = _open(source)
         found = decoder.metadata
@@ -42,7 +42,7 @@ class TorchCodec:
             len(decoder), fps, found.width, found.height, found.codec or "unknown", found.duration_seconds or 0.0
         )
 
-    def read(self, source: Source, request: Request, keep: Keep) -> Decoded:
+    def read(self, source: CheckedFile, request: Request, keep: Keep) -> Decoded:
         """Jump to each wanted frame; when one can't be found, decode from the start to see what can."""
         decoder = _open(source)
         return gather(
@@ -55,7 +55,7 @@ class TorchCodec:
         )
 
 
-def _open(source: Source) -> Any:
+def _open(source: CheckedFile) -> Any:
     from torchcodec.decoders import VideoDecoder
 
     try:
@@ -81,7 +81,7 @@ def _declared(decoder: Any) -> int:
 
 
 def _read(
-    source: Source, decoder: Any, numbers: Iterable[int], wanted: set[int], keep: Keep
+    source: CheckedFile, decoder: Any, numbers: Iterable[int], wanted: set[int], keep: Keep
 ) -> tuple[dict[int, Any], int]:
     """Decode ``numbers`` up to the first that fails, keeping the wanted ones; also how many came out."""
     frames: dict[int, Any] = {}

@@ -1,0 +1,80 @@
+"""How good a model is: accuracies with their intervals, retrieval, calibration, and the lists of the protocols."""
+
+from xclip_fast.evaluate.difference import NewClasses, Renamed, draw_classes, new_classes
+from xclip_fast.evaluate.metrics import (
+    Bin,
+    Calibration,
+    ClassFigures,
+    Rate,
+    Spread,
+    calibration,
+    class_figures,
+    confusion_matrix,
+    harmonic_mean,
+    mean_class_accuracy,
+    spread,
+    top_k,
+    wilson,
+)
+from xclip_fast.evaluate.processes import Processes, processes
+from xclip_fast.evaluate.ranks import Ranks, Retrieval, retrieval
+from xclip_fast.evaluate.results import (
+    Classified,
+    Predicted,
+    Retrieved,
+    base_and_novel,
+    classified,
+    retrieved,
+    summary,
+)
+from xclip_fast.evaluate.scoring import Scored, score_files
+from xclip_fast.evaluate.splits import (
+    Halves,
+    base_novel,
+    few_shot,
+    labels_text,
+    list_text,
+    of_classes,
+    write_lists,
+)
+
+__all__ = [
+    "Bin",
+    "Calibration",
+    "ClassFigures",
+    "Classified",
+    "Halves",
+    "NewClasses",
+    "Predicted",
+    "Processes",
+    "Ranks",
+    "Rate",
+    "Renamed",
+    "Retrieval",
+    "Retrieved",
+    "Scored",
+    "Spread",
+    "base_and_novel",
+    "base_novel",
+    "calibration",
+    "class_figures",
+    "classified",
+    "confusion_matrix",
+    "draw_classes",
+    "few_shot",
+    "harmonic_mean",
+    "labels_text",
+    "list_text",
+    "mean_class_accuracy",
+    "new_classes",
+    "of_classes",
+    "processes",
+    "retrieval",
+    "retrieved",
+    "score_files",
+    "spread",
+    "summary",
+    "top_k",
+    "wilson",
+    "write_lists",
+]
