@@ -180,6 +180,7 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
         "h200/gpu",
         "eager",
         "cpu/models",
+        "training",
         "rivals",
         "cpu-ops/ops",
         "headline",
