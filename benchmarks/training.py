@@ -115,7 +115,8 @@ def table(found: dict[str, Any]) -> str:
         ratio = "wrong"
         if row["passed"]:
             ratio = f"{row['times_as_fast']:.2f} ({row['slowest']:.2f} to {row['fastest']:.2f})"
-        cells = [row["dtype"], row["by"], f"{row['error']:.1e}", f"{row.get('cpu_ms', 0):.0f}"]
+        error = "not finite" if row["error"] is None else f"{row['error']:.1e}"
+        cells = [row["dtype"], row["by"], error, f"{row['cpu_ms']:.0f}" if row["passed"] else ""]
         cells.append("baseline" if row["by"] == BASELINE else ratio)
         cells += [f"{row['kept_mb']:.0f}", f"{row['kept_mb'] / kept[row['dtype']]:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -13,8 +13,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
-from benchmarks import compare, figures, history, suites, tables
+from benchmarks import compare, figures, history, suites, tables, training
 from benchmarks.__main__ import main as command
 from xclip_fast.bench.machine import RIVALS
 from xclip_fast.bench.models import Effort
@@ -179,6 +180,7 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
         "h200/gpu",
         "eager",
         "cpu/models",
+        "training",
         "rivals",
         "cpu-ops/ops",
         "headline",
@@ -227,6 +229,39 @@ def test_the_table_of_models_has_speed_error_floor_and_memory_in_a_row() -> None
     # bytes are not under the rate of float32, and were not weighed
     assert second.startswith("| B/32, 8 frames, batch 1, from bytes | float32 | engine-int8 |")
     assert second.endswith("| 0.050 |  |  |")
+
+
+def test_the_table_of_training_steps_has_time_error_and_memory_in_a_row() -> None:
+    times = {"cpu_ms": 80.0, "wall_ms": 90.0, "times_as_fast": 1.25, "slowest": 1.2, "fastest": 1.3}
+    rows = [
+        {"by": "hf-sdpa", "dtype": "float32", "error": 1e-6, "passed": True, "kept_mb": 600.0} | times,
+        {"by": "layers", "dtype": "float32", "error": 2e-6, "passed": True, "kept_mb": 300.0} | times,
+        {"by": "optimized", "dtype": "float32", "error": 1.0, "passed": False, "kept_mb": 300.0},
+    ]
+    lines = training.table({"facts": FACTS, "variant": "B/32", "batch": 2, "turns": 5, "rows": rows}).splitlines()
+    assert lines[2:5] == [
+        "| float32 | hf-sdpa | 1.0e-06 | 80 | baseline | 600 | 1.00 |",
+        "| float32 | layers | 2.0e-06 | 80 | 1.25 (1.20 to 1.30) | 300 | 0.50 |",
+        "| float32 | optimized | 1.0e+00 |  | wrong | 300 | 0.50 |",
+    ]
+    assert lines[-1].endswith("on a processor, one thread, torch 2.11, commit abc1234, 2026-01-01.")
+
+
+@pytest.mark.slow
+def test_training_steps_are_measured_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "training.json"
+    threads = torch.get_num_threads()
+    try:
+        assert training.measure(path, ["reference"], "tiny", 1) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(path.read_text())
+    assert [(row["dtype"], row["by"]) for row in found["rows"]] == list(
+        itertools.product(training.DTYPES, (*training.CONTENDERS, "reference"))
+    )
+    assert all(row["passed"] and row["cpu_ms"] > 0 and row["kept_mb"] > 0 for row in found["rows"])
+    with pytest.raises(InputError, match="unknown provider 'fastest'"):
+        training.measure(None, ["fastest"])
 
 
 def test_a_marker_of_no_table_is_an_error() -> None:

@@ -211,6 +211,16 @@ def test_on_plain_torch_it_has_second_and_forward_derivatives():
     assert torch.autograd.gradgradcheck(plain, inputs)
 
 
+def test_gradients_of_the_torch_formulation_are_the_same_where_they_have_gradients() -> None:
+    inputs = [x.requires_grad_() for x in perceptron(4, 6, 8, torch.float64).values()]
+    out = feed_forward(*inputs, backend="torch")
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
+    plain, recorded = (torch.autograd.grad(out, inputs, weights, True, graph) for graph in (False, True))
+    for one, other in zip(recorded, plain, strict=True):
+        assert other.grad_fn is None
+        torch.testing.assert_close(one, other)
+
+
 def test_on_plain_torch_it_keeps_its_rows_and_one_hidden_tensor() -> None:
     given = [x.cpu().requires_grad_() for x in perceptron(5, 16, 32, torch.float32).values()]
     with saved_tensors() as (kept, _):

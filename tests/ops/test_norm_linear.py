@@ -141,6 +141,11 @@ def test_on_plain_torch_it_has_second_and_forward_derivatives(name: str, added: 
 
     inputs = given if added else [given[0], *given[2:]]
     with backend("torch"):
+        for one, other in zip(
+            *(torch.autograd.grad(run(*inputs)[0].cos().sum(), inputs, create_graph=graph) for graph in (True, False)),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other)
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
