@@ -76,14 +76,14 @@ def batches(job: Job, classes: NDArray[np.int64]) -> learn.Batches:
     return few
 
 
-def test_clips(count: int, split: int = world.TEST) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def held_out(count: int, split: int = world.TEST) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Clips to test on, of all classes alike, and their labels."""
     labels = np.arange(count) % len(world.CLASSES)
     return world.make_clips(labels, np.random.default_rng([split, 1])), labels
 
 
 def _test(model: XCLIP, job: Job, tested: int) -> dict[str, Any]:
-    clips, labels = test_clips(tested)
+    clips, labels = held_out(tested)
     if job.kind != ZERO_SHOT:
         return _accuracies(learn.answers(model, clips, TEXTS), labels)
     new, unseen = UNSEEN[labels], np.flatnonzero(UNSEEN)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from xclip_fast.reference import XCLIP
 from xclip_fast.reproduce import world
-from xclip_fast.reproduce.models import tokenizer
+from xclip_fast.reproduce.models import tokenize
 from xclip_fast.train import adamw, cosine_with_warmup, freeze_text, info_nce, parameter_groups
 
 BATCH = 64  # clips
@@ -38,7 +38,7 @@ def pretrain(model: XCLIP, steps: int, seed: int, progress: Progress) -> None:
         texts, labels = np.unique(captions, return_inverse=True)
         own = torch.from_numpy(labels)
         features = model.encode_video(torch.from_numpy(stills)[:, None]).video
-        return info_nce(features, model.encode_text(tokenizer()(texts.tolist()))[own], model.logit_scale.exp(), own).mean()
+        return info_nce(features, model.encode_text(tokenize(texts.tolist()))[own], model.logit_scale.exp(), own).mean()
 
     _train(model, loss, steps, PRETRAINING_RATE, progress)
 
@@ -54,7 +54,7 @@ def train(model: XCLIP, batches: Batches, texts: Sequence[str], steps: int, prog
         progress: called after each step with the steps done.
         frozen: whether the text tower and the logit scale stay as they are.
     """
-    tokens = tokenizer()(texts)
+    tokens = tokenize(texts)
     if frozen:
         freeze_text(model)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def _train(model: XCLIP, loss: Callable[[], Tensor], steps: int, rate: float, pr
 def answers(model: XCLIP, clips: NDArray[np.uint8], texts: Sequence[str]) -> NDArray[np.int64]:
     """The likeliest of the class texts for each clip, (B,)."""
     model.eval()
-    known = model.encode_text(tokenizer()(texts))
+    known = model.encode_text(tokenize(texts))
     found = [
         model.logits(model.encode_video(part), known).argmax(dim=1)
         for part in torch.from_numpy(clips).split(_TESTED_AT_ONCE)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import os
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,6 @@ from xclip_fast.demo.models import FrameAverage, without_messages
 from xclip_fast.reference import XCLIP
 from xclip_fast.reference.prompts import VideoPrompts
 from xclip_fast.reproduce.world import CELL, FRAMES, SIZE, WORDS
-from xclip_fast.text.tokenizer import Tokenizer
 
 _PUBLISHED_EMBED_DIM = 512
 
@@ -44,17 +42,13 @@ TITLES = {
 }
 
 
-@lru_cache(maxsize=1)
-def tokenizer() -> Tokenizer:
-    """CLIP's tokenizer with the merges that make each word of the world one token."""
-    merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        whole = symbols[0]
-        for symbol in symbols[1:]:
-            merges[whole, symbol] = None
-            whole += symbol
-    return Tokenizer(list(merges))
+def tokenize(texts: Sequence[str]) -> Tensor:
+    """Token ids of texts, int64 (K, L): start of text, a token for each word, end of text, which has the largest id."""
+    ids = {word: place for place, word in enumerate(WORDS)}
+    rows = [[len(ids), *(ids[word] for word in text.split()), len(ids) + 1] for text in texts]
+    longest = max(map(len, rows))
+    # attention is causal and the feature is read at the end of text: what is behind it changes nothing
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
 
 def config() -> XCLIPConfig:
@@ -67,8 +61,8 @@ def config() -> XCLIPConfig:
         vision_heads=int(os.environ.get('MH','2')),
         embed_dim=int(os.environ.get('ME','16')),
         embed_heads=2,
-        context_length=16,
-        vocab_size=tokenizer().vocab_size,
+        context_length=8,
+        vocab_size=len(WORDS) + 2,
         text_width=64,
         text_layers=2,
         text_heads=2,
@@ -141,6 +135,6 @@ def _widen(model: XCLIP) -> None:
         table.normal_(std=deviation)
     for part in (model.mit, model.prompts_generator):
         for module in part.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and (part is not model.mit or os.environ.get('MITS','1')=='1'):
                 module.weight.mul_((_PUBLISHED_EMBED_DIM / model.config.embed_dim) ** 0.5)
     model.prompts_visual_proj.mul_(model.config.vision_width**-0.5)

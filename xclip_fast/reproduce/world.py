@@ -35,6 +35,7 @@ MOST = 5  # shapes of a clip
 ALONE = float(__import__('os').environ.get('ALONE','0.2'))  # of the stills show a tile and no shape
 
 CUE = SHAPES.index("disc")
+NOT_A_SHAPE = -1
 
 # the first word of a seed: nothing is in two sets. The recipe was chosen on the second, the third is reported
 TRAINING, VALIDATION, TEST = range(3)
@@ -47,7 +48,7 @@ _SIZE_WORDS = ("small", "small", None, "big", "big")
 _OFFSETS = tuple((dx, dy) for dx in (-0.5, 0.0, 0.5) for dy in (-0.5, 0.0, 0.5))
 _CONTRAST = 50.0  # of a tile
 _NOISE = 8.0
-_NOT_A_SHAPE = -1
+_CUE_SIZE = 3
 
 
 class Class(NamedTuple):
@@ -72,6 +73,26 @@ CLASSES = tuple(Class(s, m, p) for s in range(len(SHAPES)) for m in range(len(MO
 WORDS = ("a", "big", "small", "beside", *SHAPES, *COLOURS, *MOTIONS, *PATTERNS)
 
 
+class Layout(NamedTuple):
+    """What is where: all int64, of B clips (or stills), T frames, S shapes and P tiles.
+
+    Attributes:
+        kinds: (B, T, S) indices into ``SHAPES``, ``NOT_A_SHAPE`` where there is none.
+        colours: (B, S) indices into ``COLOURS``.
+        sizes: (B, T) of the shapes of a frame, from 0 to 4.
+        places: (B, T, S) cells of the shapes.
+        patterns: (B, P) indices into ``PATTERNS``.
+        tiles: (B, T, P) cells of the tiles.
+    """
+
+    kinds: NDArray[np.int64]
+    colours: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    places: NDArray[np.int64]
+    patterns: NDArray[np.int64]
+    tiles: NDArray[np.int64]
+
+
 def make_clips(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.uint8]:
     """One random clip of each label.
 
@@ -82,28 +103,36 @@ def make_clips(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[n
     Returns:
         uint8 (B, FRAMES, SIZE, SIZE, 3) RGB.
     """
+    return _render(lay_out(labels, rng), rng)
+
+
+def lay_out(labels: NDArray[np.int64], rng: np.random.Generator) -> Layout:
+    """What random clips of these labels show; the first shape of each is the one that the cue means."""
     count = len(labels)
     shape, motion, pattern = np.array(CLASSES)[labels].T
     shown = rng.integers(1, MOST + 1, size=count)
-    # colours of one clip differ, so that the cue means one shape; it comes first, its place among the others is random
-    colours = rng.random((count, len(COLOURS))).argsort(axis=1)[:, :MOST]
+    # colours of one clip differ, so that the cue means one shape
+    colours = _shuffled(rng, (count, len(COLOURS)))[:, :MOST]
     kinds = rng.integers(len(SHAPES), size=(count, MOST))
     kinds[:, 0] = shape
-    kinds[np.arange(MOST) >= shown[:, None]] = _NOT_A_SHAPE
+    kinds[np.arange(MOST) >= shown[:, None]] = NOT_A_SHAPE
     kinds = np.repeat(kinds[:, None], FRAMES, axis=1)
-    kinds[:, 0] = _NOT_A_SHAPE
+    kinds[:, 0] = NOT_A_SHAPE
     kinds[:, 0, 0] = CUE
-    sizes = np.linspace(0, len(_RADII) - 1, FRAMES - 1).round().astype(np.int64)
-    sizes = np.stack([sizes, sizes[::-1]])[motion]
-    sizes = np.concatenate([np.full((count, 1), 3), sizes], axis=1)[:, :, None].repeat(MOST, axis=2)
+    growing = np.linspace(0, len(_RADII) - 1, FRAMES - 1).round().astype(np.int64)
+    sizes = np.stack([growing, growing[::-1]])[motion]
+    sizes = np.concatenate([np.full((count, 1), _CUE_SIZE), sizes], axis=1)
     # the cells of a frame in random order, the one that stays first
     draws = rng.random((count, FRAMES, CELLS))
-    np.put_along_axis(draws, rng.integers(CELLS, size=count)[:, None, None], -1.0, axis=2)
+    np.put_along_axis(draws, rng.integers(CELLS, size=(count, 1, 1)), -1.0, axis=2)
     cells = draws.argsort(axis=2)
-    # tile i of the list is of pattern (pattern of the class + i), so that the first one stays
     patterns = (pattern[:, None] + np.arange(len(PATTERNS))) % len(PATTERNS)
     tiles, places = cells[:, :, : len(PATTERNS)], cells[:, :, len(PATTERNS) : len(PATTERNS) + MOST]
-    return _render(rng, kinds, colours[:, None].repeat(FRAMES, axis=1), sizes, places, patterns, tiles)
+    return Layout(kinds, colours, sizes, places, patterns, tiles)
+
+
+def _shuffled(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    return rng.random(shape).argsort(axis=-1)
 
 
 def make_stills(count: int, rng: np.random.Generator, share: float = 0.5) -> tuple[NDArray[np.uint8], list[str]]:
@@ -120,11 +149,10 @@ def make_stills(count: int, rng: np.random.Generator, share: float = 0.5) -> tup
     kinds, colours, sizes, patterns = (
         rng.integers(many, size=(count, 1)) for many in (len(SHAPES), len(COLOURS), len(_RADII), len(PATTERNS))
     )
-    cells = rng.random((count, 1, CELLS)).argsort(axis=2)
-    one = kinds[:, None], colours[:, None], sizes[:, None]
+    cells = _shuffled(rng, (count, 1, CELLS))
     alone = rng.random(count) < ALONE
-    one[0][alone] = _NOT_A_SHAPE
-    stills = _render(rng, *one, cells[:, :, :1], patterns, cells[:, :, 1:2])
+    shown = np.where(alone[:, None], NOT_A_SHAPE, kinds)[:, None]
+    stills = _render(Layout(shown, colours, sizes, cells[:, :, :1], patterns, cells[:, :, 1:2]), rng)
     said = rng.random((count, 2)) < share
     facts = zip(kinds[:, 0], colours[:, 0], sizes[:, 0], said, strict=True)
     captions = [_caption(*fact) for fact in facts]
@@ -139,31 +167,22 @@ def _caption(kind: int, colour: int, size: int, said: NDArray[np.bool_]) -> str:
     return " ".join(word for word in words if word)
 
 
-def _render(
-    rng: np.random.Generator,
-    kinds: NDArray[np.int64],
-    colours: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-    places: NDArray[np.int64],
-    patterns: NDArray[np.int64],
-    tiles: NDArray[np.int64],
-) -> NDArray[np.uint8]:
-    """Shapes (B, T, S) and tiles (B, T, P), each in a cell of its own, over a plain dark background."""
-    count, frames = kinds.shape[:2]
+def _render(layout: Layout, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Frames (B, T, SIZE, SIZE, 3) over a plain dark background."""
+    kinds, colours, sizes, places, patterns, tiles = layout
+    count, frames = sizes.shape
     background = rng.uniform(30, 80, size=(count, 1, 1, 1, 1, 3)).astype(np.float32)
     # every cell by itself: [B, T, cells, row, column, channel]
     image = np.broadcast_to(background, (count, frames, CELLS, CELL, CELL, 3)).copy()
-    clip, frame = np.arange(count)[:, None], np.arange(frames)
+    every, frame = np.arange(count)[:, None], np.arange(frames)
     for tile in range(tiles.shape[2]):
         drawn = _CONTRAST * _tile_masks()[patterns[:, tile]]
-        image[clip, frame, tiles[:, :, tile]] += drawn[:, None, :, :, None]
-    offsets = rng.integers(len(_OFFSETS), size=kinds.shape)
-    clip, frame, shape = np.nonzero(kinds != _NOT_A_SHAPE)
-    kind, size, offset, colour, cell = (
-        values[clip, frame, shape] for values in (kinds, sizes, offsets, colours, places)
-    )
-    cover = _shape_masks()[kind, size, offset][..., None]
-    paint = _PAINT[colour] + rng.uniform(-20, 20, size=(len(clip), 3)).astype(np.float32)
+        image[every, frame, tiles[:, :, tile]] += drawn[:, None, :, :, None]
+    clip, frame, shape = np.nonzero(kinds != NOT_A_SHAPE)
+    offsets = rng.integers(len(_OFFSETS), size=len(clip))
+    cover = _shape_masks()[kinds[clip, frame, shape], sizes[clip, frame], offsets][..., None]
+    paint = _PAINT[colours[clip, shape]] + rng.uniform(-20, 20, size=(len(clip), 3)).astype(np.float32)
+    cell = places[clip, frame, shape]
     image[clip, frame, cell] = image[clip, frame, cell] * (1 - cover) + paint[:, None, None] * cover
     image += _noise(rng, image.size).reshape(image.shape)
     pixels = np.clip(image, 0, 255).astype(np.uint8).reshape(count, frames, GRID, GRID, CELL, CELL, 3)
