@@ -18,7 +18,9 @@ RECIPE = replace(FULL, seeds=(0, 1, 2), few_shot_seeds=(0, 1), shots=(2, 16))
 GOOD = {"mean": 0.1, "cfa": 0.2, "cfa_mit": 0.4, "full": 0.9, "no_cfa": 0.5}
 
 
-def made_up(ladder: dict[str, float], unseen: float = 0.8, few: float = 0.3, spread: float = 0.01) -> list[dict[str, Any]]:
+def made_up(
+    ladder: dict[str, float], unseen: float = 0.8, few: float = 0.3, spread: float = 0.01
+) -> list[dict[str, Any]]:
     """Runs of ``RECIPE`` with accuracies of our own; those of seeds lie ``spread`` apart."""
     runs = [{"job": asdict(pretraining(RECIPE)), "top1": 1.0, "cpu_seconds": 1.0}]
     for job in jobs(RECIPE):

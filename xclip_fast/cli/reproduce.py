@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    quick: Annotated[bool, typer.Option("--quick", help="One seed and fewer steps: figures without intervals.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed and fewer steps: figures without intervals.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(

@@ -77,9 +77,9 @@ def batches(job: Job, classes: NDArray[np.int64]) -> learn.Batches:
 
 
 def held_out(count: int, split: int = world.TEST) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Clips to test on, of all classes alike, and their labels."""
+    """Clips to test on, of all classes alike and with all kinds of shapes, and their labels."""
     labels = np.arange(count) % len(world.CLASSES)
-    return world.make_clips(labels, np.random.default_rng([split, 1])), labels
+    return world.make_clips(labels, np.random.default_rng([split, 1]), least=world.MOST), labels
 
 
 def _test(model: XCLIP, job: Job, tested: int) -> dict[str, Any]:

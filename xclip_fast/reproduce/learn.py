@@ -19,7 +19,7 @@ BATCH = 64  # clips
 STILLS = 128
 RATE = 5e-4  # of what CLIP has
 NEW_FACTOR = 4.0  # of what X-CLIP adds, over that
-PRETRAINING_RATE = 2e-3
+PRETRAINING_RATE = 1e-3
 WARM_UP = 50  # steps
 WEIGHT_DECAY = 0.02
 LARGEST_GRADIENT = 1.0
@@ -43,7 +43,9 @@ def pretrain(model: XCLIP, steps: int, seed: int, progress: Progress) -> None:
     _train(model, loss, steps, PRETRAINING_RATE, progress)
 
 
-def train(model: XCLIP, batches: Batches, texts: Sequence[str], steps: int, progress: Progress, frozen: bool = True) -> None:
+def train(
+    model: XCLIP, batches: Batches, texts: Sequence[str], steps: int, progress: Progress, frozen: bool = True
+) -> None:
     """Train on clips, all but a frozen text tower, with the cross-entropy over class texts.
 
     Args:
@@ -66,7 +68,9 @@ def train(model: XCLIP, batches: Batches, texts: Sequence[str], steps: int, prog
         step += 1
         clips, labels = batches(step)
         encoded = known if frozen else model.encode_text(tokens)
-        return cross_entropy(model.logits(model.encode_video(torch.from_numpy(clips)), encoded), torch.from_numpy(labels))
+        return cross_entropy(
+            model.logits(model.encode_video(torch.from_numpy(clips)), encoded), torch.from_numpy(labels)
+        )
 
     _train(model, loss, steps, RATE, progress)
 

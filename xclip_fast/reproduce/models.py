@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import os
 from typing import NamedTuple
 
 import torch
@@ -56,10 +55,10 @@ def config() -> XCLIPConfig:
     return XCLIPConfig(
         image_size=SIZE,
         patch_size=CELL,
-        vision_width=int(os.environ.get('MW','64')),
+        vision_width=64,
         vision_layers=4,
-        vision_heads=int(os.environ.get('MH','2')),
-        embed_dim=int(os.environ.get('ME','16')),
+        vision_heads=2,
+        embed_dim=16,
         embed_heads=2,
         context_length=8,
         vocab_size=len(WORDS) + 2,
@@ -115,7 +114,9 @@ def clip_weights(model: XCLIP) -> dict[str, Tensor]:
 def _load(model: XCLIP, clip: Mapping[str, Tensor]) -> None:
     found = model.load_state_dict(dict(clip), strict=False)
     # what CLIP lacks is what X-CLIP adds, and nothing else
-    strange = [name for name in found.missing_keys if not any(part in name for part in ("message_", "mit.", "prompts_"))]
+    strange = [
+        name for name in found.missing_keys if not any(part in name for part in ("message_", "mit.", "prompts_"))
+    ]
     if found.unexpected_keys or strange:
         raise ValueError(f"these are no weights of the tiny CLIP: {[*found.unexpected_keys, *strange][:3]}")
 
@@ -135,6 +136,6 @@ def _widen(model: XCLIP) -> None:
         table.normal_(std=deviation)
     for part in (model.mit, model.prompts_generator):
         for module in part.modules():
-            if isinstance(module, nn.Linear) and (part is not model.mit or os.environ.get('MITS','1')=='1'):
+            if isinstance(module, nn.Linear):
                 module.weight.mul_((_PUBLISHED_EMBED_DIM / model.config.embed_dim) ** 0.5)
     model.prompts_visual_proj.mul_(model.config.vision_width**-0.5)

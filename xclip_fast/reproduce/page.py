@@ -12,7 +12,8 @@ from xclip_fast.pages import COLOURS, needs_pages, render, svg
 from xclip_fast.reproduce import paper
 from xclip_fast.reproduce.models import TITLES
 from xclip_fast.reproduce.results import WORDS, Interval, Summary, percent, shown, summarise
-from xclip_fast.reproduce.world import CLASSES, COLOURS as PAINTS, MOST, PATTERNS, SHAPES
+from xclip_fast.reproduce.world import CLASSES, MOST, PATTERNS, SHAPES
+from xclip_fast.reproduce.world import COLOURS as PAINTS
 
 EXTRA = "train"
 

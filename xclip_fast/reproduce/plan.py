@@ -38,19 +38,19 @@ class Recipe:
 
 
 FULL = Recipe(
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2),
     few_shot_seeds=(0, 1, 2),
-    pretraining_steps=1000,
-    steps=700,
-    few_shot_steps=200,
+    pretraining_steps=500,
+    steps=600,
+    few_shot_steps=150,
     shots=(2, 4, 8, 16),
-    tested=1200,
+    tested=2400,
 )
 QUICK = Recipe(
     seeds=(0,),
     few_shot_seeds=(0,),
-    pretraining_steps=600,
-    steps=400,
+    pretraining_steps=300,
+    steps=350,
     few_shot_steps=100,
     shots=(2, 16),
     tested=600,

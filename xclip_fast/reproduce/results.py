@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from math import sqrt
 from statistics import fmean, stdev
 from typing import Any
@@ -135,7 +136,7 @@ def _claims(
     return (
         Claim(
             f"Each part raises the accuracy, in the paper's order{apart}.",
-            all(higher.above(lower) for lower, higher in zip(rungs, rungs[1:], strict=False)),
+            all(higher.above(lower) for lower, higher in pairwise(rungs)),
             "; ".join(f"{TITLES[name]}: {shown(ladder[name])}" for name in RUNGS),
         ),
         Claim(

@@ -1,8 +1,8 @@
 """A world of shapes, colours, motions and patterns, in which each part of X-CLIP has something of its own to do.
 
-A **clip** begins with a frame that shows one disc, the cue. The later frames show one to five shapes of different
-colours and one tile of each pattern, all in other cells in each frame, but for one tile, which stays. The class says
-three things, and what it takes to know them:
+A **clip** begins with a frame that shows one disc, the cue. The later frames show one to four shapes, of different
+kinds and colours, and one tile of each pattern, all in other cells in each frame, but for one tile, which stays. The
+class says three things, and what it takes to know them:
 
 - the kind of the shape that has the cue's colour. A frame alone can't know which of its shapes is meant: it has to be
   told by another one, or to describe all of them in its one feature;
@@ -31,8 +31,8 @@ SHAPES = ("disc", "square", "cross", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "pink", "cyan")
 MOTIONS = ("grows", "shrinks")
 PATTERNS = ("stripes", "columns", "checks")
-MOST = 5  # shapes of a clip
-ALONE = float(__import__('os').environ.get('ALONE','0.2'))  # of the stills show a tile and no shape
+MOST = len(SHAPES)  # shapes of a clip, all of different kinds
+ALONE = 0.2  # of the stills show a tile and no shape
 
 CUE = SHAPES.index("disc")
 NOT_A_SHAPE = -1
@@ -93,28 +93,31 @@ class Layout(NamedTuple):
     tiles: NDArray[np.int64]
 
 
-def make_clips(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.uint8]:
+def make_clips(labels: NDArray[np.int64], rng: np.random.Generator, least: int = 1) -> NDArray[np.uint8]:
     """One random clip of each label.
 
     Args:
         labels: (B,) indices into ``CLASSES``.
         rng: decides all the rest.
+        least: shapes of a clip, up to ``MOST``. Training begins to tell shapes apart on clips of few.
 
     Returns:
         uint8 (B, FRAMES, SIZE, SIZE, 3) RGB.
     """
-    return _render(lay_out(labels, rng), rng)
+    return _render(lay_out(labels, rng, least), rng)
 
 
-def lay_out(labels: NDArray[np.int64], rng: np.random.Generator) -> Layout:
+def lay_out(labels: NDArray[np.int64], rng: np.random.Generator, least: int = 1) -> Layout:
     """What random clips of these labels show; the first shape of each is the one that the cue means."""
     count = len(labels)
     shape, motion, pattern = np.array(CLASSES)[labels].T
-    shown = rng.integers(1, MOST + 1, size=count)
+    shown = rng.integers(least, MOST + 1, size=count)
     # colours of one clip differ, so that the cue means one shape
     colours = _shuffled(rng, (count, len(COLOURS)))[:, :MOST]
-    kinds = rng.integers(len(SHAPES), size=(count, MOST))
-    kinds[:, 0] = shape
+    # the shape of the class first, then the others
+    draws = rng.random((count, len(SHAPES)))
+    np.put_along_axis(draws, shape[:, None], -1.0, axis=1)
+    kinds = draws.argsort(axis=1)
     kinds[np.arange(MOST) >= shown[:, None]] = NOT_A_SHAPE
     kinds = np.repeat(kinds[:, None], FRAMES, axis=1)
     kinds[:, 0] = NOT_A_SHAPE
@@ -215,9 +218,7 @@ def _cover(kind: str, radius: float, right: float, down: float) -> NDArray[np.fl
     inside = {
         "disc": radius - circle,
         "square": 0.9 * radius - np.maximum(dx, dy),
-        "cross": np.maximum(
-            np.minimum(radius - dx, 0.33 * radius - dy), np.minimum(radius - dy, 0.33 * radius - dx)
-        ),
+        "cross": np.maximum(np.minimum(radius - dx, 0.33 * radius - dy), np.minimum(radius - dy, 0.33 * radius - dx)),
         "ring": np.minimum(radius - circle, circle - 0.5 * radius),
     }[kind]
     return np.clip(inside + 0.5, 0, 1)
