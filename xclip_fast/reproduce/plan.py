@@ -42,7 +42,7 @@ FULL = Recipe(
     few_shot_seeds=(0, 1, 2),
     pretraining_steps=500,
     steps=600,
-    few_shot_steps=150,
+    few_shot_steps=120,
     shots=(2, 4, 8, 16),
     tested=2400,
 )

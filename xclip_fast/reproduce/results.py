@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from math import sqrt
 from statistics import fmean, stdev
@@ -11,12 +12,13 @@ from typing import Any
 
 from xclip_fast.reproduce.models import MODELS, RUNGS, TITLES
 from xclip_fast.reproduce.plan import FEW_SHOT, LADDER, ZERO_SHOT
-from xclip_fast.reproduce.world import CLASSES
+from xclip_fast.reproduce.world import CLASSES, Class
 
 FORMAT = "xclip_fast reproduction 1"
 
 # the 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+WORDS = Class._fields  # of an answer
 LEAST_OVER_CHANCE = 5.0  # of zero-shot accuracy
 
 
@@ -99,8 +101,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> Summary:
 
     ladder = {model: over_seeds(top1, kind=LADDER, model=model) for model in MODELS}
     words = {
-        model: {word: over_seeds(lambda run, word=word: run["words"][word], kind=LADDER, model=model) for word in WORDS}
-        for model in MODELS
+        model: {word: over_seeds(partial(_word, word), kind=LADDER, model=model) for word in WORDS} for model in MODELS
     }
     pairs = zip(ladder["full"].values, ladder["no_cfa"].values, strict=True)
     gain = Interval.of(ours - without for ours, without in pairs)
@@ -120,7 +121,8 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> Summary:
     return Summary(ladder, words, gain, zero_shot, chance, few_shot, claims)
 
 
-WORDS = ("shape", "motion", "pattern")
+def _word(word: str, run: Mapping[str, Any]) -> float:
+    return run["words"][word]
 
 
 def _claims(

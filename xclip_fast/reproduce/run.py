@@ -58,10 +58,11 @@ def reproduce(out: Path, recipe: Recipe = FULL, progress: Progress | None = None
 
     check_page()
     folder = _folder(out)
+    machine = {**facts("cpu"), "threads": 1, "processes": PROCESSES}
     runs = _run_all(folder, recipe, progress or (lambda stage, done, total: None))
     found = {
         "format": FORMAT,
-        "facts": {**facts("cpu"), "threads": 1, "processes": PROCESSES},
+        "facts": machine,
         "recipe": recipe.to_dict(),
         "model": config().to_dict(),
         "runs": runs,

@@ -32,7 +32,6 @@ COLOURS = ("red", "green", "blue", "yellow", "pink", "cyan")
 MOTIONS = ("grows", "shrinks")
 PATTERNS = ("stripes", "columns", "checks")
 MOST = len(SHAPES)  # shapes of a clip, all of different kinds
-ALONE = 0.2  # of the stills show a tile and no shape
 
 CUE = SHAPES.index("disc")
 NOT_A_SHAPE = -1
@@ -153,20 +152,15 @@ def make_stills(count: int, rng: np.random.Generator, share: float = 0.5) -> tup
         rng.integers(many, size=(count, 1)) for many in (len(SHAPES), len(COLOURS), len(_RADII), len(PATTERNS))
     )
     cells = _shuffled(rng, (count, 1, CELLS))
-    alone = rng.random(count) < ALONE
-    shown = np.where(alone[:, None], NOT_A_SHAPE, kinds)[:, None]
-    stills = _render(Layout(shown, colours, sizes, cells[:, :, :1], patterns, cells[:, :, 1:2]), rng)
-    said = rng.random((count, 2)) < share
-    facts = zip(kinds[:, 0], colours[:, 0], sizes[:, 0], said, strict=True)
-    captions = [_caption(*fact) for fact in facts]
-    return stills[:, 0], [
-        PATTERNS[pattern] if tile else caption
-        for pattern, tile, caption in zip(patterns[:, 0], alone, captions, strict=True)
-    ]
+    stills = _render(Layout(kinds[:, None], colours, sizes, cells[:, :, :1], patterns, cells[:, :, 1:2]), rng)
+    said = rng.random((count, 3)) < share
+    facts = zip(kinds[:, 0], colours[:, 0], sizes[:, 0], patterns[:, 0], said, strict=True)
+    return stills[:, 0], [_caption(*fact) for fact in facts]
 
 
-def _caption(kind: int, colour: int, size: int, said: NDArray[np.bool_]) -> str:
+def _caption(kind: int, colour: int, size: int, pattern: int, said: NDArray[np.bool_]) -> str:
     words = ["a", _SIZE_WORDS[size] if said[0] else None, COLOURS[colour] if said[1] else None, SHAPES[kind]]
+    words += ["beside", PATTERNS[pattern]] if said[2] else []
     return " ".join(word for word in words if word)
 
 
