@@ -176,6 +176,11 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
         "budgets",
         "host",
         "tolerances",
+        "reproduce/claims",
+        "reproduce/origin",
+        "reproduce/ladder",
+        "reproduce/few_shot",
+        "reproduce/zero_shot",
         "h200/gpu",
         "eager",
         "cpu/models",
@@ -232,6 +237,8 @@ def test_the_table_of_models_has_speed_error_floor_and_memory_in_a_row() -> None
 def test_a_marker_of_no_table_is_an_error() -> None:
     with pytest.raises((KeyError, InputError)):
         tables.filled("<!-- table: nothing/models -->\n<!-- end of table -->")
+    with pytest.raises(KeyError):
+        tables.filled("<!-- table: reproduce/nothing -->\n<!-- end of table -->")
 
 
 @pytest.mark.parametrize(

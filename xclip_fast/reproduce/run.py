@@ -19,7 +19,7 @@ from xclip_fast.files import check_writable, read_json, replacing
 from xclip_fast.reproduce.job import run_job, single_threaded
 from xclip_fast.reproduce.models import config
 from xclip_fast.reproduce.plan import FULL, Job, Recipe, jobs, pretraining
-from xclip_fast.reproduce.results import FORMAT, Summary, summarise
+from xclip_fast.reproduce.results import FORMAT, summarise
 
 PROCESSES = 2
 CLIP = "clip.safetensors"
@@ -45,13 +45,6 @@ def reproduce(out: Path, recipe: Recipe = FULL, progress: Progress | None = None
 
     Raises:
         InputError: the folder can't be written or holds runs of another recipe, or matplotlib or jinja2 is missing.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from xclip_fast.reproduce import QUICK, reproduce
-        >>> found = reproduce(Path("reproduction"), QUICK)  # doctest: +SKIP
-        >>> found["summary"]["ladder"]["full"]["mean"] > 0.5  # doctest: +SKIP
-        True
     """
     from xclip_fast.bench.machine import facts
     from xclip_fast.reproduce.page import check_page, write_page
@@ -74,11 +67,6 @@ def reproduce(out: Path, recipe: Recipe = FULL, progress: Progress | None = None
         temporary.write_text(text + "\n", encoding="utf-8")
     write_page(json.loads(text), out / PAGE)
     return json.loads(text)
-
-
-def summary_of(found: dict[str, Any]) -> Summary:
-    """The summary of what ``reproduce`` found, from its runs."""
-    return summarise(found["runs"])
 
 
 def _folder(out: Path) -> Path:
