@@ -18,6 +18,9 @@ from xclip_fast.bench.record import UNAVAILABLE, Row, Run
 from xclip_fast.engine.budget import BUDGETS
 from xclip_fast.flops import headline
 from xclip_fast.numerics import TOLERANCES
+from xclip_fast.reproduce import paper
+from xclip_fast.reproduce.models import TITLES
+from xclip_fast.reproduce.results import WORDS, Summary, percent, shown, summarise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,8 +63,64 @@ def table(name: str) -> str:
     if name == "eager":
         return _eager(json.loads((RESULTS / "windows" / "h100-eager-ecf2132.json").read_text(encoding="utf-8")))
     file, _, part = name.partition("/")
+    if file == "reproduce":
+        return reproduced(json.loads((RESULTS / "reproduce" / "reproduction.json").read_text(encoding="utf-8")), part)
     run = Run.load(RESULTS / f"{file}.json")
     return {"models": _models, "gpu": _gpu, "ops": _ops}[part](run)
+
+
+def reproduced(found: dict[str, Any], part: str) -> str:
+    """A table of the paper in miniature, or where its figures are from."""
+    makers = {
+        "claims": _claims,
+        "ladder": _ladder,
+        "few_shot": _few_shot,
+        "zero_shot": _zero_shot,
+        "origin": lambda summary: _reproduction(found),
+    }
+    return makers[part](summarise(found["runs"]))
+
+
+def _claims(summary: Summary) -> str:
+    lines = ["| in miniature | | figures |", "|---|---|---|"]
+    for claim in summary.claims:
+        lines.append(f"| {claim.text} | {'holds' if claim.holds else '**does not hold**'} | {claim.figures} |")
+    return "\n".join(lines)
+
+
+def _ladder(summary: Summary) -> str:
+    lines = [f"| model | top-1 | {' | '.join(WORDS)} | paper, Kinetics-400 |", "|---|---:|---:|---:|---:|---:|"]
+    for model, one in summary.ladder.items():
+        words = " | ".join(percent(summary.words[model][word].mean) for word in WORDS)
+        lines.append(f"| {TITLES[model]} | {shown(one)} | {words} | {paper.LADDER.get(model, '')} |")
+    return "\n".join(lines)
+
+
+def _few_shot(summary: Summary) -> str:
+    names = " | ".join(f"paper, {name}" for name in paper.FEW_SHOT)
+    lines = [f"| K | expanded from the tiny CLIP | from scratch | {names} |", "|---:" * (3 + len(paper.FEW_SHOT)) + "|"]
+    for k, one in summary.few_shot["pretrained"].items():
+        published = " | ".join(str(curve[k]) for curve in paper.FEW_SHOT.values())
+        lines.append(f"| {k} | {shown(one)} | {shown(summary.few_shot['scratch'][k])} | {published} |")
+    return "\n".join(lines)
+
+
+def _zero_shot(summary: Summary) -> str:
+    titles = {
+        "unseen": "unseen classes, among themselves",
+        "among_all": "unseen classes, among all",
+        "seen": "seen classes, among all",
+    }
+    lines = ["| X-CLIP, trained on two thirds of the classes | top-1 | chance |", "|---|---:|---:|"]
+    for name, one in summary.zero_shot.items():
+        lines.append(f"| {titles[name]} | {shown(one)} | {percent(summary.chance[name])} |")
+    return "\n".join(lines)
+
+
+def _reproduction(found: dict[str, Any]) -> str:
+    facts, seconds = found["facts"], sum(run["cpu_seconds"] for run in found["runs"])
+    machine = f"{facts['processor']}, torch {facts['torch']}, commit {facts['commit']}"
+    return f"{len(found['runs'])} runs, {seconds:,.0f} CPU seconds on {machine}."
 
 
 def _host(found: dict[str, Any]) -> str:

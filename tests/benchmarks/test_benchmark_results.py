@@ -177,6 +177,11 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
         "budgets",
         "host",
         "tolerances",
+        "reproduce/claims",
+        "reproduce/origin",
+        "reproduce/ladder",
+        "reproduce/few_shot",
+        "reproduce/zero_shot",
         "h200/gpu",
         "eager",
         "cpu/models",
@@ -267,6 +272,8 @@ def test_training_steps_are_measured_and_written(tmp_path: Path) -> None:
 def test_a_marker_of_no_table_is_an_error() -> None:
     with pytest.raises((KeyError, InputError)):
         tables.filled("<!-- table: nothing/models -->\n<!-- end of table -->")
+    with pytest.raises(KeyError):
+        tables.filled("<!-- table: reproduce/nothing -->\n<!-- end of table -->")
 
 
 @pytest.mark.parametrize(

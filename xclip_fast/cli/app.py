@@ -23,6 +23,7 @@ from xclip_fast.cli.evaluate import evaluate
 from xclip_fast.cli.flops import flops
 from xclip_fast.cli.info import info
 from xclip_fast.cli.profile import profile
+from xclip_fast.cli.reproduce import reproduce
 from xclip_fast.cli.split import COMMANDS, split
 from xclip_fast.cli.train import train
 from xclip_fast.cli.verify import verify
@@ -44,7 +45,7 @@ def _help(command: Callable[..., object]) -> str:
     return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
 
 
-for command in (demo, classify, embed, train, evaluate, convert, bench, verify, profile, flops, info):
+for command in (demo, reproduce, classify, embed, train, evaluate, convert, bench, verify, profile, flops, info):
     app.command(help=_help(command), epilog=EXIT_CODES)(command)
 for name, command in COMMANDS.items():
     split.command(name, help=_help(command), epilog=EXIT_CODES)(command)

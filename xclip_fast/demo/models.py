@@ -63,17 +63,18 @@ def build_model(name: str, seed: int) -> XCLIP:
         model = XCLIP(CONFIG).eval()
     if name != "xclip":
         blocks = model.visual.transformer.resblocks
-        model.visual.transformer.resblocks = nn.ModuleList(_without_messages(block) for block in blocks)
+        model.visual.transformer.resblocks = nn.ModuleList(without_messages(block, CONFIG) for block in blocks)
     if name == "average":
         model.mit = FrameAverage()
     return model
 
 
-def _without_messages(block: nn.Module) -> Block:
+def without_messages(block: nn.Module, config: XCLIPConfig) -> Block:
+    """A block of the vision tower with the same weights but those of the messages: a block of CLIP's."""
     state = block.state_dict()
     # no random numbers are drawn for weights that are replaced at once
     with torch.device("meta"):
-        plain = Block(CONFIG.vision_width, CONFIG.vision_heads, CONFIG.activation)
+        plain = Block(config.vision_width, config.vision_heads, config.activation)
     plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
     return plain
 
