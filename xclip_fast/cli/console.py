@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from xclip_fast.errors import InputError
 
 OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 
@@ -61,6 +65,21 @@ def _say(word: str, style: str, message: object) -> None:
     except OSError:
         # a log on a full disk must not stop the work, nor change the exit code when python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+@contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Say of a library that does not import which extra brings it.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").startswith("xclip_fast"):
+            raise
+        raise InputError(f"{what} needs {error.name}: pip install 'xclip-fast[{extra}]'") from error
 
 
 def emit_json(payload: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xclip_fast.cli.batch import progress_bar
-from xclip_fast.cli.console import CHECK_FAILED, emit_json, note, safe, stdout, table
+from xclip_fast.cli.console import CHECK_FAILED, emit_json, needs_extra, note, safe, stdout, table
 from xclip_fast.cli.options import AsJson
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def reproduce(
     Synthetic clips, two processes of one thread. A stopped run goes on where it was. The exit code is 1 when a claim
     does not hold in the figures.
     """
-    from xclip_fast.reproduce import FULL, QUICK
-    from xclip_fast.reproduce import reproduce as run
+    with needs_extra("the reproduction", "train"):
+        from xclip_fast.reproduce import FULL, QUICK
+        from xclip_fast.reproduce import reproduce as run
     from xclip_fast.reproduce.results import summarise
     from xclip_fast.reproduce.run import PAGE, RESULTS
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from xclip_fast.cli.console import emit_json, note, stderr, stdout, table
+from xclip_fast.cli.console import emit_json, needs_extra, note, stderr, stdout, table
 from xclip_fast.cli.options import AsJson
 from xclip_fast.errors import InputError
 
@@ -34,11 +34,9 @@ def train(
     Started by torchrun or accelerate launch, all processes train together. A run that was stopped goes on with
     --resume, to the same bits.
     """
-    try:
+    with needs_extra("training", "train"):
         from xclip_fast.train import RECIPES, load_config
         from xclip_fast.train import train as run
-    except ImportError as error:
-        raise InputError(f"training needs {error.name}: pip install 'xclip-fast[train]'") from error
 
     if recipes:
         _show_recipes(RECIPES, as_json)
