@@ -49,9 +49,9 @@ FULL = Recipe(
 QUICK = Recipe(
     seeds=(0,),
     few_shot_seeds=(0,),
-    pretraining_steps=300,
-    steps=350,
-    few_shot_steps=100,
+    pretraining_steps=400,
+    steps=500,
+    few_shot_steps=80,
     shots=(2, 16),
     tested=600,
 )
