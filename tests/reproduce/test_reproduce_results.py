@@ -48,6 +48,10 @@ def test_the_interval_is_that_of_student(count: int) -> None:
     assert found.values == tuple(values)
 
 
+def test_no_interval_goes_above_1() -> None:
+    assert Interval.of([1.0, 0.9, 0.7]).high == 1.0
+
+
 def test_one_seed_has_no_interval() -> None:
     assert Interval.of([0.25]) == Interval(0.25, None, None, (0.25,))
     assert Interval.of([0.3]).above(Interval.of([0.2]))

@@ -45,7 +45,8 @@ class Interval:
         if len(found) == 1:
             return cls(mean, None, None, found)
         half = _STUDENT[len(found) - 2] * stdev(found) / sqrt(len(found))
-        return cls(round(mean, 4), round(mean - half, 4), round(mean + half, 4), found)
+        # no share is above 1
+        return cls(round(mean, 4), round(mean - half, 4), min(1.0, round(mean + half, 4)), found)
 
     def above(self, other: Interval) -> bool:
         """Whether the whole interval lies above the other one; without intervals, whether the mean does."""
