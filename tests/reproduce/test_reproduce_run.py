@@ -91,7 +91,6 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def _start(out: str) -> None:
-    os.setsid()
     reproduce(Path(out), replace(TINY, steps=30))
 
 
@@ -105,7 +104,7 @@ def test_a_killed_reproduction_goes_on(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert process.pid is not None
-    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.join()
     kept = stamps(tmp_path)
     assert not (tmp_path / RESULTS).exists()
