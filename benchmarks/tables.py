@@ -20,6 +20,7 @@ from xclip_fast.flops import headline
 from xclip_fast.numerics import TOLERANCES
 from xclip_fast.reproduce import paper
 from xclip_fast.reproduce.models import TITLES
+from xclip_fast.reproduce.plan import SCRATCH, STARTS
 from xclip_fast.reproduce.results import WORDS, Summary, percent, shown, summarise
 
 ROOT = Path(__file__).parents[1]
@@ -97,11 +98,12 @@ def _ladder(summary: Summary) -> str:
 
 
 def _few_shot(summary: Summary) -> str:
-    names = " | ".join(f"paper, {name}" for name in paper.FEW_SHOT)
-    lines = [f"| K | expanded from the tiny CLIP | from scratch | {names} |", "|---:" * (3 + len(paper.FEW_SHOT)) + "|"]
-    for k, one in summary.few_shot["pretrained"].items():
+    names = " | ".join([*STARTS.values(), *(f"paper, {name}" for name in paper.FEW_SHOT)])
+    lines = [f"| K | {names} |", "|---:" * (1 + len(STARTS) + len(paper.FEW_SHOT)) + "|"]
+    for k in summary.few_shot[SCRATCH]:
+        ours = " | ".join(shown(summary.few_shot[start][k]) for start in STARTS)
         published = " | ".join(str(curve[k]) for curve in paper.FEW_SHOT.values())
-        lines.append(f"| {k} | {shown(one)} | {shown(summary.few_shot['scratch'][k])} | {published} |")
+        lines.append(f"| {k} | {ours} | {published} |")
     return "\n".join(lines)
 
 

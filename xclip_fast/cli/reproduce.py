@@ -62,15 +62,16 @@ def reproduce(
 
 def _show(summary: Summary) -> None:
     from xclip_fast.reproduce.models import TITLES
+    from xclip_fast.reproduce.plan import SCRATCH, STARTS
     from xclip_fast.reproduce.results import WORDS, percent, shown
 
     ladder = table("Miniature: top-1 on test clips, mean over seeds (95 % interval)", "model", "top-1", *WORDS)
     for name, one in summary.ladder.items():
         ladder.add_row(TITLES[name], shown(one), *(percent(summary.words[name][word].mean) for word in WORDS))
     stdout.print(ladder)
-    few_shot = table("Few-shot", "K", "from the tiny CLIP", "from scratch")
-    for k, one in summary.few_shot["pretrained"].items():
-        few_shot.add_row(str(k), shown(one), shown(summary.few_shot["scratch"][k]))
+    few_shot = table("Few-shot, of new classes", "K", *STARTS.values())
+    for k in summary.few_shot[SCRATCH]:
+        few_shot.add_row(str(k), *(shown(summary.few_shot[start][k]) for start in STARTS))
     stdout.print(few_shot)
     for claim in summary.claims:
         stdout.print(safe("holds: " if claim.holds else "DOES NOT HOLD: ", "green" if claim.holds else "red"), end="")

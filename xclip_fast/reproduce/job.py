@@ -11,24 +11,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from xclip_fast.files import replacing
 from xclip_fast.reference import XCLIP
 from xclip_fast.reproduce import learn, world
 from xclip_fast.reproduce.models import build_model, clip_weights
-from xclip_fast.reproduce.plan import FEW_SHOT, PRETRAINING, ZERO_SHOT, Job
+from xclip_fast.reproduce.plan import CLIP, FEW_SHOT, LADDER, PRETRAINING, SCRATCH, VIDEOS, ZERO_SHOT, Job
 
 TEXTS = [one.text for one in world.CLASSES]
 UNSEEN = np.array([one.unseen for one in world.CLASSES])
-_EVERY = np.arange(len(world.CLASSES))
 
 
-def run_job(job: Job, clip: Path, tested: int, progress: Callable[[int], None]) -> dict[str, Any]:
+def run_job(job: Job, folder: Path, tested: int, progress: Callable[[int], None]) -> dict[str, Any]:
     """Run it.
 
     Args:
         job: which.
-        clip: file of the tiny CLIP's weights, which the pretraining writes and the others read.
+        folder: for weights. The pretraining and zero-shot training leave theirs, for those that start from them.
         tested: clips to test on, the same for every run.
         progress: called after each step with the steps done.
 
@@ -36,35 +36,71 @@ def run_job(job: Job, clip: Path, tested: int, progress: Callable[[int], None]) 
         the figures of the run, ready for JSON.
     """
     start = time.process_time()
-    model = build_model(job.model, job.seed, load_file(clip) if job.pretrained else None)
+    model = _start(job, folder)
     figures: dict[str, Any]
     if job.kind == PRETRAINING:
         learn.pretrain(model, job.steps, job.seed, progress)
-        with replacing(clip) as temporary:
-            save_file(clip_weights(model), temporary)
+        _save(clip_weights(model), weights_path(job, folder))
         figures = _name_stills(model, tested)
     else:
-        seen = np.flatnonzero(~UNSEEN) if job.kind == ZERO_SHOT else _EVERY
-        learn.train(model, batches(job, seen), TEXTS, job.steps, progress, frozen=job.pretrained)
+        classes = training_classes(job)
+        # texts of classes that are not trained on are not seen in training, as negatives neither
+        texts = [TEXTS[one] for one in classes]
+        learn.train(model, batches(job), texts, job.steps, progress, frozen=job.start != SCRATCH)
+        if leaves_weights(job):
+            _save(model.state_dict(), weights_path(job, folder))
         figures = _test(model, job, tested)
     return {**figures, "cpu_seconds": round(time.process_time() - start, 1)}
 
 
-def batches(job: Job, classes: NDArray[np.int64]) -> learn.Batches:
+def leaves_weights(job: Job) -> bool:
+    """Whether others start from what it has learned."""
+    return job.kind in (PRETRAINING, ZERO_SHOT)
+
+
+def weights_path(job: Job, folder: Path) -> Path:
+    """Where a run leaves its weights."""
+    return folder / f"{job.name}.safetensors"
+
+
+def training_classes(job: Job) -> NDArray[np.int64]:
+    """Indices of the classes that a run is trained on: all, but zero-shot the seen and few-shot the unseen ones."""
+    return {LADDER: np.arange(len(TEXTS)), ZERO_SHOT: np.flatnonzero(~UNSEEN), FEW_SHOT: np.flatnonzero(UNSEEN)}[
+        job.kind
+    ]
+
+
+def _start(job: Job, folder: Path) -> XCLIP:
+    clip = None
+    if job.start == CLIP:
+        clip = load_file(folder / "pretraining-mean-0.safetensors")
+    model = build_model(job.model, job.seed, clip)
+    if job.start == VIDEOS:
+        model.load_state_dict(load_file(folder / f"{ZERO_SHOT}-{job.model}-{job.seed}.safetensors"))
+    return model
+
+
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
+
+
+def batches(job: Job) -> learn.Batches:
     """The training clips of a run: new ones in each step, or of a few-shot run always the same few.
 
-    The clips of K shots are among those of more.
+    Labels are indices into ``training_classes``. The clips of K shots are among those of more.
     """
+    classes = training_classes(job)
     rng = np.random.default_rng([world.TRAINING, 1, job.seed])
     if job.kind != FEW_SHOT:
 
         def endless(step: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-            labels = classes[rng.integers(len(classes), size=learn.BATCH)]
-            return world.make_clips(labels, rng), labels
+            labels = rng.integers(len(classes), size=learn.BATCH)
+            return world.make_clips(classes[labels], rng), labels
 
         return endless
     assert job.shots is not None
-    labels = np.tile(classes, job.shots)
+    labels = np.tile(np.arange(len(classes)), job.shots)
     # one call a shot: what comes later changes nothing of what came first
     shots = np.random.default_rng([world.TRAINING, 2, job.seed])
     clips = np.concatenate([world.make_clips(classes, shots) for _ in range(job.shots)])
@@ -84,15 +120,15 @@ def held_out(count: int, split: int = world.TEST) -> tuple[NDArray[np.uint8], ND
 
 def _test(model: XCLIP, job: Job, tested: int) -> dict[str, Any]:
     clips, labels = held_out(tested)
-    if job.kind != ZERO_SHOT:
+    if job.kind == LADDER:
         return _accuracies(learn.answers(model, clips, TEXTS), labels)
     new, unseen = UNSEEN[labels], np.flatnonzero(UNSEEN)
     among_new = unseen[learn.answers(model, clips[new], [TEXTS[label] for label in unseen])]
-    return {
-        **_accuracies(among_new, labels[new]),
-        "among_all": _accuracies(learn.answers(model, clips[new], TEXTS), labels[new])["top1"],
-        "seen": _accuracies(learn.answers(model, clips[~new], TEXTS), labels[~new])["top1"],
-    }
+    figures = _accuracies(among_new, labels[new])
+    if job.kind == ZERO_SHOT:
+        figures["among_all"] = _accuracies(learn.answers(model, clips[new], TEXTS), labels[new])["top1"]
+        figures["seen"] = _accuracies(learn.answers(model, clips[~new], TEXTS), labels[~new])["top1"]
+    return figures
 
 
 def _accuracies(found: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from xclip_fast.files import replacing
 from xclip_fast.pages import COLOURS, needs_pages, render, svg
 from xclip_fast.reproduce import paper
 from xclip_fast.reproduce.models import TITLES
+from xclip_fast.reproduce.plan import STARTS
 from xclip_fast.reproduce.results import WORDS, Interval, Summary, percent, shown, summarise
 from xclip_fast.reproduce.world import CLASSES, MOST, PATTERNS, SHAPES
 from xclip_fast.reproduce.world import COLOURS as PAINTS
@@ -48,6 +49,7 @@ def page(found: Mapping[str, Any]) -> str:
             summary=summary,
             titles=TITLES,
             words=WORDS,
+            starts=STARTS,
             paper=paper,
             ladder=svg(lambda axes: _ladder(axes, summary), 2.8),
             few_shot=svg(lambda axes: _few_shot(axes, summary), 3.2),
@@ -88,11 +90,10 @@ def _few_shot(axes: Any, summary: Summary) -> None:
     for colour, (start, curve) in zip(COLOURS, summary.few_shot.items(), strict=False):
         shots = list(curve)
         means = [100 * one.mean for one in curve.values()]
-        title = "expanded from the tiny CLIP" if start == "pretrained" else "from scratch"
-        axes.plot(shots, means, "o-", color=colour, label=title)
+        axes.plot(shots, means, "o-", color=colour, label=STARTS[start])
         for k, one in curve.items():
             axes.errorbar(k, 100 * one.mean, yerr=_bars(one), color=colour, capsize=4)
-    axes.axhline(100 * summary.chance["seen"], color=COLOURS[6], linestyle=":", label="chance")
+    axes.axhline(100 * summary.chance["unseen"], color=COLOURS[6], linestyle=":", label="chance")
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, [str(k) for k in shots])
     axes.set_ylim(bottom=0)

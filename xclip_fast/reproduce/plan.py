@@ -7,6 +7,14 @@ from typing import Any
 
 from xclip_fast.reproduce.models import MODELS
 
+# what a run starts from: X-CLIP after zero-shot training on the videos of other classes, the tiny CLIP, or nothing
+VIDEOS, CLIP, SCRATCH = "videos", "clip", "scratch"
+STARTS = {
+    VIDEOS: "after videos of other classes",
+    CLIP: "expanded from the tiny CLIP",
+    SCRATCH: "from scratch",
+}
+
 PRETRAINING, LADDER, ZERO_SHOT, FEW_SHOT = "pretraining", "ladder", "zero_shot", "few_shot"
 
 
@@ -16,7 +24,7 @@ class Recipe:
 
     Attributes:
         seeds: of the ladder and of zero-shot training; each gives other weights, clips and order.
-        few_shot_seeds: of few-shot training.
+        few_shot_seeds: of few-shot training, some of ``seeds``.
         pretraining_steps: of the tiny CLIP, which all runs start from.
         steps: of a run on videos without end.
         few_shot_steps: of a run on a few videos.
@@ -67,7 +75,7 @@ class Job:
         seed: of weights, clips and order.
         steps: of the optimiser.
         shots: clips of each class; None for clips without end.
-        pretrained: whether it starts from the tiny CLIP.
+        start: what it starts from, one of ``STARTS``.
     """
 
     kind: str
@@ -75,29 +83,34 @@ class Job:
     seed: int
     steps: int
     shots: int | None = None
-    pretrained: bool = True
+    start: str = CLIP
 
     @property
     def name(self) -> str:
         """What its file is called."""
         if self.kind == FEW_SHOT:
-            return f"{self.kind}-{self.shots}-{'pretrained' if self.pretrained else 'scratch'}-{self.seed}"
+            return f"{self.kind}-{self.shots}-{self.start}-{self.seed}"
         return f"{self.kind}-{self.model}-{self.seed}"
 
 
-def jobs(recipe: Recipe) -> list[Job]:
-    """All runs but the pretraining, which comes first; those of one seed together, the longest first."""
+def stages(recipe: Recipe) -> tuple[list[Job], list[Job], list[Job]]:
+    """All runs: each stage starts from weights that one before it made."""
     ladder = [Job(LADDER, model, seed, recipe.steps) for seed in recipe.seeds for model in reversed(MODELS)]
     zero_shot = [Job(ZERO_SHOT, "full", seed, recipe.steps) for seed in recipe.seeds]
     few_shot = [
-        Job(FEW_SHOT, "full", seed, recipe.few_shot_steps, shots, pretrained)
+        Job(FEW_SHOT, "full", seed, recipe.few_shot_steps, shots, start)
         for seed in recipe.few_shot_seeds
         for shots in recipe.shots
-        for pretrained in (True, False)
+        for start in STARTS
     ]
-    return [*ladder, *zero_shot, *few_shot]
+    return [pretraining(recipe)], [*zero_shot, *ladder], few_shot
+
+
+def jobs(recipe: Recipe) -> list[Job]:
+    """All runs, in the order of their stages."""
+    return [job for stage in stages(recipe) for job in stage]
 
 
 def pretraining(recipe: Recipe) -> Job:
     """The run that makes the tiny CLIP."""
-    return Job(PRETRAINING, "mean", 0, recipe.pretraining_steps, pretrained=False)
+    return Job(PRETRAINING, "mean", 0, recipe.pretraining_steps, start=SCRATCH)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -16,13 +18,12 @@ from typing import Any
 
 from xclip_fast.errors import InputError
 from xclip_fast.files import check_writable, read_json, replacing
-from xclip_fast.reproduce.job import run_job, single_threaded
+from xclip_fast.reproduce.job import leaves_weights, run_job, single_threaded, weights_path
 from xclip_fast.reproduce.models import config
-from xclip_fast.reproduce.plan import FULL, Job, Recipe, jobs, pretraining
+from xclip_fast.reproduce.plan import FULL, SCRATCH, Job, Recipe, stages
 from xclip_fast.reproduce.results import FORMAT, summarise
 
 PROCESSES = 2
-CLIP = "clip.safetensors"
 RESULTS, PAGE = "reproduction.json", "reproduction.html"
 _EVERY_STEPS = 10  # steps between two words of a run
 
@@ -75,18 +76,20 @@ def _folder(out: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {str(folder)!r}: {error.strerror}: choose another one") from error
-    for path in (out / RESULTS, out / PAGE, folder / CLIP):
+    for path in (out / RESULTS, out / PAGE):
         check_writable(path)
     return folder
 
 
 def _run_all(folder: Path, recipe: Recipe, progress: Progress) -> list[dict[str, Any]]:
-    first, others = pretraining(recipe), jobs(recipe)
-    everything = [first, *others]
+    parts = stages(recipe)
+    everything = [job for part in parts for job in part]
     # all files are read before any work starts
     kept = {job: _kept(folder, job, recipe) for job in everything}
-    if kept[first] is None or not (folder / CLIP).is_file():
-        kept = dict.fromkeys(everything)
+    for number, part in enumerate(parts):
+        if any(kept[job] is None and leaves_weights(job) for job in part):
+            # later stages start from weights that will be made anew
+            kept |= {job: None for later in parts[number + 1 :] for job in later if job.start != SCRATCH}
     total = sum(job.steps for job in everything)
     steps = {job.name: job.steps if kept[job] else 0 for job in everything}
     missing = [job for job in everything if kept[job] is None]
@@ -97,7 +100,7 @@ def _run_all(folder: Path, recipe: Recipe, progress: Progress) -> list[dict[str,
 
     if missing:
         with _workers(min(PROCESSES, len(missing))) as (pool, words):
-            for part in ([first], others):
+            for part in parts:
                 todo = [job for job in part if kept[job] is None]
                 for job, figures in _done(pool, words, folder, recipe, todo, said):
                     kept[job] = figures
@@ -106,7 +109,7 @@ def _run_all(folder: Path, recipe: Recipe, progress: Progress) -> list[dict[str,
 
 def _kept(folder: Path, job: Job, recipe: Recipe) -> dict[str, Any] | None:
     path = folder / f"{job.name}.json"
-    if not path.exists():
+    if not path.exists() or (leaves_weights(job) and not weights_path(job, folder).is_file()):
         return None
     found = read_json(path)
     if found.get("job") != asdict(job) or found.get("tested") != recipe.tested:
@@ -124,7 +127,7 @@ def _done(
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Run jobs and keep each in its file; yields each when it is done."""
     waiting: dict[Future[dict[str, Any]], Job] = {
-        pool.submit(_in_worker, job, folder / CLIP, recipe.tested): job for job in todo
+        pool.submit(_in_worker, job, folder, recipe.tested): job for job in todo
     }
     try:
         while waiting:
@@ -176,13 +179,21 @@ def _begin(words: Any) -> None:
     global _words
     _words = words
     single_threaded()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _in_worker(job: Job, clip: Path, tested: int) -> dict[str, Any]:
+def _end_with_parent() -> None:
+    """Without its parent a process would work for nobody, and then wait for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def _in_worker(job: Job, folder: Path, tested: int) -> dict[str, Any]:
     def progress(step: int) -> None:
         if step % _EVERY_STEPS == 0:
             _words.put((job.name, step))
 
     start = time.perf_counter()
-    figures = run_job(job, clip, tested, progress)
+    figures = run_job(job, folder, tested, progress)
     return {**figures, "seconds": round(time.perf_counter() - start, 1)}
